@@ -1,0 +1,1 @@
+"""Bridge: interdependent parallel generation. Imports no deep-learning framework."""

@@ -1,0 +1,1 @@
+"""The NumPy reference: float64, written to be read."""
