@@ -32,7 +32,7 @@ def bridge_block(h, group, active, norm, q_proj, k_proj, v_proj, o_proj, *, num_
     # Blocked rows are zeroed in v too: 0 * NaN must not leak across.
     mix = np.zeros_like(q)
     for b in range(B):
-        seen = np.where(allowed[b], v, 0.0)
+        seen = np.where(allowed[b][..., None], v, 0.0)
         mix[b] = np.einsum("csn,csnd->snd", p[b], seen)
     y = mix.reshape(B, S, -1) @ o_proj.T
     return h + np.where(active[:, :, None], y, 0.0)
