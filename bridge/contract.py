@@ -1,0 +1,184 @@
+"""What a backend implements, and all that a porter must read (spec chapter 10).
+
+A backend is an object found through the entry-point group `bridge.backends`. It receives a
+configuration and named NumPy arrays, and gives NumPy arrays back: no framework's type crosses this
+border. It knows nothing of tokenizers, files or text. bf16 arrays have ml_dtypes' bfloat16.
+
+Axes: B rows, S timesteps, D model width, V vocabulary, R rows still being decoded.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from bridge.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How next tokens are drawn (chapter 6). `temperature=0` is argmax."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Teacher-forced rows to learn from (clauses 7.1 to 7.3). Cells not `active` are padding.
+
+    `targets[b, s]` is the token that row b should say after timestep s, where `target_mask[b, s]`.
+    GRPO also reads one advantage a row, and the log-probabilities of the targets under the
+    sampling policy (`old_logprobs`; None: the current policy, so that rho is 1 with a gradient)
+    and under the reference policy (`ref_logprobs`; None where beta is 0).
+    """
+
+    tokens: np.ndarray  # [B, S] int
+    groups: np.ndarray  # [B] int
+    active: np.ndarray  # [B, S] bool
+    targets: np.ndarray  # [B, S] int
+    target_mask: np.ndarray  # [B, S] bool
+    positions: np.ndarray | None = None  # [B, S] int
+    advantages: np.ndarray | None = None  # [B]
+    old_logprobs: np.ndarray | None = None  # [B, S]
+    ref_logprobs: np.ndarray | None = None  # [B, S]
+
+
+@dataclass(frozen=True)
+class SFT:
+    """Mean cross-entropy over target tokens (clause 7.4)."""
+
+
+@dataclass(frozen=True)
+class GRPO:
+    """Token-normalised clipped policy objective with an optional k3 KL penalty (clause 7.5)."""
+
+    eps_low: float = 0.2
+    eps_high: float = 0.2
+    beta: float = 0.0
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Decoupled weight decay, bias correction, global-norm clipping (clauses 7.7 and 7.8)."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+
+
+Objective = SFT | GRPO
+
+
+class Decoder(Protocol):
+    """Cached decoding of R rows, in the order of their prompts; `step` counts from 0."""
+
+    def logits(self) -> np.ndarray:
+        """Next-token logits `[R, V]` of the rows left, float32 or wider."""
+        ...
+
+    def sample(self, sampling: Sampling) -> np.ndarray:
+        """Draw the next token of each row left: `[R]` int64. Does not advance."""
+        ...
+
+    def advance(self, tokens: np.ndarray | None = None, keep: np.ndarray | None = None) -> None:
+        """Feed the rows where `keep [R]` (None: all) their next token and drop the others for good.
+
+        `tokens [R]`: what to feed; None feeds what `sample` last drew. Dropped rows are inactive
+        from this timestep on, and R shrinks to the number kept.
+        """
+        ...
+
+
+class Trainer(Protocol):
+    """Owns the optimizer's state: float32 (or wider) master weights and moments."""
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """One update; metrics `loss`, `grad_norm` (before clipping), `tokens` and more."""
+        ...
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All that resuming needs, by name."""
+        ...
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from what `state` gave."""
+        ...
+
+
+class BackendModel(Protocol):
+    """A loaded model."""
+
+    config: ModelConfig
+    device: str
+    dtype: str
+
+    def block(
+        self, layer: int, hidden: np.ndarray, groups: np.ndarray, active: np.ndarray
+    ) -> np.ndarray:
+        """The Bridge block of one layer: `hidden [B, S, D]` in, updated residual out."""
+        ...
+
+    def logits(
+        self,
+        tokens: np.ndarray,
+        groups: np.ndarray,
+        active: np.ndarray,
+        positions: np.ndarray,
+    ) -> np.ndarray:
+        """Teacher-forced logits `[B, S, V]`; where not `active` they are finite but unspecified."""
+        ...
+
+    def prefill(
+        self,
+        prompts: Sequence[np.ndarray],
+        widths: Sequence[int],
+        max_new_tokens: int,
+        prompt_ids: Sequence[int] | None = None,
+    ) -> Decoder:
+        """Read each prompt once, and start `widths[g]` rows from prompt g.
+
+        `prompt_ids` are the prompts' numbers in the sampling counter; None: 0, 1, 2, ...
+        """
+        ...
+
+    def loss_and_grads(
+        self, batch: Batch, objective: Objective, trainable: Sequence[str]
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Metrics with `loss`, and the gradient of each tensor named in `trainable`."""
+        ...
+
+    def trainer(self, objective: Objective, optimizer: AdamW, trainable: Sequence[str]) -> Trainer:
+        """A trainer that updates this model's `trainable` tensors in place."""
+        ...
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Every tensor by its Hugging Face name, in canonical order, in the model's dtype."""
+        ...
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A way to run Bridge models. One instance a name; construct without arguments."""
+
+    name: str
+
+    def devices(self) -> list[str]:
+        """Devices present, best first; never empty."""
+        ...
+
+    def dtypes(self, device: str) -> list[str]:
+        """Of `float64 float32 bfloat16 float16`, those that `device` computes in; default first."""
+        ...
+
+    def load(
+        self, config: ModelConfig, tensors: Mapping[str, np.ndarray], *, device: str, dtype: str
+    ) -> BackendModel:
+        """A model from its tensors, which are read one at a time (`tensors` may be lazy)."""
+        ...

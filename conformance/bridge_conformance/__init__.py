@@ -1,0 +1,1 @@
+"""Checks of a backend against the spec, by clause."""
