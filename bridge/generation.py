@@ -1,0 +1,243 @@
+"""The one generation loop, for every backend: prompts in, a stream of events out.
+
+Written on the contract: prefill once a prompt, then sample, stop, advance. It knows prompts, rows,
+stop rules and batching; the backend knows tensors. A row that ends leaves the computation, and its
+last token is never fed back (clause 2.3).
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from bridge.contract import BackendModel, Sampling
+from bridge.errors import BridgeError
+from bridge.tokenizer import TextStream, Tokenizer
+
+
+@dataclass(frozen=True)
+class Response:
+    """One row's answer. `tokens` include the one that ended it; `text` leaves that out."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: str  # eos, stop or length
+
+
+@dataclass(frozen=True)
+class ResponseSet:
+    """The interdependent answers to one prompt, in row order."""
+
+    prompt: str
+    prompt_tokens: list[int]
+    responses: list[Response]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and strings."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Started:
+    """A batch of prompts has been read, the first of them `first_prompt`."""
+
+    prompt_tokens: list[int]  # lengths
+    prefill_seconds: float
+    first_prompt: int = 0
+
+
+@dataclass(frozen=True)
+class Token:
+    """A row said `token`; `text` is what it adds, which may be empty."""
+
+    prompt: int
+    row: int
+    token: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A row ended: `eos`, `stop` (a stop string) or `length`."""
+
+    prompt: int
+    row: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """All prompts are answered."""
+
+    sets: list[ResponseSet]
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens of all rows over the time of decoding."""
+        tokens = sum(len(r.tokens) for s in self.sets for r in s.responses)
+        return tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+Event = Started | Token | Finished | Done
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt as ids, the text it came from, and how many answers it gets."""
+
+    text: str
+    tokens: list[int]
+    width: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When rows end, and how many are decoded at once."""
+
+    max_new_tokens: int
+    eos_ids: frozenset[int]
+    stop: tuple[str, ...] = ()
+    max_rows: int = 256
+
+
+@dataclass
+class _Row:
+    prompt: int
+    row: int
+    stream: TextStream | None
+    tokens: list[int] = field(default_factory=list)
+    reason: str = ""
+    text: str = ""
+
+
+def run(
+    model: BackendModel,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    limits: Limits,
+    tokenizer: Tokenizer | None,
+) -> Iterator[Event]:
+    """Answer every request. Prompts share batches of up to `max_rows` rows; a row's draws and its
+    group do not depend on that split."""
+    sets: list[ResponseSet] = []
+    prefill_seconds = decode_seconds = 0.0
+    for first, batch in _batches(requests, limits.max_rows):
+        start = time.perf_counter()
+        decoder = model.prefill(
+            [np.asarray(r.tokens, np.int64) for r in batch],
+            [r.width for r in batch],
+            limits.max_new_tokens,
+            prompt_ids=range(first, first + len(batch)),
+        )
+        prefilled = time.perf_counter()
+        yield Started([len(r.tokens) for r in batch], prefilled - start, first)
+        rows = [
+            _Row(first + g, n, tokenizer.streamer() if tokenizer else None)
+            for g, request in enumerate(batch)
+            for n in range(request.width)
+        ]
+        left = rows
+        while left:
+            # Time spent in whoever reads the events is not ours to count.
+            before = time.perf_counter()
+            tokens = decoder.sample(sampling)
+            events = [
+                e
+                for row, token in zip(left, tokens, strict=True)
+                for e in _take(row, token, limits)
+            ]
+            keep = np.array([not row.reason for row in left])
+            left = [row for row in left if not row.reason]
+            if left:
+                decoder.advance(tokens, keep)
+            decode_seconds += time.perf_counter() - before
+            yield from events
+        prefill_seconds += prefilled - start
+        sets += _collect(batch, rows, tokenizer)
+    yield Done(sets, prefill_seconds, decode_seconds)
+
+
+def _batches(requests: Sequence[Request], max_rows: int) -> Iterator[tuple[int, Sequence[Request]]]:
+    first = 0
+    while first < len(requests):
+        end, rows = first + 1, requests[first].width
+        while end < len(requests) and rows + requests[end].width <= max_rows:
+            rows += requests[end].width
+            end += 1
+        yield first, requests[first:end]
+        first = end
+
+
+def _take(row: _Row, token: int, limits: Limits) -> list[Event]:
+    """Append one token to a row, and decide whether it ends."""
+    token = int(token)
+    row.tokens.append(token)
+    events: list[Event] = []
+    if token in limits.eos_ids:
+        row.reason = "eos"
+    else:
+        added = row.stream.push(token) if row.stream else ""
+        events.append(Token(row.prompt, row.row, token, added))
+        if added and limits.stop:
+            row.reason = _stopped(row, added, limits.stop)
+        if not row.reason and len(row.tokens) >= limits.max_new_tokens:
+            row.reason = "length"
+    if row.reason:
+        events.append(Finished(row.prompt, row.row, row.reason))
+    return events
+
+
+def _stopped(row: _Row, added: str, stop: tuple[str, ...]) -> str:
+    """`stop` where a stop string is complete; the row's text then ends before the first one."""
+    assert row.stream is not None
+    text = row.stream.text
+    searched = len(text) - len(added) - max(map(len, stop)) + 1
+    hits = [at for s in stop if (at := text.find(s, max(0, searched))) >= 0]
+    if not hits:
+        return ""
+    row.text = text[: min(hits)]
+    return "stop"
+
+
+def _collect(
+    batch: Sequence[Request], rows: list[_Row], tokenizer: Tokenizer | None
+) -> list[ResponseSet]:
+    sets, start = [], 0
+    for request in batch:
+        responses = []
+        for row in rows[start : start + request.width]:
+            said = row.tokens[:-1] if row.reason == "eos" else row.tokens
+            text = tokenizer.decode(said) if tokenizer and row.reason != "stop" else row.text
+            responses.append(Response(text, row.tokens, row.reason))
+        sets.append(ResponseSet(request.text, request.tokens, responses))
+        start += request.width
+    return sets
+
+
+def check_sampling(
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    seed: int,
+) -> Sampling:
+    """A Sampling whose numbers are in range; BridgeError names the one that is not."""
+    _check(_number(temperature) and temperature >= 0, "temperature", "0 or above", temperature)
+    _check(top_k is None or (type(top_k) is int and top_k >= 1), "top_k", "1 or above", top_k)
+    _check(top_p is None or (_number(top_p) and 0 < top_p <= 1), "top_p", "in (0, 1]", top_p)
+    _check(min_p is None or (_number(min_p) and 0 <= min_p <= 1), "min_p", "in [0, 1]", min_p)
+    _check(type(seed) is int and 0 <= seed < 2**64, "seed", "in 0..2^64-1", seed)
+    return Sampling(float(temperature), top_k, top_p, min_p, seed)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
+
+
+def _check(valid: Any, name: str, range_: str, value: Any) -> None:
+    if not valid:
+        raise BridgeError(f"{name} must be {range_}, not {value!r}")

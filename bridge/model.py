@@ -1,0 +1,294 @@
+"""`bridge.load` and the Model it gives: one face over every backend.
+
+Checks what users pass, turns text into ids, and hands NumPy arrays to the backend.
+"""
+
+import operator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bridge.chat import Message
+from bridge.config import ModelConfig, bridge_shapes, tensor_shapes
+from bridge.contract import AdamW, BackendModel, Objective, Trainer
+from bridge.errors import BridgeError
+from bridge.generation import Done, Event, Limits, Request, ResponseSet, check_sampling, run
+from bridge.registry import find_backend, resolve_device, resolve_dtype
+from bridge.tokenizer import Tokenizer, read_eos_ids, read_tokenizer
+
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+def load(
+    checkpoint: str | Path | None = None,
+    *,
+    backend: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> "Model":
+    """A model from a checkpoint directory, ready to run.
+
+    `backend`: a name from `bridge.backends()`; None is the best one present. `device`: None is the
+    backend's best. `dtype`: None is the backend's default on CPUs, else the checkpoint's own.
+    Raises BridgeError, in one line, for what is missing, damaged or not supported.
+    """
+    if checkpoint is None:
+        raise BridgeError("no checkpoint given; this version bundles none, name a directory")
+    from bridge.checkpoint import open_checkpoint
+
+    opened = open_checkpoint(Path(checkpoint))
+    chosen = find_backend(backend)
+    device = resolve_device(chosen, device)
+    dtype = resolve_dtype(chosen, device, dtype, opened.dtype)
+    tokenizer = read_tokenizer(opened.path)
+    eos_ids = read_eos_ids(opened.path) or opened.config.eos_token_ids
+    if not eos_ids and tokenizer and tokenizer.eos_token_id is not None:
+        eos_ids = (tokenizer.eos_token_id,)
+    implementation = chosen.load(opened.config, opened.tensors, device=device, dtype=dtype)
+    return Model(implementation, chosen.name, tokenizer, eos_ids)
+
+
+class Model:
+    """A loaded model. Rows that share a group number answer the same prompt, and see each other."""
+
+    def __init__(
+        self,
+        implementation: BackendModel,
+        backend: str,
+        tokenizer: Tokenizer | None = None,
+        eos_ids: Sequence[int] = (),
+    ) -> None:
+        self.implementation = implementation
+        self.backend = backend
+        self.tokenizer = tokenizer
+        self.eos_ids = tuple(eos_ids)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The host's and the blocks' settings."""
+        return self.implementation.config
+
+    @property
+    def device(self) -> str:
+        """Where it runs."""
+        return self.implementation.device
+
+    @property
+    def dtype(self) -> str:
+        """What it computes in."""
+        return self.implementation.dtype
+
+    def __repr__(self) -> str:
+        kind = self.config.bridge.kind if self.config.bridge else "no"
+        return (
+            f"<bridge.Model {self.config.model_type}, {kind} Bridge blocks, "
+            f"{self.backend} on {self.device} in {self.dtype}>"
+        )
+
+    def logits(
+        self,
+        tokens: Any,
+        *,
+        groups: Any,
+        active: Any = None,
+        positions: Any = None,
+    ) -> np.ndarray:
+        """Teacher-forced logits `[B, S, V]` (chapters 3 and 5).
+
+        `tokens [B, S]` ids; `groups [B]` the prompt that each row answers; `active [B, S]` whether
+        the row fed a real token there (None: everywhere); `positions [B, S]` (None: how many
+        active cells the row has before this one). Where not active, logits are unspecified.
+        """
+        tokens = _integers(tokens, "tokens", 2)
+        B, S = tokens.shape
+        _check_range(tokens, "tokens", self.config.vocab_size)
+        groups = _integers(groups, "groups", 1)
+        if len(groups) != B:
+            raise BridgeError(f"groups must have one number a row: {B}, not {len(groups)}")
+        active = np.ones((B, S), bool) if active is None else np.asarray(active)
+        if active.dtype != bool or active.shape != (B, S):
+            raise BridgeError(f"active must be bool [{B}, {S}], not {active.dtype} {active.shape}")
+        if positions is None:
+            positions = default_positions(active)
+        positions = _integers(positions, "positions", 2)
+        if positions.shape != (B, S):
+            raise BridgeError(f"positions must be [{B}, {S}], not {list(positions.shape)}")
+        _check_range(positions, "positions", self.config.max_position_embeddings)
+        return self.implementation.logits(tokens, groups, active, positions)
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[ResponseSet]:
+        """The answers to each prompt; options as for `stream`."""
+        for event in self.stream(prompts, **options):
+            if isinstance(event, Done):
+                return event.sets
+        raise AssertionError("a stream ends with Done")
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        width: int | Sequence[int] = 8,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int = 0,
+        stop: str | Sequence[str] | None = None,
+        chat: bool = False,
+        system: str | None = None,
+        max_rows: int = 256,
+    ) -> Iterator[Event]:
+        """Answer prompts, token by token: Started, Token, Finished, and at last one Done.
+
+        A prompt is raw text, a list of ids, or a list of chat messages. `width`: interdependent
+        answers a prompt, one number or one a prompt. `temperature=0` is argmax. `seed`: the same
+        seed gives the same tokens on every backend up to rounding. `stop`: texts that end a row.
+        `chat`: put texts through the checkpoint's chat template, after `system` if given.
+        `max_rows`: at most so many rows are decoded at once. Raises BridgeError before anything
+        is computed.
+        """
+        sampling = check_sampling(temperature, top_k, top_p, min_p, seed)
+        requests = self._requests(prompts, width, chat, system)
+        if type(max_new_tokens) is not int or max_new_tokens < 1:
+            raise BridgeError(f"max_new_tokens must be 1 or above, not {max_new_tokens!r}")
+        self._check_lengths(requests, max_new_tokens)
+        stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        if not all(isinstance(s, str) and s for s in stop):
+            raise BridgeError("stop must hold texts that are not empty")
+        if stop and self.tokenizer is None:
+            raise BridgeError("stop needs a tokenizer; this checkpoint has no tokenizer.json")
+        limits = Limits(max_new_tokens, frozenset(self.eos_ids), stop, max_rows)
+        return run(self.implementation, requests, sampling, limits, self.tokenizer)
+
+    def trainer(
+        self,
+        objective: Objective,
+        optimizer: AdamW | None = None,
+        trainable: str | Sequence[str] = "bridge",
+    ) -> Trainer:
+        """A trainer of this model. `trainable`: `bridge`, `all`, or names of tensors."""
+        return self.implementation.trainer(
+            objective, optimizer or AdamW(), trainable_names(self.config, trainable)
+        )
+
+    def _requests(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        width: int | Sequence[int],
+        chat: bool,
+        system: str | None,
+    ) -> list[Request]:
+        listed: Sequence[Any] = [prompts] if isinstance(prompts, str) else prompts
+        if not listed:
+            raise BridgeError("no prompt given")
+        if not isinstance(listed[0], str) and _is_single(listed):
+            listed = [listed]
+        widths = [width] * len(listed) if isinstance(width, int) else list(width)
+        if len(widths) != len(listed):
+            raise BridgeError(f"{len(widths)} widths for {len(listed)} prompts")
+        for w in widths:
+            if type(w) is not int or w < 1:
+                raise BridgeError(f"width must be 1 or above, not {w!r}")
+        requests = []
+        for number, (prompt, w) in enumerate(zip(listed, widths, strict=True)):
+            text, tokens = self._encode(prompt, chat, system, f"prompt {number}")
+            requests.append(Request(text, tokens, w))
+        return requests
+
+    def _encode(
+        self, prompt: Any, chat: bool, system: str | None, where: str
+    ) -> tuple[str, list[int]]:
+        if len(prompt) == 0 or (isinstance(prompt, str) and not prompt.strip()):
+            raise BridgeError(f"{where} is empty")
+        if not isinstance(prompt, str) and not isinstance(prompt[0], dict):
+            ids = _integers(prompt, where, 1)
+            _check_range(ids, where, self.config.vocab_size)
+            return "", ids.tolist()
+        if self.tokenizer is None:
+            raise BridgeError(
+                f"{where} is text, but the checkpoint has no tokenizer.json; add it or give ids"
+            )
+        if not self.eos_ids:
+            raise BridgeError(
+                "tokenizer_config.json: no eos_token, and no eos_token_id in config.json; "
+                "set one, or answers would never end"
+            )
+        if isinstance(prompt, str):
+            text = prompt
+            if not chat:
+                tokens = self.tokenizer.encode(prompt)
+            else:
+                before = [{"role": "system", "content": system}] if system else []
+                turn = {"role": "user", "content": prompt}
+                tokens = self.tokenizer.encode_chat([*before, turn])
+        else:
+            text = str(prompt[-1].get("content", ""))
+            tokens = self.tokenizer.encode_chat(prompt)
+        if not tokens:
+            raise BridgeError(f"{where} has no tokens")
+        _check_range(np.asarray(tokens), f"{where} (by tokenizer.json)", self.config.vocab_size)
+        return text, tokens
+
+    def _check_lengths(self, requests: Sequence[Request], max_new_tokens: int) -> None:
+        context = self.config.max_position_embeddings
+        for number, request in enumerate(requests):
+            if len(request.tokens) + max_new_tokens > context:
+                raise BridgeError(
+                    f"prompt {number} has {len(request.tokens)} tokens, and {max_new_tokens} new "
+                    f"ones go past the context of {context}; shorten it or lower max_new_tokens"
+                )
+
+
+def default_positions(active: np.ndarray) -> np.ndarray:
+    """Positions `[B, S]`: how many active cells a row has before this one (clause 2.4)."""
+    return np.maximum(np.cumsum(active, axis=1, dtype=np.int64) - 1, 0)
+
+
+def trainable_names(config: ModelConfig, trainable: str | Sequence[str]) -> list[str]:
+    """Tensor names for `bridge`, `all`, or a list of names, which must exist."""
+    names = list(tensor_shapes(config))
+    if trainable == "all":
+        return names
+    if trainable == "bridge":
+        chosen = [n for i in range(config.num_hidden_layers) for n in bridge_shapes(config, i)]
+        if not chosen:
+            raise BridgeError("trainable 'bridge': the model has no Bridge blocks; run bridge init")
+        return chosen
+    if isinstance(trainable, str):
+        raise BridgeError(f"trainable must be 'bridge', 'all' or names, not {trainable!r}")
+    if unknown := sorted(set(trainable) - set(names)):
+        raise BridgeError(f"trainable: no tensor is named {unknown[0]!r}")
+    return [name for name in names if name in set(trainable)]
+
+
+def _is_single(prompt: Sequence[Any]) -> bool:
+    """Whether this is one prompt of ids or messages, and not a list of prompts."""
+    if isinstance(prompt[0], dict):
+        return True
+    try:
+        operator.index(prompt[0])
+    except TypeError:
+        return False
+    return True
+
+
+def _integers(value: Any, name: str, ndim: int) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise BridgeError(f"{name} must be integers in a regular array") from None
+    if array.dtype.kind not in "iu" or array.ndim != ndim or 0 in array.shape:
+        raise BridgeError(
+            f"{name} must be integers with {ndim} axes, none empty; "
+            f"not {array.dtype} {list(array.shape)}"
+        )
+    return array.astype(np.int64)
+
+
+def _check_range(array: np.ndarray, name: str, end: int) -> None:
+    if array.min() < 0 or array.max() >= end:
+        bad = int(array[(array < 0) | (array >= end)][0])
+        raise BridgeError(f"{name}: {bad} is outside 0..{end - 1}")
