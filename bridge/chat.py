@@ -14,6 +14,8 @@ from typing import Any
 
 from jinja2 import Environment, TemplateError, nodes
 from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
@@ -25,6 +27,17 @@ MAX_LENGTH = 10_000_000
 Message = Mapping[str, str]
 
 
+class _Generation(Extension):
+    """`{% generation %}` marks what the assistant said, for training masks; the text stays."""
+
+    tags = {"generation"}  # noqa: RUF012, Jinja's own form
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
     """Jinja's sandbox, with a budget that every loop turn and macro call draws on."""
 
@@ -32,7 +45,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", _Generation],
         )
         self.turns = 0
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
@@ -62,6 +77,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(owner, str):  # a method of a string
             _check_growth(owner, args, kwargs)
         return super().call(context, obj, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Any:
+        owner = getattr(value, "__self__", None)
+        if isinstance(owner, str):  # str.format, which Jinja runs without `call`
+            _check_growth(owner, (), {})
+        return super().wrap_str_format(value)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "*":
