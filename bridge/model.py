@@ -130,7 +130,7 @@ class Model:
         prompts: Prompt | Sequence[Prompt],
         *,
         width: int | Sequence[int] = 8,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -144,7 +144,8 @@ class Model:
         """Answer prompts, token by token: Started, Token, Finished, and at last one Done.
 
         A prompt is raw text, a list of ids, or a list of chat messages. `width`: interdependent
-        answers a prompt, one number or one a prompt. `temperature=0` is argmax. `seed`: the same
+        answers a prompt, one number or one a prompt. `max_new_tokens`: None is 256, or what the
+        context leaves. `temperature=0` is argmax. `seed`: the same
         seed gives the same tokens on every backend up to rounding. `stop`: texts that end a row.
         `chat`: put texts through the checkpoint's chat template, after `system` if given.
         `max_rows`: at most so many rows are decoded at once. Raises BridgeError before anything
@@ -152,9 +153,7 @@ class Model:
         """
         sampling = check_sampling(temperature, top_k, top_p, min_p, seed)
         requests = self._requests(prompts, width, chat, system)
-        if type(max_new_tokens) is not int or max_new_tokens < 1:
-            raise BridgeError(f"max_new_tokens must be 1 or above, not {max_new_tokens!r}")
-        self._check_lengths(requests, max_new_tokens)
+        max_new_tokens = self._max_new_tokens(requests, max_new_tokens)
         stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if not all(isinstance(s, str) and s for s in stop):
             raise BridgeError("stop must hold texts that are not empty")
@@ -232,14 +231,19 @@ class Model:
         _check_range(np.asarray(tokens), f"{where} (by tokenizer.json)", self.config.vocab_size)
         return text, tokens
 
-    def _check_lengths(self, requests: Sequence[Request], max_new_tokens: int) -> None:
+    def _max_new_tokens(self, requests: Sequence[Request], asked: int | None) -> int:
         context = self.config.max_position_embeddings
-        for number, request in enumerate(requests):
-            if len(request.tokens) + max_new_tokens > context:
-                raise BridgeError(
-                    f"prompt {number} has {len(request.tokens)} tokens, and {max_new_tokens} new "
-                    f"ones go past the context of {context}; shorten it or lower max_new_tokens"
-                )
+        longest, number = max((len(r.tokens), i) for i, r in enumerate(requests))
+        if asked is None:
+            asked = min(256, max(1, context - longest))
+        if type(asked) is not int or asked < 1:
+            raise BridgeError(f"max_new_tokens must be 1 or above, not {asked!r}")
+        if longest + asked > context:
+            raise BridgeError(
+                f"prompt {number} has {longest} tokens, and with max_new_tokens {asked} it goes "
+                f"past the context of {context}; shorten the prompt or lower max_new_tokens"
+            )
+        return asked
 
 
 def default_positions(active: np.ndarray) -> np.ndarray:

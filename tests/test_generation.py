@@ -1,0 +1,219 @@
+"""The generation loop alone, on a scripted backend: endings, batching, events, bad options."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+
+from bridge.config import parse_config
+from bridge.errors import BridgeError
+from bridge.generation import Done, Finished, Started, Token
+from bridge.model import Model
+from bridge.tokenizer import Tokenizer
+
+EOS = 0
+CONFIG = parse_config(
+    {
+        "model_type": "llama",
+        "vocab_size": 300,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "eos_token_id": EOS,
+    }
+)
+
+
+class ScriptedDecoder:
+    """Says what the script holds for each (prompt, row), and records what it is fed."""
+
+    def __init__(self, script, rows, log):
+        self.script, self.rows, self.step, self.log = script, rows, 0, log
+
+    def sample(self, sampling):
+        return np.array([self.script[row][self.step] for row in self.rows])
+
+    def advance(self, tokens=None, keep=None):
+        self.log.append(
+            (tokens[keep].tolist(), [r for r, k in zip(self.rows, keep, strict=True) if k])
+        )
+        self.rows = [row for row, kept in zip(self.rows, keep, strict=True) if kept]
+        assert self.rows, "a decoder without rows need not advance"
+        self.step += 1
+
+
+class ScriptedModel:
+    config, device, dtype = CONFIG, "cpu", "float32"
+
+    def __init__(self, script):
+        self.script, self.fed, self.prefills = script, [], []
+
+    def prefill(self, prompts, widths, max_new_tokens, prompt_ids=None):
+        self.prefills.append((list(prompt_ids), list(widths)))
+        rows = [(p, n) for p, w in zip(prompt_ids, widths, strict=True) for n in range(w)]
+        return ScriptedDecoder(self.script, rows, self.fed)
+
+
+def byte_tokenizer(eos="<eos>"):
+    """One token a byte, after the special ones: the pieces of a character arrive one by one."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<eos>": EOS} | {letter: 1 + i for i, letter in enumerate(letters)}
+    fast = FastTokenizer(models.BPE(vocab=vocab, merges=[]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens(["<eos>"])
+    return Tokenizer(fast, {"eos_token": eos} if eos else {})
+
+
+def scripted(*texts, eos_ids=(EOS,)):
+    """A model whose rows of prompt 0 say these texts, each followed by EOS."""
+    tokenizer = byte_tokenizer()
+    said = [[*tokenizer.encode(text), EOS] for text in texts]
+    model = ScriptedModel({(0, n): tokens for n, tokens in enumerate(said)})
+    return Model(model, "scripted", tokenizer, eos_ids), model
+
+
+def test_rows_end_at_eos_and_leave():
+    model, backend = scripted("ab", "c", "def")
+    [answers] = model.generate("go", width=3)
+    assert [r.text for r in answers.responses] == ["ab", "c", "def"]
+    assert [r.finish_reason for r in answers.responses] == ["eos"] * 3
+    assert all(r.tokens[-1] == EOS for r in answers.responses)
+    # Each row is fed everything that it said but its last token, which is never an input.
+    assert [rows for _, rows in backend.fed] == [
+        [(0, 0), (0, 1), (0, 2)],
+        [(0, 0), (0, 2)],
+        [(0, 2)],
+    ]
+
+
+def test_length_limit():
+    model, backend = scripted("abcdef", "x")
+    [answers] = model.generate("go", width=2, max_new_tokens=3)
+    assert [(r.text, r.finish_reason) for r in answers.responses] == [
+        ("abc", "length"),
+        ("x", "eos"),
+    ]
+    assert len(backend.fed) == 2
+
+
+def test_stop_strings_cut_the_text_at_the_first_one():
+    model, _ = scripted("one END two", "no", "a\n\nb END")
+    [answers] = model.generate("go", width=3, stop=["END", "\n\n"])
+    assert [(r.text, r.finish_reason) for r in answers.responses] == [
+        ("one ", "stop"),
+        ("no", "eos"),
+        ("a", "stop"),
+    ]
+
+
+def test_events_tell_the_whole_story():
+    model, _ = scripted("né", "ß")
+    events = list(model.stream("go", width=2))
+    assert isinstance(events[0], Started) and events[0].prompt_tokens == [2]
+    assert isinstance(events[-1], Done)
+    streamed = ["", ""]
+    for event in events:
+        if isinstance(event, Token):
+            streamed[event.row] += event.text
+    assert streamed == ["né", "ß"]  # whole characters, though each token is one byte
+    finished = [(e.row, e.reason) for e in events if isinstance(e, Finished)]
+    assert finished == [(1, "eos"), (0, "eos")]
+
+
+def test_prompts_are_split_into_batches_without_renumbering():
+    tokenizer = byte_tokenizer()
+    script = {(p, n): [*tokenizer.encode(f"{p}{n}"), EOS] for p in range(5) for n in range(3)}
+    backend = ScriptedModel(script)
+    model = Model(backend, "scripted", tokenizer, (EOS,))
+    widths = [1, 2, 3, 1, 2]
+    sets = model.generate(["a", "b", "c", "d", "e"], width=widths, max_rows=3)
+    assert backend.prefills == [([0, 1], [1, 2]), ([2], [3]), ([3, 4], [1, 2])]
+    said = [[r.text for r in s.responses] for s in sets]
+    assert said == [[f"{p}{n}" for n in range(w)] for p, w in enumerate(widths)]
+    assert sets[3].to_json()["prompt"] == "d"
+
+
+def test_ids_need_no_tokenizer():
+    model = Model(ScriptedModel({(0, 0): [5, EOS], (0, 1): [6, 7, EOS]}), "scripted", None, (EOS,))
+    [answers] = model.generate([1, 2, 3], width=2)
+    assert [r.tokens for r in answers.responses] == [[5, EOS], [6, 7, EOS]]
+    assert answers.prompt_tokens == [1, 2, 3]
+    [same] = model.generate([np.array([1, 2, 3])], width=2)
+    assert same.responses == answers.responses
+
+
+BAD = {
+    "width must be 1 or above, not 0": {"width": 0},
+    "width must be 1 or above, not 2.5": {"width": [2.5]},
+    "2 widths for 1 prompts": {"width": [1, 2]},
+    "max_new_tokens must be 1 or above, not 0": {"max_new_tokens": 0},
+    "temperature must be 0 or above, not -1": {"temperature": -1},
+    "temperature must be 0 or above, not nan": {"temperature": float("nan")},
+    "top_k must be 1 or above, not 0": {"top_k": 0},
+    "top_p must be in (0, 1], not 0": {"top_p": 0},
+    "min_p must be in [0, 1], not 2": {"min_p": 2},
+    "seed must be in 0..2^64-1, not -1": {"seed": -1},
+    "stop must hold texts that are not empty": {"stop": [""]},
+    "prompt 0 has 2 tokens, and with max_new_tokens 63 it goes past the context of 64": {
+        "max_new_tokens": 63
+    },
+    "no chat_template": {"chat": True},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_options_are_refused_before_anything_is_computed(message):
+    model, backend = scripted("ab")
+    with pytest.raises(BridgeError) as caught:
+        model.generate("go", **{"width": 1} | BAD[message])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert backend.prefills == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("", "prompt 0 is empty"),
+        (["ok", "  "], "prompt 1 is empty"),
+        ([], "no prompt given"),
+        ([[]], "prompt 0 is empty"),
+        ([[1, 999]], "prompt 0: 999 is outside 0..299"),
+        ([[1, -1]], "prompt 0: -1 is outside 0..299"),
+        ([[1.5]], "prompt 0 must be integers"),
+    ],
+)
+def test_bad_prompts(prompts, message):
+    model, _ = scripted("ab")
+    with pytest.raises(BridgeError, match=message.replace("[", r"\[")):
+        model.generate(prompts, width=1)
+
+
+def test_a_tokenizer_without_eos_is_refused():
+    config = replace(CONFIG, eos_token_ids=())
+    backend = ScriptedModel({})
+    backend.config = config
+    model = Model(backend, "scripted", byte_tokenizer(eos=None), ())
+    with pytest.raises(BridgeError, match="no eos_token"):
+        model.generate("go")
+
+
+LOGITS_BAD = [
+    (dict(tokens=[[1, 300]], groups=[0]), "tokens: 300 is outside 0..299"),
+    (dict(tokens=[[1, 2]], groups=[0, 1]), "groups must have one number a row: 1, not 2"),
+    (dict(tokens=[1, 2], groups=[0]), "tokens must be integers with 2 axes"),
+    (dict(tokens=[[1], [2, 3]], groups=[0, 0]), "tokens must be integers in a regular array"),
+    (dict(tokens=[[1, 2]], groups=[0], active=[[1, 1]]), "active must be bool"),
+    (dict(tokens=[[1, 2]], groups=[0], positions=[[0, 64]]), "positions: 64 is outside 0..63"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), LOGITS_BAD)
+def test_bad_logits_arguments(arguments, message):
+    model, _ = scripted("ab")
+    with pytest.raises(BridgeError, match=message):
+        model.logits(**arguments)
