@@ -1,0 +1,107 @@
+"""The reference as a backend (chapter 10): what all others are compared with.
+
+Runs anywhere NumPy does, in float64 by default. A model is a config and a dict of arrays; all that
+it can do is a function of the modules beside this one.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from bridge.config import ModelConfig, tensor_shapes
+from bridge.contract import AdamW, Batch, Objective
+from bridge.errors import BridgeError
+from bridge_ref.block import bridge_block
+from bridge_ref.decode import CachedDecoder
+from bridge_ref.losses import Metrics
+from bridge_ref.model import block_weights, forward
+from bridge_ref.precision import DTYPES
+from bridge_ref.train import ReferenceTrainer, loss_and_grads
+
+
+class Reference:
+    """The backend `numpy`."""
+
+    name = "numpy"
+
+    def devices(self) -> list[str]:
+        """Only the CPU."""
+        return ["cpu"]
+
+    def dtypes(self, device: str) -> list[str]:
+        """All that the spec knows, float64 first."""
+        return list(DTYPES)
+
+    def load(
+        self, config: ModelConfig, tensors: Mapping[str, np.ndarray], *, device: str, dtype: str
+    ) -> "ReferenceModel":
+        """A model in `dtype`, with arrays of its own, read one at a time. Raises BridgeError for
+        an unknown device or dtype, and for a tensor that is missing or has another shape."""
+        if device not in self.devices():
+            raise BridgeError(f"backend numpy: no device {device!r}; use cpu")
+        if dtype not in DTYPES:
+            raise BridgeError(f"backend numpy: no dtype {dtype!r}; use one of {', '.join(DTYPES)}")
+        own = {}
+        for name, shape in tensor_shapes(config).items():
+            if name not in tensors:
+                raise BridgeError(f"tensor {name} is missing")
+            own[name] = np.asarray(tensors[name]).astype(DTYPES[dtype])
+            if own[name].shape != shape:
+                raise BridgeError(f"tensor {name} is {list(own[name].shape)}, need {list(shape)}")
+        return ReferenceModel(config, own, dtype)
+
+
+class ReferenceModel:
+    """A loaded model: see `bridge.contract.BackendModel` for what each method promises."""
+
+    device = "cpu"
+
+    def __init__(self, config: ModelConfig, tensors: dict[str, np.ndarray], dtype: str) -> None:
+        """`tensors` in canonical order, all in `dtype`."""
+        self.config, self.dtype, self._tensors = config, dtype, tensors
+
+    def block(
+        self, layer: int, hidden: np.ndarray, groups: np.ndarray, active: np.ndarray
+    ) -> np.ndarray:
+        """Clauses 3.2 to 3.6 and 8.1: `hidden [B, S, D]` in, updated residual out."""
+        bridge = self.config.bridge
+        if bridge is None or layer not in bridge.layers:
+            raise BridgeError(f"layer {layer} has no Bridge block")
+        weights = block_weights(self.config, self._tensors, layer)
+        h = hidden.astype(DTYPES[self.dtype])
+        return bridge_block(h, groups, active, weights, bridge)[0]
+
+    def logits(
+        self, tokens: np.ndarray, groups: np.ndarray, active: np.ndarray, positions: np.ndarray
+    ) -> np.ndarray:
+        """Teacher-forced logits `[B, S, V]` in float32, or float64 for a float64 model."""
+        return forward(self.config, self._tensors, tokens, groups, active, positions)[0]
+
+    def prefill(
+        self,
+        prompts: Sequence[np.ndarray],
+        widths: Sequence[int],
+        max_new_tokens: int,
+        prompt_ids: Sequence[int] | None = None,
+    ) -> CachedDecoder:
+        """Read each prompt once, and start `widths[g]` rows from prompt g (clause 4.2)."""
+        return CachedDecoder(
+            self.config, self._tensors, prompts, widths, max_new_tokens, prompt_ids
+        )
+
+    def loss_and_grads(
+        self, batch: Batch, objective: Objective, trainable: Sequence[str]
+    ) -> tuple[Metrics, dict[str, np.ndarray]]:
+        """Metrics with `loss`, and the gradient of each tensor named in `trainable`, wide."""
+        return loss_and_grads(self.config, self._tensors, batch, objective, trainable)
+
+    def trainer(
+        self, objective: Objective, optimizer: AdamW, trainable: Sequence[str]
+    ) -> ReferenceTrainer:
+        """A trainer that updates this model's `trainable` tensors."""
+        return ReferenceTrainer(self.config, self._tensors, objective, optimizer, trainable)
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Every tensor by its Hugging Face name, in canonical order, in the model's dtype."""
+        for name in tensor_shapes(self.config):
+            yield name, self._tensors[name].copy()

@@ -1,0 +1,151 @@
+"""Losses of teacher-forced logits with their gradients, and advantages (clauses 7.1 to 7.6).
+
+A loss takes logits `[B, S, V]` and a Batch, and gives the loss's gradient with respect to the
+logits, and metrics. Only target cells count; what other cells hold is not read. Everything is
+computed in the wide dtype of the logits.
+"""
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from bridge.contract import GRPO, SFT, Batch, Objective
+from bridge.errors import BridgeError
+from bridge_ref.ops import log_softmax, log_softmax_backward
+
+Metrics = dict[str, float]
+
+
+def loss(
+    objective: Objective, logits: Float[np.ndarray, "B S V"], batch: Batch
+) -> tuple[Metrics, Float[np.ndarray, "B S V"]]:
+    """The objective's metrics, `loss` and `tokens` among them, and `dlogits`."""
+    if isinstance(objective, SFT):
+        return sft(logits, batch)
+    return grpo(logits, batch, objective)
+
+
+def sft(
+    logits: Float[np.ndarray, "B S V"], batch: Batch
+) -> tuple[Metrics, Float[np.ndarray, "B S V"]]:
+    """Clause 7.4: `loss = -mean over target tokens of log p(target)`."""
+    logp, cache = log_softmax(logits)
+    count = int(batch.target_mask.sum())
+    dlogprob = np.where(batch.target_mask, -1 / count, 0.0)
+    value = -np.sum(pick(logp, batch), where=batch.target_mask) / count
+    dlogits = log_softmax_backward(pick_backward(dlogprob, logp, batch), cache)
+    return {"loss": value.item(), "tokens": float(count)}, dlogits
+
+
+def grpo(
+    logits: Float[np.ndarray, "B S V"], batch: Batch, objective: GRPO
+) -> tuple[Metrics, Float[np.ndarray, "B S V"]]:
+    """Clause 7.5, for target tokens with lp = log p(target), old and ref given, A by row:
+
+        rho  = exp(lp - old)
+        gain = min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)
+        kl   = exp(ref - lp) - (ref - lp) - 1
+        loss = -sum(gain - beta kl) / (number of target tokens)
+
+    Without `old_logprobs` old is lp itself, held constant: rho is 1 and has a gradient. Metrics
+    also: `clip_fraction`, `entropy` of the policy at target cells, and `kl` where ref is given.
+    """
+    assert batch.advantages is not None
+    mask, (logp, cache) = batch.target_mask, log_softmax(logits)
+    count = int(mask.sum())
+    lp = pick(logp, batch)
+    A = np.asarray(batch.advantages, lp.dtype)[:, None]
+    old = lp if batch.old_logprobs is None else only(mask, batch.old_logprobs, lp.dtype)
+    rho = np.exp(np.where(mask, lp - old, 0))
+    clipped = np.clip(rho, 1 - objective.eps_low, 1 + objective.eps_high)
+    gain = np.minimum(rho * A, clipped * A)
+    # Where clipping lowers the gain, the gain no longer depends on rho.
+    dlogprob = np.where(rho * A <= clipped * A, rho * A, 0)
+    metrics = {
+        "clip_fraction": np.mean(rho * A > clipped * A, where=mask).item(),
+        "entropy": -np.mean(np.sum(np.exp(logp) * logp, axis=-1), where=mask).item(),
+    }
+    if batch.ref_logprobs is not None:
+        difference = np.where(mask, only(mask, batch.ref_logprobs, lp.dtype) - lp, 0)
+        kl = np.exp(difference) - difference - 1
+        gain = gain - objective.beta * kl
+        dlogprob = dlogprob - objective.beta * (1 - np.exp(difference))
+        metrics["kl"] = np.mean(kl, where=mask).item()
+    dlogprob = np.where(mask, -dlogprob / count, 0)
+    value = -np.sum(gain, where=mask) / count
+    dlogits = log_softmax_backward(pick_backward(dlogprob, logp, batch), cache)
+    return {"loss": value.item(), "tokens": float(count), **metrics}, dlogits
+
+
+def pick(logp: Float[np.ndarray, "B S V"], batch: Batch) -> Float[np.ndarray, "B S"]:
+    """The log-probability of each cell's target; at other cells that of token 0."""
+    targets = np.where(batch.target_mask, batch.targets, 0)
+    return np.take_along_axis(logp, targets[:, :, None], axis=-1)[:, :, 0]
+
+
+def pick_backward(
+    dlogprob: Float[np.ndarray, "B S"], logp: Float[np.ndarray, "B S V"], batch: Batch
+) -> Float[np.ndarray, "B S V"]:
+    """`dlogprob` put in the place of each target, zero elsewhere."""
+    targets = np.where(batch.target_mask, batch.targets, 0)
+    dlogp = np.zeros_like(logp)
+    np.put_along_axis(dlogp, targets[:, :, None], dlogprob[:, :, None], axis=-1)
+    return dlogp
+
+
+def only(mask: np.ndarray, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """`x` at target cells, 0 elsewhere, whatever it held there."""
+    return np.where(mask, x, 0).astype(dtype)
+
+
+def group_advantages(
+    rewards: Float[np.ndarray, " B"], groups: Int[np.ndarray, " B"], normalise_std: bool = True
+) -> Float[np.ndarray, " B"]:
+    """Clause 7.6: `A = (r - mean r) / std r` over each group, std of the population.
+
+    A group of equal rewards gets exactly 0. No epsilon is added to std: a group's advantages do not
+    depend on the scale of its rewards. `normalise_std=False` leaves the division out (Dr. GRPO).
+    """
+    rewards = np.asarray(rewards, np.float64)
+    advantages = np.zeros_like(rewards)
+    for group in np.unique(groups):
+        rows = groups == group
+        r = rewards[rows]
+        if r.min() == r.max():
+            continue
+        centred = r - r.mean()
+        advantages[rows] = centred / r.std() if normalise_std else centred
+    return advantages
+
+
+def check_batch(batch: Batch, objective: Objective, vocab_size: int) -> None:
+    """Refuse a batch that cannot be learned from, in one line that names the field."""
+    shape = batch.tokens.shape
+    cells = ("active", "targets", "target_mask", "positions", "old_logprobs", "ref_logprobs")
+    for name in cells:
+        value = getattr(batch, name)
+        if value is not None and value.shape != shape:
+            raise BridgeError(f"batch.{name} is {list(value.shape)}, but tokens are {list(shape)}")
+    for name in ("groups", "advantages"):
+        value = getattr(batch, name)
+        if value is not None and value.shape != shape[:1]:
+            raise BridgeError(f"batch.{name} is {list(value.shape)}, not one number a row")
+    for name in ("active", "target_mask"):
+        if getattr(batch, name).dtype != bool:
+            raise BridgeError(f"batch.{name} must be bool, not {getattr(batch, name).dtype}")
+    if not batch.target_mask.any():
+        raise BridgeError("batch.target_mask has no target token; leave such a batch out")
+    if (batch.target_mask & ~batch.active).any():
+        raise BridgeError("batch.target_mask has a target where active is false (clause 7.1)")
+    for name, where in (("tokens", batch.active), ("targets", batch.target_mask)):
+        if outside(getattr(batch, name), where, vocab_size):
+            raise BridgeError(f"batch.{name} has an id outside 0..{vocab_size - 1}")
+    if isinstance(objective, GRPO):
+        if batch.advantages is None:
+            raise BridgeError("batch.advantages is missing; GRPO needs one a row (clause 7.6)")
+        if objective.beta and batch.ref_logprobs is None:
+            raise BridgeError("batch.ref_logprobs is missing; GRPO needs them unless beta is 0")
+
+
+def outside(ids: Int[np.ndarray, "B S"], where: Bool[np.ndarray, "B S"], vocab_size: int) -> bool:
+    """Whether an id that is read is no token of the vocabulary."""
+    return bool((where & ((ids < 0) | (ids >= vocab_size))).any())

@@ -1,0 +1,88 @@
+"""A whole training step (chapter 7): loss, gradients, clipping, AdamW.
+
+A batch holds whole groups (clause 7.3): through the blocks every row's loss has a gradient in every
+row of its group, so a group may not be split over two batches.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from bridge.config import ModelConfig
+from bridge.contract import AdamW, Batch, Objective
+from bridge.errors import BridgeError
+from bridge_ref.losses import Metrics, check_batch, loss
+from bridge_ref.model import Tensors, backward, forward
+from bridge_ref.optim import AdamWState, clip_by_global_norm
+from bridge_ref.precision import rounded, wide
+
+
+def loss_and_grads(
+    config: ModelConfig,
+    tensors: Tensors,
+    batch: Batch,
+    objective: Objective,
+    trainable: Sequence[str],
+) -> tuple[Metrics, dict[str, np.ndarray]]:
+    """Clauses 7.1 to 7.5: metrics, and the gradient of each tensor named, wide.
+
+    Positions not given are the default ones of clause 2.4. Raises BridgeError for a batch whose
+    shapes disagree, that has no target, or lacks what the objective reads.
+    """
+    check_trainable(tensors, trainable)
+    check_batch(batch, objective, config.vocab_size)
+    positions = batch.positions
+    if positions is None:
+        positions = np.maximum(np.cumsum(batch.active, axis=1, dtype=np.int64) - 1, 0)
+    logits, cache = forward(config, tensors, batch.tokens, batch.groups, batch.active, positions)
+    metrics, dlogits = loss(objective, logits, batch)
+    grads = backward(config, dlogits, cache)
+    return metrics, {name: wide(grads[name]) for name in trainable}
+
+
+def check_trainable(tensors: Tensors, trainable: Sequence[str]) -> None:
+    """Refuse a name that is no tensor of the model."""
+    for name in trainable:
+        if name not in tensors:
+            raise BridgeError(f"trainable: no tensor is named {name!r}")
+
+
+class ReferenceTrainer:
+    """Updates a model's trainable tensors, and owns their optimizer state (clause 7.9)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: dict[str, np.ndarray],
+        objective: Objective,
+        optimizer: AdamW,
+        trainable: Sequence[str],
+    ) -> None:
+        """`tensors` is the model's own dict: each step replaces what it holds by new arrays."""
+        check_trainable(tensors, trainable)
+        self.config, self.tensors = config, tensors
+        self.objective, self.optimizer = objective, optimizer
+        self.adamw = AdamWState({name: tensors[name] for name in trainable})
+
+    def step(self, batch: Batch) -> Metrics:
+        """One update; the loss's metrics, and `grad_norm` before clipping."""
+        names = list(self.adamw.master)
+        metrics, grads = loss_and_grads(self.config, self.tensors, batch, self.objective, names)
+        grads, norm = clip_by_global_norm(grads, self.optimizer.max_grad_norm)
+        self.adamw.update(grads, self.optimizer)
+        self._publish()
+        return {**metrics, "grad_norm": norm}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Step count, master weights and moments, by name."""
+        return self.adamw.state()
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from what `state` gave; the model takes the master weights' values."""
+        self.adamw.restore(state)
+        self._publish()
+
+    def _publish(self) -> None:
+        """The model computes with the master weights rounded to its dtype."""
+        for name, master in self.adamw.master.items():
+            self.tensors[name] = rounded(master, self.tensors[name].dtype)
