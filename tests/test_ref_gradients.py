@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from bridge_conformance import strategies
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from bridge.config import tensor_shapes
 from bridge.contract import GRPO, SFT, Batch
+from bridge_conformance import strategies
 from bridge_ref.losses import loss
 from bridge_ref.model import forward, head_backward, layer_backward
 from bridge_ref.precision import DTYPES

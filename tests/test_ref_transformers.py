@@ -7,14 +7,14 @@ untied embeddings, left padding: to 1e-10 relative, with transformers' casts to 
 import numpy as np
 import pytest
 import torch
-from bridge_conformance import strategies
-from bridge_conformance.cases import ModelCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 from true_float64 import true_float64
 
 from bridge.config import FAMILIES
+from bridge_conformance import strategies
+from bridge_conformance.cases import ModelCase
 from bridge_ref.model import forward
 
 

@@ -1,0 +1,138 @@
+"""The Bridge block (chapter 3): attention whose sequence is the batch, at each timestep separately.
+
+Rows of G groups of up to N rows become a grid `[G, N]`, so the cost is G * N^2 a timestep, never
+(G * N)^2. Equal contiguous groups are that grid already, by a reshape; any others are gathered into
+a padded one. Also holds what the host shares with the block: the RMS norm.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from bridge_torch.linear import Linear
+
+
+def rms_norm(x: Float[Tensor, "... D"], weight: Float[Tensor, " D"], eps: float) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight`, in float32 or wider (clause 3.2)."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where each of R rows lies in `[G, N]`. Index tensors are made once, not at each step."""
+
+    groups: int
+    width: int
+    to_grid: Tensor | None = None  # [G * N] rows; None: the rows are the grid, in order
+    to_rows: Tensor | None = None  # [R] cells of the flat grid
+    filled: Bool[Tensor, "G N"] | None = None  # None: every cell holds a row
+
+    @classmethod
+    def of(cls, groups: Sequence[int] | np.ndarray, device: torch.device | str) -> "Grid":
+        """The grid of rows that answer the prompts `groups [R]`, in any order (clause 2.2)."""
+        groups = np.asarray(groups)
+        _, group, widths = np.unique(groups, return_inverse=True, return_counts=True)
+        G, R, N = len(widths), len(groups), int(widths.max(initial=0))
+        changes = int(np.count_nonzero(np.diff(group))) if R else 0
+        if R == G * N and changes == max(G - 1, 0):
+            return cls(G, N)
+        order = np.argsort(group, kind="stable")
+        first = np.concatenate([[0], np.cumsum(widths)[:-1]])
+        cells = np.empty(R, np.int64)
+        cells[order] = group[order] * N + np.arange(R) - first[group[order]]
+        rows = np.zeros(G * N, np.int64)  # an empty cell reads row 0, and is masked
+        rows[cells] = np.arange(R)
+        filled = np.zeros(G * N, bool)
+        filled[cells] = True
+        return cls(
+            G,
+            N,
+            torch.from_numpy(rows).to(device),
+            torch.from_numpy(cells).to(device),
+            None if R == G * N else torch.from_numpy(filled.reshape(G, N)).to(device),
+        )
+
+    def spread(self, rows: Tensor, dim: int = 0) -> Tensor:
+        """Rows along `dim` to cells: R becomes G * N."""
+        return rows if self.to_grid is None else rows.index_select(dim, self.to_grid)
+
+    def collect(self, cells: Tensor, dim: int = 0) -> Tensor:
+        """Cells along `dim` back to rows: G * N becomes R."""
+        return cells if self.to_rows is None else cells.index_select(dim, self.to_rows)
+
+
+@dataclass
+class Block:
+    """One layer's weights. `inward`: q, k and v stacked (P-Match: up); `outward`: o (down)."""
+
+    norm_name: str
+    norm: Float[Tensor, " D"]
+    inward: Linear
+    outward: Linear
+    num_heads: int | None  # None: P-Match, the MLP baseline (clause 8.1)
+    eps: float
+
+    def __call__(
+        self,
+        hidden: Float[Tensor, "R S D"],
+        grid: Grid,
+        active: Bool[Tensor, "R S"] | None = None,
+    ) -> Float[Tensor, "R S D"]:
+        """The residual stream plus what each row reads from its group (clauses 3.2 to 3.6).
+
+        `active` None: every cell is. Inactive cells influence nothing, even if they hold NaN.
+        """
+        inactive = None if active is None else ~active[..., None]
+        # A zero residual gives zero q, k and v: nothing of the cell is left, not even NaN.
+        x = hidden if inactive is None else hidden.masked_fill(inactive, 0)
+        x = self.inward(rms_norm(x, self.norm, self.eps))
+        x = F.silu(x) if self.num_heads is None else self._mix(x, grid, active)
+        y = self.outward(x)
+        return hidden + (y if inactive is None else y.masked_fill(inactive, 0))
+
+    def _mix(
+        self, qkv: Float[Tensor, "R S three_E"], grid: Grid, active: Bool[Tensor, "R S"] | None
+    ) -> Float[Tensor, "R S E"]:
+        S, E = qkv.shape[1], qkv.shape[2] // 3
+        if grid.width == 1:  # a softmax over one row is 1 (clause 3.8)
+            return qkv[..., 2 * E :]
+        G, N, H = grid.groups, grid.width, self.num_heads
+        cells = grid.spread(qkv).reshape(G, N, S, 3, H, -1)
+        q, k, v = cells.permute(3, 0, 2, 4, 1, 5).reshape(3, G * S, H, N, -1)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self._allowed(grid, active, S))
+        mixed = mixed.reshape(G, S, H, N, -1).permute(0, 3, 1, 2, 4).reshape(G * N, S, E)
+        return grid.collect(mixed)
+
+    def _allowed(self, grid: Grid, active: Tensor | None, S: int) -> Tensor | None:
+        """Clause 3.4 as `[G * S, 1, N, N]`. A blocked row may read its own zeros, so that no
+        softmax is empty."""
+        if active is None and grid.filled is None:
+            return None
+        G, N = grid.groups, grid.width
+        keys = torch.ones((), dtype=torch.bool)
+        if active is not None:
+            keys = grid.spread(active).reshape(G, N, S)
+        if grid.filled is not None:
+            keys = keys.to(grid.filled.device) & grid.filled[:, :, None].expand(G, N, S)
+        keys = keys.transpose(1, 2).reshape(G * S, 1, 1, N)
+        return keys | torch.eye(N, dtype=torch.bool, device=keys.device)
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """Its tensors by checkpoint name, in canonical order."""
+        yield self.norm_name, self.norm
+        yield from self.inward.parts()
+        yield from self.outward.parts()
+
+    def substitute(self, tensors: Mapping[str, Tensor]) -> "Block":
+        """This block with some tensors replaced, differentiably."""
+        return replace(
+            self,
+            norm=tensors.get(self.norm_name, self.norm),
+            inward=self.inward.substitute(tensors),
+            outward=self.outward.substitute(tensors),
+        )

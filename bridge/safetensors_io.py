@@ -1,0 +1,230 @@
+"""The safetensors format, read strictly and written reproducibly, without any framework.
+
+A file is 8 bytes of header length, a JSON header, and the tensors' bytes, little-endian and back
+to back. Tensors stay on disk until they are asked for, and are written as they come, so a file may
+be larger than memory. Same tensors in, same bytes out.
+"""
+
+import itertools
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from bridge.atomic import new_file
+from bridge.errors import BridgeError
+
+MAX_HEADER = 100_000_000  # bytes, as in the format's own library
+DAMAGED = "the file is damaged, copy it again"
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class TensorSpec(NamedTuple):
+    """What a header says of a tensor."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+class SafetensorsFile(Mapping[str, np.ndarray]):
+    """The tensors of one file by name, in file order; each is a read-only view of the disk.
+
+    Opening reads and checks the header alone. Raises BridgeError, naming file and tensor, where the
+    header is not well-formed, a name comes twice, a dtype is unknown, a shape does not fit its
+    bytes, bytes overlap or belong to no tensor, or the file is cut off or has bytes to spare.
+    """
+
+    path: Path
+    specs: dict[str, TensorSpec]
+    metadata: dict[str, str]
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise BridgeError(f"{path}: no such file")
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                length = int.from_bytes(file.read(8), "little")
+                if size < 8 or length > size - 8:
+                    raise BridgeError(f"{path}: cut off within its header; {DAMAGED}")
+                if length > MAX_HEADER:
+                    raise BridgeError(f"{path}: its header of {length} bytes is above 100 MB")
+                header = _parse_header(path, file.read(length))
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise BridgeError(f"{path}: cannot be read ({error.strerror})") from None
+        self.metadata = _metadata(path, header.pop("__metadata__", {}))
+        self._start = 8 + length
+        entries = {name: _entry(path, name, entry) for name, entry in header.items()}
+        ordered = sorted(entries.items(), key=lambda item: item[1][1:])
+        _check_tiling(path, ordered, size - self._start)
+        self.specs = {name: spec for name, (spec, _, _) in ordered}
+        self._offsets = {name: start for name, (_, start, _) in ordered}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        spec = self.specs[name]
+        array: np.ndarray = np.ndarray(
+            spec.shape, spec.dtype, self._bytes, self._start + self._offsets[name]
+        )
+        if not array.flags.aligned:  # by a header that another program did not pad
+            array = array.copy()
+            array.flags.writeable = False
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, np.ndarray] | Iterable[tuple[str, np.ndarray]],
+    *,
+    specs: Mapping[str, TensorSpec] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors in the order given, atomically.
+
+    Tensors that come one by one need `specs`, in their order, since the header goes first. Raises
+    BridgeError where a tensor is not as `specs` says, has a dtype that the format lacks, or the
+    disk refuses; the old file is then left as it was.
+    """
+    if isinstance(tensors, Mapping):
+        specs = specs or {n: TensorSpec(a.dtype, a.shape) for n, a in tensors.items()}
+        tensors = tensors.items()
+    if specs is None:
+        raise TypeError("specs are needed for tensors that come one by one")
+    with new_file(path) as file:
+        file.write(_header(path, specs, metadata or {}))
+        for expected, given in itertools.zip_longest(specs.items(), tensors):
+            if expected is None or given is None or expected[0] != given[0]:
+                want, got = (pair and pair[0] for pair in (expected, given))
+                raise BridgeError(f"{path}: expected tensor {want!r} next, but {got!r} came")
+            (name, spec), (_, array) = expected, given
+            if spec != (array.dtype, array.shape):
+                raise BridgeError(
+                    f"{path}: tensor {name!r} should be {spec.dtype} {list(spec.shape)}, "
+                    f"but {array.dtype} {list(array.shape)} came"
+                )
+            file.write(tensor_bytes(array))
+
+
+def tensor_bytes(array: np.ndarray) -> memoryview:
+    """The bytes of a tensor as the format stores them; no copy where it is contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _header(path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """Length and JSON, padded with spaces so that the first tensor is 8-byte aligned."""
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for name, spec in specs.items():
+        code = CODES.get(spec.dtype)
+        if code is None:
+            raise BridgeError(f"{path}: safetensors cannot hold {name!r} in {spec.dtype}")
+        entries[name] = {
+            "dtype": code,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset := offset + spec.nbytes],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen = dict(pairs)
+        if len(seen) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise BridgeError(f"{path}: its header names {twice!r} twice; {DAMAGED}")
+        return seen
+
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError):
+        raise BridgeError(f"{path}: its header is not JSON; {DAMAGED}") from None
+    if not isinstance(header, dict) or not text.startswith(b"{"):
+        raise BridgeError(f"{path}: its header is not a JSON object; {DAMAGED}")
+    return header
+
+
+def _metadata(path: Path, value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise BridgeError(f"{path}: __metadata__ must map names to texts; {DAMAGED}")
+    return value
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[TensorSpec, int, int]:
+    """A tensor's dtype, shape, and range of bytes, once they fit each other."""
+    where = f"{path}: tensor {name!r}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise BridgeError(f"{where} must have dtype, shape and data_offsets; {DAMAGED}")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in DTYPES:
+        raise BridgeError(f"{where} has dtype {code!r}, which is not known")
+    for value in (shape, offsets):
+        if not isinstance(value, list) or not all(type(v) is int and v >= 0 for v in value):
+            raise BridgeError(f"{where}: shape and data_offsets must hold integers; {DAMAGED}")
+    if len(offsets) != 2:
+        raise BridgeError(f"{where}: data_offsets must be a start and an end; {DAMAGED}")
+    spec = TensorSpec(DTYPES[code], tuple(shape))
+    start, end = offsets
+    if end - start != spec.nbytes:
+        raise BridgeError(
+            f"{where}: {code} {shape} needs {spec.nbytes} bytes, but data_offsets {offsets} "
+            f"hold {end - start}; {DAMAGED}"
+        )
+    return spec, start, end
+
+
+def _check_tiling(
+    path: Path, ordered: list[tuple[str, tuple[TensorSpec, int, int]]], size: int
+) -> None:
+    """The tensors' bytes must cover the data, in order, once."""
+    at = 0
+    for name, (_, start, end) in ordered:
+        if start != at:
+            what = "overlap another tensor" if start < at else f"leave a hole of {start - at} bytes"
+            raise BridgeError(f"{path}: the bytes of tensor {name!r} {what}; {DAMAGED}")
+        if end > size:
+            raise BridgeError(
+                f"{path}: cut off within tensor {name!r}, {end} bytes of data needed but {size} "
+                f"there; {DAMAGED}"
+            )
+        at = end
+    if at != size:
+        raise BridgeError(f"{path}: {size - at} bytes follow the last tensor; {DAMAGED}")

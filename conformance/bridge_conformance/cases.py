@@ -1,0 +1,218 @@
+"""What a check runs on: a model, a batch, a residual stream, or prompts with forced tokens.
+
+A case is small and frozen: settings and seeds. Its arrays are computed from them, so that printing
+a case tells how to build it again. Axes: B rows, S timesteps, D model width.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from bridge.config import ModelConfig, parse_config, tensor_shapes
+from bridge_conformance.tolerance import DTYPES
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A raw config and the seed of its tensors."""
+
+    raw: dict[str, Any]
+    seed: int
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """The parsed config."""
+        return parse_config(self.raw)
+
+    def tensors(self, dtype: str, *, fresh: bool = False) -> dict[str, np.ndarray]:
+        """Random tensors in canonical order, float32 values rounded to `dtype`.
+
+        Magnitudes keep activations near 1. `fresh` zeroes the blocks' outputs, as `bridge init`
+        does (clause 8.2).
+        """
+        return random_tensors(self.config, self.seed, dtype, fresh=fresh)
+
+
+def random_tensors(
+    config: ModelConfig, seed: int, dtype: str, *, fresh: bool = False
+) -> dict[str, np.ndarray]:
+    """Every tensor of `config` by name; see `ModelCase.tensors`."""
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for name, shape in tensor_shapes(config).items():
+        values = rng.normal(size=shape)
+        if name.endswith("norm.weight"):
+            values = 1 + 0.2 * values
+        elif name.endswith(".bias"):
+            values = 0.2 * values
+        elif "embed_tokens" not in name:
+            values = values / np.sqrt(shape[-1])
+        if fresh and name.endswith((".bridge.o_proj.weight", ".bridge.down_proj.weight")):
+            values = np.zeros(shape)
+        tensors[name] = values.astype(np.float32).astype(DTYPES[dtype])
+    return tensors
+
+
+@dataclass(frozen=True)
+class RowsCase:
+    """A model and a teacher-forced batch: the arguments of `BackendModel.logits`."""
+
+    model: ModelCase
+    tokens: np.ndarray  # [B, S] int64
+    groups: np.ndarray  # [B] int64
+    active: np.ndarray  # [B, S] bool
+    positions: np.ndarray  # [B, S] int64
+
+    @property
+    def arguments(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """As `BackendModel.logits` takes them."""
+        return self.tokens, self.groups, self.active, self.positions
+
+    def take(self, rows: np.ndarray) -> "RowsCase":
+        """The batch of `rows` (indices or a mask), in that order."""
+        return replace(
+            self,
+            tokens=self.tokens[rows],
+            groups=self.groups[rows],
+            active=self.active[rows],
+            positions=self.positions[rows],
+        )
+
+    def pad(self, before: int, after: int) -> "RowsCase":
+        """The same rows with inactive timesteps on either side."""
+
+        def widen(array: np.ndarray) -> np.ndarray:
+            return np.pad(array, ((0, 0), (before, after)))
+
+        return replace(
+            self,
+            tokens=widen(self.tokens),
+            active=widen(self.active),
+            positions=widen(self.positions),
+        )
+
+
+def default_positions(active: np.ndarray) -> np.ndarray:
+    """Cells active so far, less one, never below 0 (clause 2.4): `[B, S]` int64."""
+    return np.maximum(np.cumsum(active, axis=1, dtype=np.int64) - 1, 0)
+
+
+def rows_of(
+    model: ModelCase,
+    widths: list[int],
+    timesteps: int,
+    patterns: list[str],
+    shifted: bool,
+    seed: int,
+) -> RowsCase:
+    """A batch of groups of `widths`, rows in random order, each active as its pattern says.
+
+    `shifted` moves the default positions of every row by an offset of its own.
+    """
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(1000, size=len(widths), replace=False)
+    groups = rng.permutation(np.repeat(labels, widths))
+    active = np.stack([_activity(pattern, timesteps, rng) for pattern in patterns])
+    positions = default_positions(active)
+    if shifted:
+        positions = positions + rng.integers(0, 20, size=(len(groups), 1))
+    tokens = rng.integers(0, model.config.vocab_size, size=active.shape)
+    return RowsCase(model, tokens, groups, active, positions)
+
+
+def _activity(pattern: str, timesteps: int, rng: np.random.Generator) -> np.ndarray:
+    cells = np.arange(timesteps)
+    first, last = np.sort(rng.integers(0, timesteps, size=2))
+    return {
+        "full": cells >= 0,
+        "left": cells >= first,
+        "right": cells <= last,
+        "both": (cells >= first) & (cells <= last),
+        "gaps": rng.random(timesteps) < 0.6,
+        "none": cells < 0,
+    }[pattern]
+
+
+@dataclass(frozen=True)
+class BlockCase:
+    """The block of one layer, and the seed of a residual stream for the batch `rows`."""
+
+    rows: RowsCase
+    layer: int
+    seed: int
+
+    def hidden(self, dtype: str) -> np.ndarray:
+        """`[B, S, D]` in `dtype`; magnitudes differ from row to row."""
+        rng = np.random.default_rng(self.seed)
+        B, S = self.rows.active.shape
+        hidden = rng.normal(size=(B, S, self.rows.model.config.hidden_size))
+        hidden *= rng.uniform(0.3, 3.0, size=(B, S, 1))
+        return hidden.astype(np.float32).astype(DTYPES[dtype])
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """Prompts, and everything that is fed to them: the prompts' rows in order, R in all.
+
+    `steps` counts sampled timesteps. Before step t a row lives where `alive[t]`; those that end
+    with step t are not kept by the t-th advance.
+    """
+
+    model: ModelCase
+    widths: tuple[int, ...]
+    lengths: tuple[int, ...]
+    steps: int
+    seed: int
+    ragged: bool = True  # False: every row lives to the last step
+
+    @cached_property
+    def prompts(self) -> list[np.ndarray]:
+        """One int64 array a prompt."""
+        rng = np.random.default_rng(self.seed)
+        return [rng.integers(0, self.model.config.vocab_size, size=n) for n in self.lengths]
+
+    @cached_property
+    def forced(self) -> np.ndarray:
+        """The token that each row is fed after each step: `[steps, R]` int64."""
+        rng = np.random.default_rng([self.seed, 1])
+        return rng.integers(0, self.model.config.vocab_size, size=(self.steps, sum(self.widths)))
+
+    @cached_property
+    def alive(self) -> np.ndarray:
+        """`[steps, R]` bool: true from the first step to the one with which the row ends."""
+        if not self.ragged:
+            return np.ones((self.steps, sum(self.widths)), dtype=bool)
+        rng = np.random.default_rng([self.seed, 2])
+        ends = rng.integers(1, self.steps + 1, size=sum(self.widths))
+        ends[rng.integers(len(ends))] = self.steps  # one row lives to the end
+        return np.arange(self.steps)[:, None] < ends
+
+    @cached_property
+    def row_prompt(self) -> np.ndarray:
+        """The prompt of each row: `[R]`."""
+        return np.repeat(np.arange(len(self.widths)), self.widths)
+
+    @cached_property
+    def row_number(self) -> np.ndarray:
+        """The number of each row within its group: `[R]`."""
+        return np.concatenate([np.arange(width) for width in self.widths])
+
+    def teacher_forced(self, left: int = 0) -> tuple[RowsCase, np.ndarray]:
+        """The same tokens as one batch, and the timestep at which each row's step 0 lies, `[R]`.
+
+        A row's last token is a target, never an input: a row that lives for n steps is fed n - 1
+        of its tokens (clauses 2.3 and 7.2). `left` inactive timesteps come first.
+        """
+        starts = np.asarray(self.lengths)[self.row_prompt] + left
+        timesteps = max(self.lengths) + self.steps + left
+        tokens = np.zeros((len(starts), timesteps), dtype=np.int64)
+        active = np.zeros(tokens.shape, dtype=bool)
+        for row, start in enumerate(starts):
+            fed = self.alive[1:, row].sum()
+            tokens[row, left:start] = self.prompts[self.row_prompt[row]]
+            tokens[row, start : start + self.steps] = self.forced[:, row]
+            active[row, left : start + fed] = True
+        rows = RowsCase(self.model, tokens, self.row_prompt, active, default_positions(active))
+        return rows, starts - 1

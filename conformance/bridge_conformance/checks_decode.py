@@ -1,0 +1,159 @@
+"""Checks of cached decoding (chapter 4) and of sampling on top of it (chapter 6).
+
+Each drives a `Decoder` with forced tokens and rows that end at different times, and compares its
+logits with teacher forcing, or its draws with the reference's rule on those same logits.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+
+from bridge.contract import BackendModel, Decoder, Sampling
+from bridge.philox import uniforms
+from bridge_conformance.cases import DecodeCase
+from bridge_conformance.trial import Target, Trial
+from bridge_ref.sampling import sample
+
+SAMPLINGS = (
+    Sampling(temperature=0.0),
+    Sampling(temperature=1.0, seed=1),
+    Sampling(temperature=0.7, top_k=3, seed=2),
+    Sampling(temperature=1.3, top_p=0.8, seed=3),
+    Sampling(temperature=1.0, min_p=0.2, seed=2**63 + 4),
+    Sampling(temperature=2.0, top_k=6, top_p=0.9, min_p=0.05, seed=5),
+)
+
+
+def start(target: Target, case: DecodeCase, left: int = 0) -> tuple[Trial, np.ndarray, float]:
+    """The trial, the backend's teacher-forced logits `[steps, R, V]`, and their allowance."""
+    trial = Trial(target, case.model)
+    rows, first = case.teacher_forced(left)
+    timestep = first + np.arange(case.steps)[:, None]
+    every = np.arange(len(first))
+
+    def run(model: BackendModel) -> np.ndarray:
+        return model.logits(*rows.arguments)[every, timestep]
+
+    _, allowed = trial.allowance(run, case.alive)
+    return trial, run(trial.model), allowed
+
+
+def prefill(model: BackendModel, case: DecodeCase, **options) -> Decoder:
+    """A decoder at step 0."""
+    return model.prefill(case.prompts, case.widths, case.steps, **options)
+
+
+def decode(decoder: Decoder, case: DecodeCase) -> Iterator[tuple[int, np.ndarray]]:
+    """Drive a decoder with the case's tokens and endings: yields each step and its live rows."""
+    for step in range(case.steps):
+        live = np.flatnonzero(case.alive[step])
+        yield step, live
+        if step + 1 < case.steps:
+            decoder.advance(case.forced[step, live], case.alive[step + 1, live])
+
+
+def cached_decoding_equals_teacher_forcing(target: Target, case: DecodeCase) -> None:
+    """Clauses 4.1 and 4.3: at every timestep, of every row, with ragged endings."""
+    for left in (0, 2):
+        trial, want, allowed = start(target, case, left)
+        decoder = prefill(trial.model, case)
+        for step, live in decode(decoder, case):
+            what = f"logits of rows {live.tolist()} at step {step}, {left} columns of left padding"
+            trial.same(decoder.logits(), want[step, live], 2 * allowed, what, case)
+
+
+def a_prompt_is_prefilled_once_for_its_group(target: Target, case: DecodeCase) -> None:
+    """Clause 4.2: at step 0 rows of a group agree, and are what the prompt alone gives."""
+    trial, want, allowed = start(target, case)
+    got = prefill(trial.model, case).logits()
+    trial.same(got, want[0], 2 * allowed, "logits after the prefill", case)
+    for number, prompt in enumerate(case.prompts):
+        alone = trial.model.prefill([prompt], [1], case.steps).logits()
+        rows = got[case.row_prompt == number]
+        same = np.repeat(alone, len(rows), axis=0)
+        trial.same(rows, same, 2 * allowed, f"prompt {number} at width 1", case)
+
+
+def ended_rows_leave_other_groups_unchanged(target: Target, case: DecodeCase) -> None:
+    """Clause 4.3: dropping rows of other groups, all at once, does not move the first group."""
+    case = replace(case, ragged=False)
+    trial, _, allowed = start(target, case)
+    whole, dropped = prefill(trial.model, case), prefill(trial.model, case)
+    mine = case.row_prompt == 0
+    rows = np.arange(len(mine))
+    for step in range(case.steps):
+        got, want = dropped.logits(), whole.logits()[mine]
+        trial.same(got[: mine.sum()], want, 2 * allowed, f"first group at step {step}", case)
+        if step + 1 < case.steps:
+            whole.advance(case.forced[step])
+            dropped.advance(case.forced[step, rows], mine[rows])
+            rows = rows[mine[rows]]
+    dropped.advance(case.forced[-1, rows], np.zeros(len(rows), dtype=bool))
+    if dropped.logits().shape != (0, case.model.config.vocab_size):
+        raise trial.failure(f"all rows ended, yet logits are {dropped.logits().shape}", case)
+
+
+def what_was_sampled_is_what_is_fed(target: Target, case: DecodeCase) -> None:
+    """Clause 10.1: `advance()` without tokens feeds the last draw; `sample` does not advance."""
+    trial = Trial(target, case.model)
+    drawn, forced = prefill(trial.model, case), prefill(trial.model, case)
+    for step in range(case.steps):
+        before = drawn.logits()
+        tokens = drawn.sample(SAMPLINGS[1])
+        trial.same(drawn.logits(), before, 0, f"logits after a draw at step {step}", case)
+        trial.same(before, forced.logits(), 0, f"step {step}, drawn or forced", case)
+        if step + 1 < case.steps:
+            drawn.advance()
+            forced.advance(tokens)
+
+
+def sampled_tokens_follow_the_rule(target: Target, case: DecodeCase) -> None:
+    """Chapter 6: draws equal the reference's rule on the decoder's own logits, row by row.
+
+    A row keeps its number in its group when others end, and its prompt keeps the number given.
+    """
+    trial = Trial(target, case.model)
+    numbers = [11 + 3 * i for i in range(len(case.prompts))]
+    decoder = prefill(trial.model, case, prompt_ids=numbers)
+    for step, live in decode(decoder, case):
+        logits = decoder.logits()
+        rows, prompts = case.row_number[live], np.asarray(numbers)[case.row_prompt[live]]
+        for sampling in SAMPLINGS:
+            got = decoder.sample(sampling)
+            if got.dtype != np.int64 or got.shape != live.shape:
+                raise trial.failure(f"sample gives {got.dtype} {got.shape}", case)
+            u = uniforms(sampling.seed, step, rows, prompts)
+            accepted = acceptable_tokens(logits, u, sampling)
+            wrong = ~(accepted == got).any(axis=0)
+            if wrong.any():
+                raise trial.failure(
+                    f"{sampling} at step {step}: rows {live.tolist()} drew {got.tolist()}, "
+                    f"not {accepted[0].tolist()}",
+                    case,
+                )
+
+
+def acceptable_tokens(logits: np.ndarray, u: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """What the rule gives `[n, R]`: first as it is, then with its thresholds moved by a rounding.
+
+    Sums of V float32 weights differ from backend to backend in their last places; only a draw that
+    falls within that of a threshold may go either way.
+    """
+    rounding = np.float32(4 * logits.shape[-1] * np.finfo(np.float32).eps)
+    moves = (np.float32(0), -rounding, rounding)
+    top_p, min_p = sampling.top_p, sampling.min_p
+    return np.stack(
+        [
+            sample(
+                logits,
+                u + move_u,
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=None if top_p is None else top_p + move_p,
+                min_p=None if min_p is None else min_p * (1 + move_m),
+            )
+            for move_u, move_p, move_m in product(moves, repeat=3)
+        ]
+    )

@@ -1,0 +1,139 @@
+"""Hypothesis strategies: random small models and the batches to run them on.
+
+Shapes, families and settings are drawn by Hypothesis, so that a failure shrinks to the plainest
+model that shows it; the numbers in tensors come from a drawn seed. A configuration is drawn as the
+raw Hugging Face object, in either spelling, and parsed as a user's would be.
+"""
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+from bridge.config import FAMILIES, SPEC_VERSION
+from bridge_conformance.cases import BlockCase, DecodeCase, ModelCase, RowsCase, rows_of
+
+SEEDS = st.integers(0, 2**32 - 1)
+MAX_POSITIONS = 64
+
+
+@st.composite
+def rope_settings(draw) -> dict[str, Any]:
+    """The rope keys of a raw config: every type, older and newer spelling (clauses 5.6, 5.7)."""
+    theta = draw(st.sampled_from([10000.0, 100.0, 500000]))
+    kind = draw(st.sampled_from(["default", "linear", "llama3", "yarn"]))
+    if kind == "default" and draw(st.booleans()):
+        return {"rope_theta": theta} if draw(st.booleans()) else {}
+    settings: dict[str, Any] = {}
+    if kind != "default":
+        settings["factor"] = draw(st.sampled_from([2.0, 8.0]))
+    if kind in ("llama3", "yarn"):
+        settings["original_max_position_embeddings"] = draw(st.sampled_from([16, 48]))
+    if kind == "llama3":
+        settings |= {"low_freq_factor": 1.0, "high_freq_factor": draw(st.sampled_from([2.0, 4.0]))}
+    if kind == "yarn":
+        extras = (
+            {},
+            {"attention_factor": 1.5},
+            {"beta_fast": 4, "beta_slow": 0.5, "truncate": False},
+            {"mscale": 0.7, "mscale_all_dim": 1.3},
+        )
+        settings |= draw(st.sampled_from(extras))
+    spelling = draw(st.sampled_from(["rope_parameters", "rope_type", "type"]))
+    if spelling == "rope_parameters":
+        return {spelling: {"rope_type": kind, "rope_theta": theta, **settings}}
+    return {"rope_theta": theta, "rope_scaling": {spelling: kind, **settings}}
+
+
+@st.composite
+def host_configs(draw, families: tuple[str, ...] = FAMILIES) -> dict[str, Any]:
+    """A raw host config: GQA, tied or not, biases, sliding windows, rope settings (chapter 5)."""
+    family = draw(st.sampled_from(families))
+    kv_heads = draw(st.integers(1, 2))
+    heads = kv_heads * draw(st.integers(1, 3))
+    head_dim = draw(st.sampled_from([4, 2, 8]))
+    layers = draw(st.integers(1, 3))
+    raw: dict[str, Any] = {
+        "model_type": family,
+        "vocab_size": draw(st.integers(8, 24)),
+        "hidden_size": heads * head_dim,
+        "intermediate_size": draw(st.integers(4, 20)),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": MAX_POSITIONS,
+        "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-3])),
+        "tie_word_embeddings": draw(st.booleans()),
+        "hidden_act": "silu",
+        "eos_token_id": 1,
+        "bos_token_id": 0,
+        **draw(rope_settings()),
+    }
+    if family == "qwen3" or (family != "qwen2" and draw(st.booleans())):
+        raw["head_dim"] = draw(st.sampled_from([head_dim, head_dim + 2]))
+    if family in ("llama", "qwen3"):
+        raw["attention_bias"] = draw(st.booleans())
+    if family == "llama":
+        raw["mlp_bias"] = draw(st.booleans())
+    if family == "mistral":
+        raw["sliding_window"] = draw(st.sampled_from([None, 3, 2, 5]))
+    if family in ("qwen2", "qwen3") and draw(st.booleans()):
+        raw |= {"use_sliding_window": True, "sliding_window": draw(st.integers(2, 5))}
+        if draw(st.booleans()):
+            raw["max_window_layers"] = draw(st.integers(0, layers))
+        else:
+            kinds = st.sampled_from(["full_attention", "sliding_attention"])
+            raw["layer_types"] = draw(st.lists(kinds, min_size=layers, max_size=layers))
+    return raw
+
+
+@st.composite
+def models(draw, kinds: tuple[str, ...] = ("attention", "mlp")) -> ModelCase:
+    """A host with Bridge blocks of one of `kinds` after at least one layer (chapters 3 and 8)."""
+    raw = draw(host_configs())
+    layer_numbers = range(raw["num_hidden_layers"])
+    raw["bridge"] = {
+        "spec_version": SPEC_VERSION,
+        "kind": draw(st.sampled_from(kinds)),
+        "num_heads": draw(st.integers(1, 3)),
+        "head_dim": draw(st.integers(1, 5)),
+        "layers": sorted(draw(st.sets(st.sampled_from(layer_numbers), min_size=1))),
+        "norm_eps": draw(st.sampled_from([1e-6, 1e-3])),
+    }
+    return ModelCase(raw, draw(SEEDS))
+
+
+WIDTHS = st.lists(st.integers(1, 3), min_size=1, max_size=3)
+# How the active cells of a row may lie: all of them, padding on either side, gaps, none at all.
+PATTERNS = ("full", "left", "right", "both", "gaps", "none")
+
+
+@st.composite
+def row_batches(draw, model: ModelCase) -> RowsCase:
+    """A teacher-forced batch: groups of different widths, their rows interleaved (chapter 2)."""
+    widths = draw(WIDTHS)
+    timesteps = draw(st.integers(1, 7))
+    patterns = draw(st.lists(st.sampled_from(PATTERNS), min_size=sum(widths), max_size=sum(widths)))
+    return rows_of(model, widths, timesteps, patterns, draw(st.booleans()), draw(SEEDS))
+
+
+@st.composite
+def rows_cases(draw, kinds: tuple[str, ...] = ("attention", "mlp")) -> RowsCase:
+    """A model and a teacher-forced batch."""
+    return draw(row_batches(draw(models(kinds))))
+
+
+@st.composite
+def block_cases(draw, kinds: tuple[str, ...] = ("attention", "mlp")) -> BlockCase:
+    """One block of a model, and a residual stream to run it on."""
+    rows = draw(rows_cases(kinds))
+    layer = draw(st.sampled_from(rows.model.config.bridge.layers))
+    return BlockCase(rows, layer, draw(SEEDS))
+
+
+@st.composite
+def decode_cases(draw) -> DecodeCase:
+    """Prompts of different lengths and widths, forced tokens, and rows that end when they like."""
+    model = draw(models())
+    widths = draw(WIDTHS)
+    lengths = draw(st.lists(st.integers(1, 6), min_size=len(widths), max_size=len(widths)))
+    return DecodeCase(model, tuple(widths), tuple(lengths), draw(st.integers(1, 5)), draw(SEEDS))

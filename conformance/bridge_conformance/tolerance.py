@@ -1,0 +1,52 @@
+"""The numerics rule (clause 10.2): how far a backend may be from the float64 reference.
+
+No tolerance is tuned by hand. A backend in dtype T may err by `FACTOR` times the error that the
+reference itself makes in T, never held to less than `FLOOR_ULPS` units in the last place of the
+largest magnitude, since a short calculation may by luck be exact in one order and not in another.
+"""
+
+import ml_dtypes
+import numpy as np
+
+FACTOR = 4.0
+FLOOR_ULPS = 4.0
+DTYPES: dict[str, np.dtype] = {
+    "float64": np.dtype(np.float64),
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+
+
+def ulp(dtype: str) -> float:
+    """The distance from 1 to the next larger number of `dtype`."""
+    return float(ml_dtypes.finfo(DTYPES[dtype]).eps)
+
+
+def proxy(dtype: str) -> str:
+    """The dtype in which the reference runs to show the error of `dtype`.
+
+    float64 cannot be measured against itself: float32 stands for it, and `allowance` scales.
+    """
+    return "float32" if dtype == "float64" else dtype
+
+
+def error(got: np.ndarray, want: np.ndarray) -> float:
+    """The maximum norm of the difference, in float64; infinite where either is not finite."""
+    if not got.size:
+        return 0.0
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(got.astype(np.float64) - want.astype(np.float64))
+    return float(np.max(np.where(np.isfinite(difference), difference, np.inf)))
+
+
+def allowance(reference64: np.ndarray, reference_T: np.ndarray, dtype: str) -> float:
+    """The largest error that a backend in `dtype` may make against `reference64` (clause 10.2).
+
+    `reference_T` is the reference's own result in `proxy(dtype)`, of the same shape: active cells
+    only, since what lies in others is unspecified.
+    """
+    if not reference64.size:
+        return 0.0
+    own = error(reference_T, reference64) * ulp(dtype) / ulp(proxy(dtype))
+    return FACTOR * max(own, FLOOR_ULPS * ulp(dtype) * float(np.max(np.abs(reference64))))
