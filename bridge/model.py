@@ -15,6 +15,7 @@ from bridge.config import ModelConfig, bridge_shapes, tensor_shapes
 from bridge.contract import AdamW, BackendModel, Objective, Trainer
 from bridge.errors import BridgeError
 from bridge.generation import Done, Event, Limits, Request, ResponseSet, check_sampling, run
+from bridge.inputs import default_positions
 from bridge.registry import find_backend, resolve_device, resolve_dtype
 from bridge.tokenizer import Tokenizer, read_eos_ids, read_tokenizer
 
@@ -244,11 +245,6 @@ class Model:
                 f"past the context of {context}; shorten the prompt or lower max_new_tokens"
             )
         return asked
-
-
-def default_positions(active: np.ndarray) -> np.ndarray:
-    """Positions `[B, S]`: how many active cells a row has before this one (clause 2.4)."""
-    return np.maximum(np.cumsum(active, axis=1, dtype=np.int64) - 1, 0)
 
 
 def trainable_names(config: ModelConfig, trainable: str | Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from bridge.config import ModelConfig, tensor_shapes
 from bridge.contract import AdamW, Batch, Objective
 from bridge.errors import BridgeError
+from bridge.inputs import take_tensor
 from bridge_ref.block import bridge_block
 from bridge_ref.decode import CachedDecoder
 from bridge_ref.losses import Metrics
@@ -41,13 +42,8 @@ class Reference:
             raise BridgeError(f"backend numpy: no device {device!r}; use cpu")
         if dtype not in DTYPES:
             raise BridgeError(f"backend numpy: no dtype {dtype!r}; use one of {', '.join(DTYPES)}")
-        own = {}
-        for name, shape in tensor_shapes(config).items():
-            if name not in tensors:
-                raise BridgeError(f"tensor {name} is missing")
-            own[name] = np.asarray(tensors[name]).astype(DTYPES[dtype])
-            if own[name].shape != shape:
-                raise BridgeError(f"tensor {name} is {list(own[name].shape)}, need {list(shape)}")
+        shapes = tensor_shapes(config).items()
+        own = {n: take_tensor(tensors, n, shape).astype(DTYPES[dtype]) for n, shape in shapes}
         return ReferenceModel(config, own, dtype)
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from bridge.config import ModelConfig
 from bridge.contract import Sampling
 from bridge.errors import BridgeError
+from bridge.inputs import check_prompts
 from bridge.philox import uniforms
 from bridge_ref.attention import causal_allowed, self_attention
 from bridge_ref.model import Tensors, decoder, head, window_of
@@ -136,27 +137,3 @@ def seen_from(length: int, window: int | None) -> Bool[np.ndarray, "one one T"]:
     """Which of `length` cached timesteps the last one may read (clause 5.5)."""
     distance = length - 1 - np.arange(length)
     return (distance < (length if window is None else window))[None, None]
-
-
-def check_prompts(
-    config: ModelConfig,
-    prompts: Sequence[np.ndarray],
-    widths: Sequence[int],
-    max_new_tokens: int,
-) -> None:
-    """Refuse what cannot be decoded, in one line."""
-    if not len(prompts) == len(widths) > 0:
-        raise BridgeError(
-            f"prefill: {len(widths)} widths for {len(prompts)} prompts; give each one"
-        )
-    context = config.max_position_embeddings
-    for number, (prompt, width) in enumerate(zip(prompts, widths, strict=True)):
-        if len(prompt) == 0:
-            raise BridgeError(f"prompt {number} is empty; give at least one token")
-        if width < 1:
-            raise BridgeError(f"prompt {number}: width must be 1 or above, not {width}")
-        if len(prompt) + max_new_tokens > context:
-            raise BridgeError(
-                f"prompt {number} has {len(prompt)} tokens, and with max_new_tokens "
-                f"{max_new_tokens} it goes past the context of {context}; shorten either"
-            )

@@ -6,10 +6,9 @@ computed in the wide dtype of the logits.
 """
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from bridge.contract import GRPO, SFT, Batch, Objective
-from bridge.errors import BridgeError
 from bridge_ref.ops import log_softmax, log_softmax_backward
 
 Metrics = dict[str, float]
@@ -115,37 +114,3 @@ def group_advantages(
         centred = r - r.mean()
         advantages[rows] = centred / r.std() if normalise_std else centred
     return advantages
-
-
-def check_batch(batch: Batch, objective: Objective, vocab_size: int) -> None:
-    """Refuse a batch that cannot be learned from, in one line that names the field."""
-    shape = batch.tokens.shape
-    cells = ("active", "targets", "target_mask", "positions", "old_logprobs", "ref_logprobs")
-    for name in cells:
-        value = getattr(batch, name)
-        if value is not None and value.shape != shape:
-            raise BridgeError(f"batch.{name} is {list(value.shape)}, but tokens are {list(shape)}")
-    for name in ("groups", "advantages"):
-        value = getattr(batch, name)
-        if value is not None and value.shape != shape[:1]:
-            raise BridgeError(f"batch.{name} is {list(value.shape)}, not one number a row")
-    for name in ("active", "target_mask"):
-        if getattr(batch, name).dtype != bool:
-            raise BridgeError(f"batch.{name} must be bool, not {getattr(batch, name).dtype}")
-    if not batch.target_mask.any():
-        raise BridgeError("batch.target_mask has no target token; leave such a batch out")
-    if (batch.target_mask & ~batch.active).any():
-        raise BridgeError("batch.target_mask has a target where active is false (clause 7.1)")
-    for name, where in (("tokens", batch.active), ("targets", batch.target_mask)):
-        if outside(getattr(batch, name), where, vocab_size):
-            raise BridgeError(f"batch.{name} has an id outside 0..{vocab_size - 1}")
-    if isinstance(objective, GRPO):
-        if batch.advantages is None:
-            raise BridgeError("batch.advantages is missing; GRPO needs one a row (clause 7.6)")
-        if objective.beta and batch.ref_logprobs is None:
-            raise BridgeError("batch.ref_logprobs is missing; GRPO needs them unless beta is 0")
-
-
-def outside(ids: Int[np.ndarray, "B S"], where: Bool[np.ndarray, "B S"], vocab_size: int) -> bool:
-    """Whether an id that is read is no token of the vocabulary."""
-    return bool((where & ((ids < 0) | (ids >= vocab_size))).any())

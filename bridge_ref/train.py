@@ -10,8 +10,8 @@ import numpy as np
 
 from bridge.config import ModelConfig
 from bridge.contract import AdamW, Batch, Objective
-from bridge.errors import BridgeError
-from bridge_ref.losses import Metrics, check_batch, loss
+from bridge.inputs import check_batch, check_trainable, default_positions
+from bridge_ref.losses import Metrics, loss
 from bridge_ref.model import Tensors, backward, forward
 from bridge_ref.optim import AdamWState, clip_by_global_norm
 from bridge_ref.precision import rounded, wide
@@ -31,20 +31,11 @@ def loss_and_grads(
     """
     check_trainable(tensors, trainable)
     check_batch(batch, objective, config.vocab_size)
-    positions = batch.positions
-    if positions is None:
-        positions = np.maximum(np.cumsum(batch.active, axis=1, dtype=np.int64) - 1, 0)
+    positions = default_positions(batch.active) if batch.positions is None else batch.positions
     logits, cache = forward(config, tensors, batch.tokens, batch.groups, batch.active, positions)
     metrics, dlogits = loss(objective, logits, batch)
     grads = backward(config, dlogits, cache)
     return metrics, {name: wide(grads[name]) for name in trainable}
-
-
-def check_trainable(tensors: Tensors, trainable: Sequence[str]) -> None:
-    """Refuse a name that is no tensor of the model."""
-    for name in trainable:
-        if name not in tensors:
-            raise BridgeError(f"trainable: no tensor is named {name!r}")
 
 
 class ReferenceTrainer:

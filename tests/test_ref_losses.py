@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from bridge.contract import GRPO, SFT, Batch
 from bridge.errors import BridgeError
-from bridge_ref.losses import check_batch, group_advantages, grpo, sft
+from bridge.inputs import check_batch
+from bridge_ref.losses import group_advantages, grpo, sft
 
 SEEDS = st.integers(0, 2**32 - 1)
 B, S, V = 3, 4, 6

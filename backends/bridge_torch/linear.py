@@ -1,16 +1,20 @@
 """Linear layers as the backend stores them: checkpoint matrices stacked along their outputs.
 
 One GEMM then reads q, k and v (or gate and up) at once, and `parts` splits the stack back byte for
-byte. Knows the names of what it holds, and nothing of models.
+byte. On CPUs a weight is kept in oneDNN's blocked layout, and only there: a decoding step reads
+every weight once, and for a few rows that layout is two to three times as fast as a plain GEMM.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+ROWS = 16  # what the blocked layout is tuned for; it serves any number
 
 
 @dataclass
@@ -35,11 +39,25 @@ class Linear:
         )
 
     def __call__(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        if self.weight.is_mkldnn:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
 
+    def pack(self) -> "Linear":
+        """Move the weight to the blocked layout where this machine has it; no gradients then."""
+        if can_pack(self.weight.device.type, self.weight.dtype):
+            self.weight = packed(self.weight)
+        return self
+
+    def unpack(self) -> "Linear":
+        """Back to the plain layout: the same bytes."""
+        self.weight = plain(self.weight)
+        return self
+
     def parts(self) -> Iterator[tuple[str, Tensor]]:
-        """Each stacked tensor by its checkpoint name; views, so that writing to one updates it."""
-        for kind, stacked in (("weight", self.weight), ("bias", self.bias)):
+        """Each stacked tensor by its checkpoint name; unless packed, views of what is computed
+        with, so that writing to one updates the layer."""
+        for kind, stacked in (("weight", plain(self.weight)), ("bias", self.bias)):
             if stacked is not None:
                 for name, part in zip(self.names, stacked.split(self.sizes), strict=True):
                     yield f"{name}.{kind}", part
@@ -52,3 +70,31 @@ class Linear:
         return Linear.stack(
             self.names, lambda name: tensors.get(name, mine[name]), self.bias is not None
         )
+
+
+def packed(weight: Float[Tensor, "out in"]) -> Tensor:
+    """A weight in oneDNN's blocked layout."""
+    return weight if weight.is_mkldnn else torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+
+
+def plain(weight: Tensor) -> Float[Tensor, "out in"]:
+    """A weight in the plain layout."""
+    return weight.to_dense() if weight.is_mkldnn else weight
+
+
+@cache
+def can_pack(device: str, dtype: torch.dtype) -> bool:
+    """Whether the blocked layout works here, tried on a small matrix.
+
+    What it needs is internal to torch and absent from some builds; without it all is the same,
+    only slower.
+    """
+    if device != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    weight = torch.arange(15, dtype=dtype).reshape(3, 5)
+    x = torch.ones(2, 5, dtype=dtype)
+    try:
+        got = Linear((), (), packed(weight))(x)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return torch.equal(got, F.linear(x, weight)) and torch.equal(plain(packed(weight)), weight)

@@ -92,6 +92,11 @@ class Layer:
         if self.block is not None:
             yield from self.block.parts()
 
+    def linears(self) -> list[Linear]:
+        """Its linear layers, the block's too."""
+        host = [self.qkv, self.o, self.gate_up, self.down]
+        return host if self.block is None else [*host, self.block.inward, self.block.outward]
+
     def norms(self) -> dict[str, Tensor]:
         """The norms' weights by checkpoint name."""
         named = {
@@ -129,12 +134,34 @@ class Transformer:
         """Read every tensor once, by its checkpoint name, through `get`."""
         self.config = config
         self.embed = get("model.embed_tokens.weight")
-        self.layers = [_read_layer(config, i, get) for i in range(config.num_hidden_layers)]
+        self.layers = []
+        for i in range(config.num_hidden_layers):
+            self.layers.append(_read_layer(config, i, get))
+            for linear in self.layers[i].linears():  # one by one: never two copies of the model
+                linear.pack()
         self.norm = get("model.norm.weight")
-        tied = config.tie_word_embeddings
-        self.head = self.embed if tied else get("lm_head.weight")
+        head = self.embed if config.tie_word_embeddings else get("lm_head.weight")
+        self.head = Linear(("lm_head",), (len(head),), head).pack()
         self.device, self.dtype = self.embed.device, self.embed.dtype
         self.rope = Rope(config, self.device, self.dtype)
+
+    def pack(self) -> None:
+        """Weights in the layout that is fastest to compute with."""
+        for linear in self.linears():
+            linear.pack()
+
+    def unpack(self) -> None:
+        """Weights in the layout that has gradients, a tied head sharing the embedding's memory."""
+        for linear in self.linears():
+            linear.unpack()
+        if self.config.tie_word_embeddings:
+            self.head.weight = self.embed
+
+    def linears(self) -> Iterator[Linear]:
+        """Every linear layer, the head last."""
+        for layer in self.layers:
+            yield from layer.linears()
+        yield self.head
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor by checkpoint name, as views of what the model computes with."""
@@ -143,7 +170,7 @@ class Transformer:
             yield from layer.parts()
         yield "model.norm.weight", self.norm
         if not self.config.tie_word_embeddings:
-            yield "lm_head.weight", self.head
+            yield from self.head.parts()
 
     def substitute(self, tensors: Mapping[str, Tensor]) -> "Transformer":
         """This model with some tensors replaced, differentiably; shares all others."""
@@ -152,8 +179,9 @@ class Transformer:
         new.embed = tensors.get("model.embed_tokens.weight", self.embed)
         new.layers = [layer.substitute(tensors) for layer in self.layers]
         new.norm = tensors.get("model.norm.weight", self.norm)
-        tied = self.config.tie_word_embeddings
-        new.head = new.embed if tied else tensors.get("lm_head.weight", self.head)
+        new.head = self.head.substitute(tensors)
+        if self.config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
+            new.head = replace(self.head, weight=new.embed)
         return new
 
     def cells(self, groups: np.ndarray, active: np.ndarray, positions: np.ndarray) -> Cells:
@@ -218,7 +246,7 @@ class Transformer:
     def logits(self, h: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Final norm and head, in float32 or wider (clause 5.2)."""
         h = rms_norm(h, self.norm, self.config.rms_norm_eps)
-        return F.linear(h, self.head).to(wide(self.dtype))
+        return self.head(h).to(wide(self.dtype))
 
 
 def feed_forward(layer: Layer, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from bridge.config import ModelConfig, parse_config, tensor_shapes
+from bridge.inputs import default_positions
 from bridge_conformance.tolerance import DTYPES
 
 
@@ -92,11 +93,6 @@ class RowsCase:
             active=widen(self.active),
             positions=widen(self.positions),
         )
-
-
-def default_positions(active: np.ndarray) -> np.ndarray:
-    """Cells active so far, less one, never below 0 (clause 2.4): `[B, S]` int64."""
-    return np.maximum(np.cumsum(active, axis=1, dtype=np.int64) - 1, 0)
 
 
 def rows_of(

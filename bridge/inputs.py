@@ -1,0 +1,94 @@
+"""What every backend refuses, in the same words, and what it fills in.
+
+A backend calls these on the NumPy arrays it is given, before it computes anything. Each refusal is
+a BridgeError of one line that names the field and the mend.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from bridge.config import ModelConfig
+from bridge.contract import GRPO, Batch, Objective
+from bridge.errors import BridgeError
+
+
+def default_positions(active: Bool[np.ndarray, "B S"]) -> Int[np.ndarray, "B S"]:
+    """Clause 2.4: how many active cells a row has before this one, int64."""
+    return np.maximum(np.cumsum(active, axis=1, dtype=np.int64) - 1, 0)
+
+
+def take_tensor(tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """One tensor of a model being loaded. Refuses one that is missing or has another shape."""
+    if name not in tensors:
+        raise BridgeError(f"tensor {name} is missing")
+    tensor = np.asarray(tensors[name])
+    if tensor.shape != shape:
+        raise BridgeError(f"tensor {name} is {list(tensor.shape)}, need {list(shape)}")
+    return tensor
+
+
+def check_prompts(
+    config: ModelConfig,
+    prompts: Sequence[np.ndarray],
+    widths: Sequence[int],
+    max_new_tokens: int,
+) -> None:
+    """Refuse an empty prompt, one past the context (clause 4.4), and a width below 1."""
+    if not len(prompts) == len(widths) > 0:
+        raise BridgeError(
+            f"prefill: {len(widths)} widths for {len(prompts)} prompts; give each one"
+        )
+    context = config.max_position_embeddings
+    for number, (prompt, width) in enumerate(zip(prompts, widths, strict=True)):
+        if len(prompt) == 0:
+            raise BridgeError(f"prompt {number} is empty; give at least one token")
+        if width < 1:
+            raise BridgeError(f"prompt {number}: width must be 1 or above, not {width}")
+        if len(prompt) + max_new_tokens > context:
+            raise BridgeError(
+                f"prompt {number} has {len(prompt)} tokens, and with max_new_tokens "
+                f"{max_new_tokens} it goes past the context of {context}; shorten either"
+            )
+
+
+def check_trainable(names: Collection[str], trainable: Sequence[str]) -> None:
+    """Refuse a name that is no tensor of the model."""
+    for name in trainable:
+        if name not in names:
+            raise BridgeError(f"trainable: no tensor is named {name!r}")
+
+
+def check_batch(batch: Batch, objective: Objective, vocab_size: int) -> None:
+    """Refuse a batch whose shapes disagree, that has no target, or lacks what is read."""
+    shape = batch.tokens.shape
+    cells = ("active", "targets", "target_mask", "positions", "old_logprobs", "ref_logprobs")
+    for name in cells:
+        value = getattr(batch, name)
+        if value is not None and value.shape != shape:
+            raise BridgeError(f"batch.{name} is {list(value.shape)}, but tokens are {list(shape)}")
+    for name in ("groups", "advantages"):
+        value = getattr(batch, name)
+        if value is not None and value.shape != shape[:1]:
+            raise BridgeError(f"batch.{name} is {list(value.shape)}, not one number a row")
+    for name in ("active", "target_mask"):
+        if getattr(batch, name).dtype != bool:
+            raise BridgeError(f"batch.{name} must be bool, not {getattr(batch, name).dtype}")
+    if not batch.target_mask.any():
+        raise BridgeError("batch.target_mask has no target token; leave such a batch out")
+    if (batch.target_mask & ~batch.active).any():
+        raise BridgeError("batch.target_mask has a target where active is false (clause 7.1)")
+    for name, where in (("tokens", batch.active), ("targets", batch.target_mask)):
+        if _outside(getattr(batch, name), where, vocab_size):
+            raise BridgeError(f"batch.{name} has an id outside 0..{vocab_size - 1}")
+    if isinstance(objective, GRPO):
+        if batch.advantages is None:
+            raise BridgeError("batch.advantages is missing; GRPO needs one a row (clause 7.6)")
+        if objective.beta and batch.ref_logprobs is None:
+            raise BridgeError("batch.ref_logprobs is missing; GRPO needs them unless beta is 0")
+
+
+def _outside(ids: Int[np.ndarray, "B S"], where: Bool[np.ndarray, "B S"], vocab_size: int) -> bool:
+    """Whether an id that is read is no token of the vocabulary."""
+    return bool((where & ((ids < 0) | (ids >= vocab_size))).any())
