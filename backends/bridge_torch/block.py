@@ -91,17 +91,21 @@ class Block:
         # A zero residual gives zero q, k and v: nothing of the cell is left, not even NaN.
         x = hidden if inactive is None else hidden.masked_fill(inactive, 0)
         x = self.inward(rms_norm(x, self.norm, self.eps))
-        x = F.silu(x) if self.num_heads is None else self._mix(x, grid, active)
+        x = F.silu(x) if self.num_heads is None else self._mix(x, self.num_heads, grid, active)
         y = self.outward(x)
         return hidden + (y if inactive is None else y.masked_fill(inactive, 0))
 
     def _mix(
-        self, qkv: Float[Tensor, "R S three_E"], grid: Grid, active: Bool[Tensor, "R S"] | None
+        self,
+        qkv: Float[Tensor, "R S three_E"],
+        H: int,
+        grid: Grid,
+        active: Bool[Tensor, "R S"] | None,
     ) -> Float[Tensor, "R S E"]:
         S, E = qkv.shape[1], qkv.shape[2] // 3
         if grid.width == 1:  # a softmax over one row is 1 (clause 3.8)
             return qkv[..., 2 * E :]
-        G, N, H = grid.groups, grid.width, self.num_heads
+        G, N = grid.groups, grid.width
         cells = grid.spread(qkv).reshape(G, N, S, 3, H, -1)
         q, k, v = cells.permute(3, 0, 2, 4, 1, 5).reshape(3, G * S, H, N, -1)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self._allowed(grid, active, S))

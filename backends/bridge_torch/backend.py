@@ -1,0 +1,143 @@
+"""The backend `torch`: CPUs and CUDA devices, in float32, bfloat16, float16 or float64.
+
+NumPy arrays at its borders, torch inside. A model is a `Transformer`; what it can do is in the
+modules beside this one, with the same names as in the other backends.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+
+from bridge.config import ModelConfig, tensor_shapes
+from bridge.contract import AdamW, Batch, Objective
+from bridge.errors import BridgeError
+from bridge.inputs import check_trainable, take_tensor
+from bridge_torch.decode import Decoder
+from bridge_torch.model import Transformer
+from bridge_torch.train import Trainer, loss_and_grads
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class TorchBackend:
+    """See `bridge.contract.Backend`."""
+
+    name = "torch"
+
+    def devices(self) -> list[str]:
+        """CUDA devices first, then the CPU."""
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
+
+    def dtypes(self, device: str) -> list[str]:
+        """float32 first on a CPU, bfloat16 on CUDA."""
+        if device == "cpu":
+            return ["float32", "bfloat16", "float16", "float64"]
+        return ["bfloat16", "float32", "float16", "float64"]
+
+    def load(
+        self, config: ModelConfig, tensors: Mapping[str, np.ndarray], *, device: str, dtype: str
+    ) -> "TorchModel":
+        """A model on `device` in `dtype`; `tensors` are read one at a time. Raises BridgeError for
+        an unknown device or dtype, and for a tensor that is missing or has another shape."""
+        if device not in self.devices():
+            raise BridgeError(
+                f"backend torch: no device {device!r}; use one of {', '.join(self.devices())}"
+            )
+        if dtype not in DTYPES:
+            raise BridgeError(f"backend torch: no dtype {dtype!r}; use one of {', '.join(DTYPES)}")
+        shapes = tensor_shapes(config)
+
+        def get(name: str) -> Tensor:
+            tensor = from_numpy(take_tensor(tensors, name, shapes[name]))
+            return tensor.to(device, DTYPES[dtype])
+
+        return TorchModel(Transformer(config, get), device, dtype)
+
+
+class TorchModel:
+    """See `bridge.contract.BackendModel` for what each method promises."""
+
+    def __init__(self, transformer: Transformer, device: str, dtype: str) -> None:
+        self.transformer, self.device, self.dtype = transformer, device, dtype
+        self.config = transformer.config
+
+    @torch.inference_mode()
+    def block(
+        self, layer: int, hidden: np.ndarray, groups: np.ndarray, active: np.ndarray
+    ) -> np.ndarray:
+        """The Bridge block of one layer: `hidden [B, S, D]` in, updated residual out."""
+        block = self.transformer.layers[layer].block
+        if block is None:
+            raise BridgeError(f"layer {layer} has no Bridge block")
+        positions = np.zeros(active.shape, np.int64)
+        cells = self.transformer.cells(groups, active, positions)
+        h = from_numpy(hidden).to(self.device, DTYPES[self.dtype])
+        return to_numpy(block(h, cells.grid, cells.active))
+
+    @torch.inference_mode()
+    def logits(
+        self, tokens: np.ndarray, groups: np.ndarray, active: np.ndarray, positions: np.ndarray
+    ) -> np.ndarray:
+        """Teacher-forced logits `[B, S, V]` in float32, or float64 for a float64 model."""
+        self.transformer.pack()
+        cells = self.transformer.cells(groups, active, positions)
+        ids = torch.from_numpy(np.where(active, tokens, 0).astype(np.int64)).to(self.device)
+        return to_numpy(self.transformer.logits(self.transformer.forward(ids, cells)))
+
+    def prefill(
+        self,
+        prompts: Sequence[np.ndarray],
+        widths: Sequence[int],
+        max_new_tokens: int,
+        prompt_ids: Sequence[int] | None = None,
+    ) -> Decoder:
+        """Read each prompt once, and start `widths[g]` rows from prompt g (clause 4.2)."""
+        self.transformer.pack()
+        return Decoder(self.transformer, prompts, widths, max_new_tokens, prompt_ids)
+
+    def loss_and_grads(
+        self, batch: Batch, objective: Objective, trainable: Sequence[str]
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Metrics with `loss`, and the gradient of each tensor named in `trainable`, wide."""
+        parts = dict(self.transformer.parts())
+        check_trainable(parts, trainable)
+        leaves = {name: parts[name] for name in trainable}
+        metrics, grads = loss_and_grads(self.transformer, leaves, batch, objective)
+        return metrics, {name: to_numpy(grad) for name, grad in grads.items()}
+
+    def trainer(self, objective: Objective, optimizer: AdamW, trainable: Sequence[str]) -> Trainer:
+        """A trainer that updates this model's `trainable` tensors in place."""
+        return Trainer(self.transformer, objective, optimizer, trainable)
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Every tensor by its Hugging Face name, in canonical order, in the model's dtype."""
+        parts, ready = self.transformer.parts(), {}
+        for name in tensor_shapes(self.config):
+            while name not in ready:  # the model keeps another order within a layer
+                found, part = next(parts)
+                ready[found] = part
+            yield name, to_numpy(ready.pop(name)).copy()
+
+
+def from_numpy(array: np.ndarray) -> Tensor:
+    """A tensor with memory of its own; bfloat16 too, which NumPy knows through ml_dtypes."""
+    array = np.array(array, order="C")
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """The same numbers on the host, in the same dtype."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()

@@ -1,0 +1,89 @@
+"""Drawing next tokens on the device (chapter 6), by the rule that the reference states.
+
+Uniforms are tabulated for many steps ahead on the host, since Philox needs only a row's numbers;
+all else stays where the logits are. Axes: R rows, V vocabulary.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bridge.contract import Sampling
+from bridge.philox import uniforms
+
+STEPS = 64  # of uniforms computed at a time
+
+
+class Uniforms:
+    """The uniform of each step and row (clause 6.2), for rows that become fewer over time."""
+
+    def __init__(self, rows: np.ndarray, prompts: np.ndarray, device: torch.device) -> None:
+        """`rows [R]`, `prompts [R]`: the rows' and their prompts' numbers in the counter."""
+        self.rows, self.prompts, self.device = rows, prompts, device
+        self.seed: int | None = None
+        self.table = torch.empty(0)
+        self.first = 0
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Only the rows at these places stay."""
+        self.rows, self.prompts = self.rows[rows], self.prompts[rows]
+        self.seed = None
+
+    def at(self, step: int, seed: int) -> Float[Tensor, " R"]:
+        """The uniforms of one step."""
+        if seed != self.seed or not 0 <= step - self.first < len(self.table):
+            steps = np.arange(step, step + STEPS)[:, None]
+            table = uniforms(seed, steps, self.rows, self.prompts)
+            self.table = torch.from_numpy(table).to(self.device)
+            self.seed, self.first = seed, step
+        return self.table[step - self.first]
+
+
+def sample(
+    logits: Float[Tensor, "R V"], uniform: Float[Tensor, " R"], sampling: Sampling
+) -> Int[Tensor, " R"]:
+    """One token a row: int64, on the device of the logits."""
+    if sampling.temperature == 0:  # clause 6.8; argmax takes the first of equals
+        return logits.argmax(-1)
+    w = weights(logits.float(), sampling)
+    cumulative = w.cumsum(-1)
+    total = cumulative[:, -1:]
+    # Clause 6.7. The product may round up to the total, above which no token would be left.
+    threshold = torch.minimum(uniform[:, None] * total, torch.nextafter(total, 0 * total))
+    # A parallel sum may dip by a rounding, so a token without weight is passed over.
+    above = (cumulative > threshold).logical_and_(w > 0)
+    return above.to(torch.uint8).argmax(-1)
+
+
+def weights(z: Float[Tensor, "R V"], sampling: Sampling) -> Float[Tensor, "R V"]:
+    """Unnormalised weights of the kept tokens, 0 elsewhere (clauses 6.3 to 6.6)."""
+    z = z - z.amax(-1, keepdim=True)
+    w = (z / max(sampling.temperature, torch.finfo(z.dtype).tiny)).exp_()
+    if sampling.top_k is not None and sampling.top_k < w.shape[-1]:
+        kth = z.topk(sampling.top_k, sorted=True).values[:, -1:]
+        w.masked_fill_(z < kth, 0)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        w.masked_fill_(w < nucleus_floor(w, sampling.top_p), 0)
+    if sampling.min_p is not None:
+        w.masked_fill_(w < sampling.min_p, 0)  # the largest weight is 1
+    return w
+
+
+def nucleus_floor(w: Float[Tensor, "R V"], top_p: float) -> Float[Tensor, "R one"]:
+    """The smallest weight that top-p keeps: that of the last token, likeliest first, before which
+    the others' share is below `top_p` (clause 6.5); equal weights stay together."""
+    total = w.sum(-1, keepdim=True)
+    # A CPU sorts a vocabulary slowly, and a nucleus is mostly small: take more only where needed.
+    count = 512 if w.device.type == "cpu" else w.shape[-1]
+    while True:
+        count = min(count, w.shape[-1])
+        descending = w.topk(count, sorted=True).values
+        share = (descending / total).cumsum(-1)
+        if count == w.shape[-1] or bool((share[:, -1] >= top_p).all()):
+            break
+        count *= 8
+    before = F.pad(share[:, :-1], (1, 0))
+    inside = (before < top_p).sum(-1, keepdim=True).clamp_(min=1)
+    return descending.gather(-1, inside - 1)

@@ -1,0 +1,183 @@
+"""Losses and a whole training step (chapter 7), with autograd and `torch.optim.AdamW`.
+
+The trained tensors are leaves that stand in for the model's own; whatever else the model holds is
+frozen and shared. Master weights and moments are float32 or wider, whatever the model's dtype. A
+batch holds whole groups (clause 7.3): gradients flow across the rows of a group, so a group may
+not be split over two batches.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bridge.contract import SFT, AdamW, Batch, Objective
+from bridge.errors import BridgeError
+from bridge.inputs import check_batch, check_trainable, default_positions
+from bridge_torch.model import Transformer, wide
+
+Metrics = dict[str, float]
+
+
+def loss_and_grads(
+    model: Transformer,
+    leaves: Mapping[str, Tensor],
+    batch: Batch,
+    objective: Objective,
+) -> tuple[Metrics, dict[str, Tensor]]:
+    """Clauses 7.1 to 7.5: metrics, and the gradient of the loss at each leaf, in its wide dtype.
+
+    `leaves` stand in for the model's tensors of these names. Raises BridgeError for a batch whose
+    shapes disagree, that has no target, or lacks what the objective reads.
+    """
+    check_batch(batch, objective, model.config.vocab_size)
+    positions = default_positions(batch.active) if batch.positions is None else batch.positions
+    model.unpack()
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+    ids = torch.from_numpy(np.where(batch.active, batch.tokens, 0).astype(np.int64))
+    with torch.enable_grad():
+        stand_in = model.substitute(leaves)
+        cells = model.cells(batch.groups, batch.active, positions)
+        logits = stand_in.logits(stand_in.forward(ids.to(model.device), cells))
+        value, metrics = loss(logits, batch, objective)
+        # A tensor that the loss does not read at all has a gradient of zero.
+        grads = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+    wanted = {name: g.to(wide(g.dtype)) for name, g in zip(leaves, grads, strict=True)}
+    return {name: float(x) for name, x in metrics.items()}, wanted
+
+
+def loss(
+    logits: Float[Tensor, "B S V"], batch: Batch, objective: Objective
+) -> tuple[Tensor, dict[str, Tensor | float]]:
+    """The loss over target tokens, and its metrics, `loss` and `tokens` among them.
+
+    Only cells with a target are read. SFT is clause 7.4: minus the mean of lp = log p(target).
+    GRPO is clause 7.5, with advantage A by row:
+
+        rho  = exp(lp - old)
+        gain = min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)
+        kl   = exp(ref - lp) - (ref - lp) - 1
+        loss = -sum(gain - beta kl) / (number of target tokens)
+    """
+    mask = torch.from_numpy(batch.target_mask).to(logits.device)
+    logp = logits[mask].log_softmax(-1)  # [tokens, V]
+    lp = logp.gather(-1, _at_targets(batch.targets, batch, logits, torch.int64)[:, None])[:, 0]
+    count = len(lp)
+    if isinstance(objective, SFT):
+        value = -lp.mean()
+        return value, {"loss": value.detach(), "tokens": count}
+    assert batch.advantages is not None
+    advantages = np.broadcast_to(batch.advantages[:, None], mask.shape)
+    A = _at_targets(advantages, batch, logits, lp.dtype)
+    old = lp.detach()
+    if batch.old_logprobs is not None:
+        old = _at_targets(batch.old_logprobs, batch, logits, lp.dtype)
+    rho = (lp - old).exp()
+    clipped = rho.clamp(1 - objective.eps_low, 1 + objective.eps_high)
+    gain = torch.where(rho * A <= clipped * A, rho * A, clipped.detach() * A)
+    metrics: dict[str, Tensor | float] = {
+        "tokens": count,
+        "clip_fraction": (rho * A > clipped * A).float().mean(),
+        "entropy": -(logp.exp() * logp).sum(-1).mean().detach(),
+    }
+    if batch.ref_logprobs is not None:
+        difference = _at_targets(batch.ref_logprobs, batch, logits, lp.dtype) - lp
+        kl = difference.exp() - difference - 1
+        gain = gain - objective.beta * kl
+        metrics["kl"] = kl.mean().detach()
+    value = -gain.sum() / count
+    return value, {"loss": value.detach(), **metrics}
+
+
+def _at_targets(values: np.ndarray, batch: Batch, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values [B, S]` at the cells with a target: `[tokens]`, in the order of the mask."""
+    return torch.from_numpy(values[batch.target_mask]).to(like.device, dtype)
+
+
+class Trainer:
+    """Updates a model's trainable tensors in place; see `bridge.contract.Trainer`."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        objective: Objective,
+        optimizer: AdamW,
+        trainable: Sequence[str],
+    ) -> None:
+        """Masters start at the model's own values, moments at 0 (clause 7.9)."""
+        parts = dict(model.parts())
+        check_trainable(parts, trainable)
+        self.model, self.objective, self.options = model, objective, optimizer
+        self.master = {n: parts[n].detach().to(wide(parts[n].dtype), copy=True) for n in trainable}
+        self.adamw = torch.optim.AdamW(
+            list(self.master.values()),
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+        )
+
+    def step(self, batch: Batch) -> Metrics:
+        """One update; the loss's metrics, and `grad_norm` before clipping (clauses 7.7, 7.8)."""
+        leaves = {name: master.to(self.model.dtype) for name, master in self.master.items()}
+        metrics, grads = loss_and_grads(self.model, leaves, batch, self.objective)
+        for name, master in self.master.items():
+            master.grad = grads[name]
+        limit = self.options.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.master.values(), float("inf") if limit is None else limit
+        )
+        self.adamw.step()
+        self.adamw.zero_grad()
+        self._publish()
+        return {**metrics, "grad_norm": float(norm)}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """`step`, and `master.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` of each trained tensor."""
+        arrays = {key: tensor.cpu().numpy().copy() for key, tensor in self._tensors().items()}
+        return {"step": np.array(self._steps(), np.int64), **arrays}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over what `state` gave. Raises BridgeError, and changes nothing, where an array is
+        missing, left over or has another shape."""
+        wanted = self._tensors()
+        if differing := sorted({"step", *wanted} ^ state.keys()):
+            raise BridgeError(
+                f"trainer state: {differing[0]} is missing or not trained here; "
+                "resume with the same trainable tensors"
+            )
+        for key, tensor in wanted.items():
+            if state[key].shape != tensor.shape:
+                raise BridgeError(
+                    f"trainer state: {key} is {list(state[key].shape)}, need {list(tensor.shape)}"
+                )
+        step = torch.tensor(float(state["step"]))
+        given = {key: torch.from_numpy(np.array(state[key])).to(t) for key, t in wanted.items()}
+        for name, master in self.master.items():
+            master.copy_(given[f"master.{name}"])
+            moments = {key: given[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq")}
+            self.adamw.state[master] = {"step": step.clone(), **moments}
+        self._publish()
+
+    def _steps(self) -> int:
+        first = next(iter(self.master.values()))
+        return int(self.adamw.state.get(first, {}).get("step", 0))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What a state holds beside its step; moments are 0 before the first."""
+        tensors = {f"master.{name}": master for name, master in self.master.items()}
+        for kind in ("exp_avg", "exp_avg_sq"):
+            for name, master in self.master.items():
+                moments = self.adamw.state.get(master, {})
+                tensors[f"{kind}.{name}"] = moments.get(kind, torch.zeros_like(master))
+        return tensors
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """The model computes with the master weights rounded to its dtype."""
+        self.model.unpack()
+        for name, part in self.model.parts():
+            if name in self.master:
+                part.copy_(self.master[name])
