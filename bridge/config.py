@@ -69,7 +69,6 @@ FAMILY_KEYS = {
 IGNORED = {
     "architectures",
     "attention_dropout",  # of their training code; evaluation never drops
-    "bos_token_id",
     "chunk_size_feed_forward",
     "dtype",
     "id2label",
@@ -80,10 +79,8 @@ IGNORED = {
     "max_window_layers",
     "output_attentions",
     "output_hidden_states",
-    "pad_token_id",
     "problem_type",
     "return_dict",
-    "sep_token_id",
     "torch_dtype",
     "transformers.js_config",
     "transformers_version",
@@ -313,6 +310,8 @@ def bridge_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]
 def _refuse_unknown(raw: Mapping[str, Any], family: str, source: str) -> None:
     for key, value in raw.items():
         if key in READ or key in FAMILY_KEYS[family] or key.startswith("_"):
+            continue
+        if key.endswith("_token_id"):  # text's business: unk, sep, decoder_start and more
             continue
         if key in NEUTRAL:
             if value is not None and value != NEUTRAL[key]:
