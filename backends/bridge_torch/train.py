@@ -79,7 +79,7 @@ def loss(
     gain = torch.where(rho * A <= clipped * A, rho * A, clipped.detach() * A)
     metrics: dict[str, Tensor | float] = {
         "tokens": count,
-        "clip_fraction": (rho * A > clipped * A).float().mean(),
+        "clip_fraction": (rho * A > clipped * A).to(rho.dtype).mean(),
         "entropy": -(logp.exp() * logp).sum(-1).mean().detach(),
     }
     if batch.ref_logprobs is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from bridge.config import ModelConfig, parse_config, tensor_shapes
+from bridge.contract import Batch, Objective
 from bridge.inputs import default_positions
 from bridge_conformance.tolerance import DTYPES
 
@@ -212,3 +213,40 @@ class DecodeCase:
             active[row, left : start + fed] = True
         rows = RowsCase(self.model, tokens, self.row_prompt, active, default_positions(active))
         return rows, starts - 1
+
+
+@dataclass(frozen=True)
+class TrainCase:
+    """A batch to learn from, and with which objective (chapter 7)."""
+
+    rows: RowsCase
+    objective: Objective
+    trainable: tuple[str, ...]
+    seed: int
+
+    def batch(self, logits: np.ndarray) -> Batch:
+        """Targets at some active cells; what GRPO reads lies around the policy of `logits`.
+
+        Ratios are far from where clipping begins, so that no rounding crosses it. What is not to be
+        read holds NaN.
+        """
+        rng = np.random.default_rng([self.seed, 3])
+        rows = self.rows
+        mask = rows.active & (rng.random(rows.active.shape) < 0.7)
+        mask[np.nonzero(rows.active)[0][:1], np.nonzero(rows.active)[1][:1]] = True
+        targets = rng.integers(0, rows.model.config.vocab_size, size=mask.shape)
+        shifted = logits - logits.max(-1, keepdims=True)
+        logp = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+        lp = np.take_along_axis(logp, targets[..., None], -1)[..., 0]
+        ratio = rng.choice([0.5, 0.95, 1.05, 1.6], size=mask.shape)
+        return Batch(
+            tokens=rows.tokens,
+            groups=rows.groups,
+            active=rows.active,
+            targets=np.where(mask, targets, -100),
+            target_mask=mask,
+            positions=rows.positions,
+            advantages=rng.choice([-1.0, 0.5, 2.0], size=len(mask)),
+            old_logprobs=np.where(mask, lp - np.log(ratio), np.nan),
+            ref_logprobs=np.where(mask, lp + rng.normal(0, 0.3, size=mask.shape), np.nan),
+        )

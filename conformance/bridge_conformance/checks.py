@@ -10,7 +10,7 @@ from typing import Any
 
 from hypothesis.strategies import SearchStrategy
 
-from bridge_conformance import checks_block, checks_decode, checks_model, strategies
+from bridge_conformance import checks_block, checks_decode, checks_model, checks_train, strategies
 from bridge_conformance.trial import Target
 
 
@@ -29,7 +29,7 @@ class Check:
 
 
 _block, _rows = strategies.block_cases(), strategies.rows_cases()
-_decode = strategies.decode_cases()
+_decode, _train = strategies.decode_cases(), strategies.train_cases()
 _attention = strategies.block_cases(kinds=("attention",))
 
 CHECKS: dict[str, Check] = {
@@ -56,5 +56,9 @@ CHECKS: dict[str, Check] = {
         Check(checks_decode.ended_rows_leave_other_groups_unchanged, "4.3", _decode),
         Check(checks_decode.what_was_sampled_is_what_is_fed, "10.1", _decode),
         Check(checks_decode.sampled_tokens_follow_the_rule, "6.7", _decode),
+        Check(checks_train.loss_and_gradients_are_within_the_numerics_rule, "7.4", _train),
+        Check(checks_train.training_steps_are_within_the_numerics_rule, "7.8", _train),
+        Check(checks_train.gradients_stay_within_a_group, "7.3", _train),
+        Check(checks_train.a_restored_trainer_goes_on_as_if_never_stopped, "7.9", _train),
     )
 }

@@ -9,8 +9,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from bridge.config import FAMILIES, SPEC_VERSION
-from bridge_conformance.cases import BlockCase, DecodeCase, ModelCase, RowsCase, rows_of
+from bridge.config import FAMILIES, SPEC_VERSION, bridge_shapes, tensor_shapes
+from bridge.contract import GRPO, SFT
+from bridge_conformance.cases import BlockCase, DecodeCase, ModelCase, RowsCase, TrainCase, rows_of
 
 SEEDS = st.integers(0, 2**32 - 1)
 MAX_POSITIONS = 64
@@ -137,3 +138,14 @@ def decode_cases(draw) -> DecodeCase:
     widths = draw(WIDTHS)
     lengths = draw(st.lists(st.integers(1, 6), min_size=len(widths), max_size=len(widths)))
     return DecodeCase(model, tuple(widths), tuple(lengths), draw(st.integers(1, 5)), draw(SEEDS))
+
+
+@st.composite
+def train_cases(draw) -> TrainCase:
+    """A batch with targets, an objective, and what is trained: the blocks alone, or everything."""
+    rows = draw(rows_cases().filter(lambda rows: rows.active.any()))
+    config = rows.model.config
+    bridge = [n for i in range(config.num_hidden_layers) for n in bridge_shapes(config, i)]
+    trainable = draw(st.sampled_from([tuple(bridge), tuple(tensor_shapes(config))]))
+    objective = draw(st.sampled_from([SFT(), GRPO(), GRPO(0.2, 0.28, 0.1)]))
+    return TrainCase(rows, objective, trainable, draw(SEEDS))

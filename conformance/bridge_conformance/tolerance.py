@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 FACTOR = 4.0
-FLOOR_ULPS = 4.0
+FLOOR_ULPS = 8.0
 DTYPES: dict[str, np.dtype] = {
     "float64": np.dtype(np.float64),
     "float32": np.dtype(np.float32),
@@ -40,13 +40,17 @@ def error(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.max(np.where(np.isfinite(difference), difference, np.inf)))
 
 
-def allowance(reference64: np.ndarray, reference_T: np.ndarray, dtype: str) -> float:
+def allowance(
+    reference64: np.ndarray, reference_T: np.ndarray, dtype: str, largest: float | None = None
+) -> float:
     """The largest error that a backend in `dtype` may make against `reference64` (clause 10.2).
 
     `reference_T` is the reference's own result in `proxy(dtype)`, of the same shape: active cells
-    only, since what lies in others is unspecified.
+    only, since what lies in others is unspecified. `largest`: the largest magnitude that the floor
+    is measured by; None is that of `reference64`.
     """
     if not reference64.size:
         return 0.0
     own = error(reference_T, reference64) * ulp(dtype) / ulp(proxy(dtype))
-    return FACTOR * max(own, FLOOR_ULPS * ulp(dtype) * float(np.max(np.abs(reference64))))
+    largest = float(np.max(np.abs(reference64))) if largest is None else largest
+    return FACTOR * max(own, FLOOR_ULPS * ulp(dtype) * largest)

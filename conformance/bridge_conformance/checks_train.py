@@ -1,0 +1,102 @@
+"""Checks of losses, gradients and training steps (chapter 7).
+
+The gradients of a model are one vector: the allowance of each tensor is that of the whole, since a
+gradient that is exactly zero in theory need not be so in floating point.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from bridge.contract import AdamW, Batch
+from bridge_conformance.cases import TrainCase
+from bridge_conformance.tolerance import FACTOR, FLOOR_ULPS, allowance, ulp
+from bridge_conformance.trial import Target, Trial
+
+# A large eps keeps a step a smooth function of its gradients: without it the first step is their
+# sign, which rounding can flip where a gradient is nearly zero.
+OPTIMIZER = AdamW(lr=0.1, betas=(0.8, 0.95), eps=0.1, weight_decay=0.2, max_grad_norm=0.5)
+
+
+def start(target: Target, case: TrainCase) -> tuple[Trial, Batch]:
+    """The trial, and the batch around the exact model's policy."""
+    trial = Trial(target, case.rows.model)
+    return trial, case.batch(trial.exact.logits(*case.rows.arguments))
+
+
+def loss_and_gradients_are_within_the_numerics_rule(target: Target, case: TrainCase) -> None:
+    """Clauses 7.1 to 7.5: every metric and every gradient, against the exact backward."""
+    trial, batch = start(target, case)
+    arguments = (batch, case.objective, case.trainable)
+    metrics64, exact = trial.exact.loss_and_grads(*arguments)
+    metrics_T, rounded = trial.rounded.loss_and_grads(*arguments)
+    metrics, grads = trial.model.loss_and_grads(*arguments)
+    if set(metrics) != set(metrics64):
+        raise trial.failure(f"metrics {sorted(metrics)}, not {sorted(metrics64)}", case)
+    for name, value in metrics64.items():
+        scalars = (np.array([m[name]]) for m in (metrics, metrics64, metrics_T))
+        got, want, own = scalars
+        # A log-probability is a difference of logits and a logarithm: near 1 at least.
+        allowed = allowance(want, own, target.dtype, max(1.0, abs(value)))
+        trial.same(got, want, allowed, f"metric {name}", case)
+    if set(grads) != set(case.trainable):
+        raise trial.failure(f"gradients of {sorted(grads)}, not of {case.trainable}", case)
+    allowed = allowance(flat(exact), flat(rounded), target.dtype)
+    for name, want in exact.items():
+        trial.same(grads[name], want, allowed, f"gradient of {name}", case)
+
+
+def flat(tensors: Mapping[str, np.ndarray], start: str = "") -> np.ndarray:
+    """All tensors whose names begin with `start`, as one vector in the order of their names."""
+    return np.concatenate([tensors[n].ravel() for n in sorted(tensors) if n.startswith(start)])
+
+
+def training_steps_are_within_the_numerics_rule(target: Target, case: TrainCase) -> None:
+    """Clauses 7.7 to 7.9: masters and moments after two clipped steps, and the model's weights."""
+    trial, batch = start(target, case)
+    trainers = [
+        model.trainer(case.objective, OPTIMIZER, case.trainable)
+        for model in (trial.exact, trial.rounded, trial.load())
+    ]
+    for _ in range(2):
+        for trainer in trainers:
+            trainer.step(batch)
+    exact, rounded, got = (trainer.state() for trainer in trainers)
+    if set(got) != set(exact):
+        raise trial.failure(f"state has {sorted(set(got) ^ set(exact))[0]}, or lacks it", case)
+    for kind in ("step", "master.", "exp_avg.", "exp_avg_sq."):
+        allowed = allowance(flat(exact, kind), flat(rounded, kind), target.dtype)
+        for name in filter(lambda name: name.startswith(kind), exact):
+            trial.same(got[name], exact[name], allowed, name, case)
+
+
+def gradients_stay_within_a_group(target: Target, case: TrainCase) -> None:
+    """Clauses 3.8 and 7.3: what other groups say, with no target there, moves no gradient."""
+    trial, batch = start(target, case)
+    mine = batch.groups == batch.groups[np.nonzero(batch.target_mask)[0][0]]
+    batch = replace(batch, target_mask=batch.target_mask & mine[:, None])
+    other = np.where(mine[:, None], batch.tokens, (batch.tokens + 1) % trial.case.config.vocab_size)
+    _, want = trial.model.loss_and_grads(batch, case.objective, case.trainable)
+    _, got = trial.model.loss_and_grads(
+        replace(batch, tokens=other), case.objective, case.trainable
+    )
+    largest = max(float(np.abs(g).max()) for g in want.values())
+    # The embedding sums cells in an order of its own; a rounding of it is all that may move.
+    allowed = FACTOR * FLOOR_ULPS * ulp(target.dtype) * largest
+    for name, grad in want.items():
+        trial.same(got[name], grad, allowed, f"gradient of {name}", case)
+
+
+def a_restored_trainer_goes_on_as_if_never_stopped(target: Target, case: TrainCase) -> None:
+    """Clause 7.9: the state is all that a training step depends on beside the model's weights."""
+    trial, batch = start(target, case)
+    through = trial.load().trainer(case.objective, OPTIMIZER, case.trainable)
+    through.step(batch)
+    resumed = trial.load().trainer(case.objective, OPTIMIZER, case.trainable)
+    resumed.restore(through.state())
+    for trainer in (through, resumed):
+        trainer.step(batch)
+    want, got = through.state(), resumed.state()
+    for name, array in want.items():
+        trial.same(got[name], array, 0, name, case)
