@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from bridge.chat import Message
+from bridge.checkpoint import open_checkpoint
 from bridge.config import ModelConfig, bridge_shapes, tensor_shapes
 from bridge.contract import AdamW, BackendModel, Objective, Trainer
 from bridge.errors import BridgeError
@@ -25,26 +26,26 @@ Prompt = str | Sequence[int] | Sequence[Message]
 def load(
     checkpoint: str | Path | None = None,
     *,
+    base: str | Path | None = None,
     backend: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
 ) -> "Model":
     """A model from a checkpoint directory, ready to run.
 
+    `base`: the host of an adapter checkpoint; None is the one that the adapter names.
     `backend`: a name from `bridge.backends()`; None is the best one present. `device`: None is the
     backend's best. `dtype`: None is the backend's default on CPUs, else the checkpoint's own.
     Raises BridgeError, in one line, for what is missing, damaged or not supported.
     """
     if checkpoint is None:
         raise BridgeError("no checkpoint given; this version bundles none, name a directory")
-    from bridge.checkpoint import open_checkpoint
-
-    opened = open_checkpoint(Path(checkpoint))
+    opened = open_checkpoint(Path(checkpoint), None if base is None else Path(base))
     chosen = find_backend(backend)
     device = resolve_device(chosen, device)
     dtype = resolve_dtype(chosen, device, dtype, opened.dtype)
-    tokenizer = read_tokenizer(opened.path)
-    eos_ids = read_eos_ids(opened.path) or opened.config.eos_token_ids
+    tokenizer = read_tokenizer(opened.assets)
+    eos_ids = read_eos_ids(opened.assets) or opened.config.eos_token_ids
     if not eos_ids and tokenizer and tokenizer.eos_token_id is not None:
         eos_ids = (tokenizer.eos_token_id,)
     implementation = chosen.load(opened.config, opened.tensors, device=device, dtype=dtype)

@@ -108,24 +108,22 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
         return len(self.specs)
 
 
+def specs_of(tensors: Mapping[str, np.ndarray]) -> dict[str, TensorSpec]:
+    """What a header will say of tensors in memory."""
+    return {name: TensorSpec(array.dtype, array.shape) for name, array in tensors.items()}
+
+
 def write_safetensors(
     path: Path,
-    tensors: Mapping[str, np.ndarray] | Iterable[tuple[str, np.ndarray]],
-    *,
-    specs: Mapping[str, TensorSpec] | None = None,
+    specs: Mapping[str, TensorSpec],
+    tensors: Iterable[tuple[str, np.ndarray]],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write tensors in the order given, atomically.
+    """Write tensors as they come, in the order of `specs`, atomically.
 
-    Tensors that come one by one need `specs`, in their order, since the header goes first. Raises
-    BridgeError where a tensor is not as `specs` says, has a dtype that the format lacks, or the
-    disk refuses; the old file is then left as it was.
+    Raises BridgeError where a tensor is not as `specs` says, has a dtype that the format lacks, or
+    the disk refuses; the old file is then left as it was.
     """
-    if isinstance(tensors, Mapping):
-        specs = specs or {n: TensorSpec(a.dtype, a.shape) for n, a in tensors.items()}
-        tensors = tensors.items()
-    if specs is None:
-        raise TypeError("specs are needed for tensors that come one by one")
     with new_file(path) as file:
         file.write(_header(path, specs, metadata or {}))
         for expected, given in itertools.zip_longest(specs.items(), tensors):

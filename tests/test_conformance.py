@@ -4,12 +4,12 @@ The checks are `bridge_conformance`'s; the reference itself must pass them too.
 """
 
 import pytest
-from bridge_conformance.checks import CHECKS
-from bridge_conformance.trial import Target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge.registry import backends, find_backend
+from bridge_conformance.checks import CHECKS
+from bridge_conformance.trial import Target
 
 TARGETS = [
     (info.name, device, dtype)

@@ -151,8 +151,8 @@ def acceptable_tokens(logits: np.ndarray, u: np.ndarray, sampling: Sampling) -> 
                 u + move_u,
                 temperature=sampling.temperature,
                 top_k=sampling.top_k,
-                top_p=None if top_p is None else top_p + move_p,
-                min_p=None if min_p is None else min_p * (1 + move_m),
+                top_p=None if top_p is None else float(top_p + move_p),
+                min_p=None if min_p is None else float(min_p * (1 + move_m)),
             )
             for move_u, move_p, move_m in product(moves, repeat=3)
         ]

@@ -77,7 +77,7 @@ def other_groups_have_no_influence(target: Target, case: RowsCase) -> None:
     where = case.active & mine[:, None]
     got = trial.model.logits(*changed.arguments)
     trial.same(got[where], want[where], 0, "other groups say something else", case)
-    alone = case.take(mine)
+    alone = case.take(np.flatnonzero(mine))
     got = trial.model.logits(*alone.arguments)
     trial.same(got[alone.active], want[where], 2 * allowed, "other groups taken away", case)
 
@@ -99,8 +99,8 @@ def inactive_cells_have_no_influence(target: Target, case: RowsCase) -> None:
     padded = case.pad(2, 3)
     got = trial.model.logits(*padded.arguments)[padded.active]
     trial.same(got, want, 2 * allowed, "padding added on both sides", case)
-    lively = case.active.any(axis=1)
-    if lively.any():
+    lively = np.flatnonzero(case.active.any(axis=1))
+    if len(lively):
         fewer = case.take(lively)
         got = trial.model.logits(*fewer.arguments)[fewer.active]
         trial.same(got, want, 2 * allowed, "inactive rows taken away", case)
