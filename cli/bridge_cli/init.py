@@ -1,0 +1,66 @@
+"""`bridge init`: a host becomes a Bridge model."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bridge_cli.text import count, print_json, size
+
+
+def init(
+    host: Annotated[Path, typer.Argument(help="A Hugging Face directory, or a GGUF file.")],
+    out: Annotated[Path, typer.Argument(help="The checkpoint directory to make.")],
+    heads: Annotated[int, typer.Option(help="Heads of a block.")] = 8,
+    head_dim: Annotated[int, typer.Option(help="Width of a head.")] = 64,
+    kind: Annotated[
+        str, typer.Option(help="attention, or mlp for the baseline of equal size.")
+    ] = "attention",
+    layers: Annotated[
+        str, typer.Option(help="Layers that get a block: all, or such as 0-14,20.")
+    ] = "all",
+    seed: Annotated[int, typer.Option(help="Of the fresh matrices.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="Store as float32, bfloat16 or float16; else as the host.")
+    ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Write the blocks alone; the host stays where it is.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
+) -> None:
+    """Add fresh Bridge blocks to a host.
+
+    Their outputs start at zero, so the new model is its host, exactly, until it is trained.
+
+    Example: bridge init ./SmolLM2-135M-Instruct ./smol-bridge --heads 8 --head-dim 64
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from bridge.initialise import init as make
+
+    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    quiet = json or not sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
+        task = bar.add_task("writing", total=None)
+        made = make(
+            host,
+            out,
+            heads=heads,
+            head_dim=head_dim,
+            kind=kind,
+            layers=layers,
+            seed=seed,
+            dtype=dtype,
+            adapter=adapter,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if json:
+        return print_json(made.to_json())
+    print(
+        f"{out}: {count(made.host_parameters)} host parameters, and {made.layers} {kind} blocks "
+        f"with {count(made.bridge_parameters)} ({made.share:.1%}); {size(made.bytes)} in "
+        f"{made.dtype}\n"
+        f"Try: bridge generate {out} 'What is 17 + 25?' --width 8"
+    )

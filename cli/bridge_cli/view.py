@@ -1,0 +1,116 @@
+"""The live view of a group: its answers side by side as they grow, or stacked where it is narrow.
+
+A view is told of events and draws itself; it knows nothing of models. Text of a model is shown as
+it is, never as markup, and cannot steer the terminal.
+"""
+
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from bridge.generation import Event, Finished, Started, Token
+from bridge_cli.text import harmless
+
+COLUMN = 30  # characters below which a column is no pleasure to read
+PANEL = 5  # lines of a panel, its frame included, below which rows are listed instead
+STATES = {"": ("running", "cyan"), "eos": ("done", "green"), "stop": ("stopped", "green")}
+CUT = ("cut off", "yellow")  # by the limit on new tokens
+
+
+@dataclass
+class Row:
+    """One answer so far."""
+
+    prompt: int
+    number: int
+    text: str = ""
+    tokens: int = 0
+    reason: str = ""
+
+    def title(self) -> Text:
+        """Its number, tokens and state."""
+        state, colour = STATES.get(self.reason, CUT)
+        return Text.assemble(f"row {self.number} · {self.tokens} tokens · ", (state, colour))
+
+
+class View:
+    """All rows of all prompts, in order; shows those of the earliest prompts still running."""
+
+    def __init__(self, widths: list[int]) -> None:
+        self.rows = [Row(g, n) for g, width in enumerate(widths) for n in range(width)]
+        self.at = {(row.prompt, row.number): row for row in self.rows}
+        self.batch = range(len(widths))
+        self.prompts = len(widths)
+
+    def take(self, event: Event) -> None:
+        """Note one event."""
+        if isinstance(event, Started):
+            self.batch = range(event.first_prompt, event.first_prompt + len(event.prompt_tokens))
+        elif isinstance(event, Token):
+            row = self.at[event.prompt, event.row]
+            row.text += harmless(event.text)
+            row.tokens += 1
+        elif isinstance(event, Finished):
+            self.at[event.prompt, event.row].reason = event.reason
+
+    def shown(self) -> list[Row]:
+        """The rows of the prompt to look at: the first of the batch that is not done."""
+        running = [row.prompt for row in self.rows if not row.reason and row.prompt in self.batch]
+        prompt = running[0] if running else self.batch[-1]
+        return [row for row in self.rows if row.prompt == prompt]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        rows = self.shown()
+        height = (options.height or console.height) - 2
+        columns = arrange(len(rows), options.max_width)
+        lines = height // -(-len(rows) // columns)
+        yield self._status(rows)
+        if lines >= PANEL:
+            yield _grid(rows, columns, options.max_width // columns, lines, console)
+        else:
+            yield Group(*(_line(row, options.max_width) for row in rows[:height]))
+
+    def _status(self, rows: list[Row]) -> Text:
+        done = sum(bool(row.reason) for row in self.rows)
+        tokens = sum(row.tokens for row in self.rows)
+        which = f"prompt {rows[0].prompt + 1} of {self.prompts} · " if self.prompts > 1 else ""
+        return Text(f"{which}{done} of {len(self.rows)} answers done · {tokens} tokens", "dim")
+
+
+def arrange(rows: int, width: int) -> int:
+    """Columns for so many rows of text: as many as are pleasant to read, evenly filled."""
+    fit = max(1, min(rows, width // COLUMN))
+    return -(-rows // -(-rows // fit))
+
+
+def _grid(rows: list[Row], columns: int, width: int, lines: int, console: Console) -> Table:
+    grid = Table.grid(expand=False)
+    for _ in range(columns):
+        grid.add_column(width=width)
+    cells = [_panel(row, width, lines, console) for row in rows]
+    for start in range(0, len(cells), columns):
+        grid.add_row(*cells[start : start + columns])
+    return grid
+
+
+def _panel(row: Row, width: int, lines: int, console: Console) -> Panel:
+    """The tail of an answer in a frame."""
+    room = lines - 2
+    text = Text(row.text[-room * width :])
+    tail = text.wrap(console, width - 4)[-room:]
+    body = Text("\n").join(tail)
+    return Panel(body, title=row.title(), title_align="left", width=width, height=lines)
+
+
+def _line(row: Row, width: int) -> Text:
+    """An answer in one line: its state, and its last words."""
+    line = row.title()
+    line.append(" · ")
+    room = width - line.cell_len
+    words = " ".join(row.text[-4 * width :].split())
+    line.append(words[-room:] if room > 0 else "")
+    line.truncate(width)
+    return line
