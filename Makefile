@@ -10,8 +10,7 @@ STAMP  := $(VENV)/.installed
 TORCH  ?= torch==2.13.0
 MODEL  ?= demo/bridge
 WIDTH  ?= 8
-QUESTION ?= Tom has 12 apples. He gives 3 apples to each of his 2 friends, and then buys 5 more. \
-How many apples does Tom have now? Think step by step and end with the answer.
+QUESTION ?= There are 5 bags with 8 marbles in each bag. How many marbles are there in total?
 
 .PHONY: help setup demo test lint format golden bench clean
 

@@ -25,9 +25,14 @@ class Vote:
     tied: bool  # whether another answer has as many
 
 
-def majority(texts: Sequence[str]) -> Vote:
-    """The answer that most responses give; of equally frequent ones, the first row's."""
-    answers = [answer for answer in map(extract_answer, texts) if answer is not None]
+def majority(texts: Sequence[str], complete: Sequence[bool] | None = None) -> Vote:
+    """The answer that most responses give; of equally frequent ones, the first row's.
+
+    `complete`: whether each response came to its end; None: all did.
+    """
+    complete = [True] * len(texts) if complete is None else complete
+    found = (extract_answer(text, whole) for text, whole in zip(texts, complete, strict=True))
+    answers = [answer for answer in found if answer is not None]
     tallies = dict(Counter(answers).most_common())  # stable: first come first
     if not tallies:
         return Vote(None, 0, len(texts), {}, False)
@@ -35,11 +40,11 @@ def majority(texts: Sequence[str]) -> Vote:
     return Vote(answer, count, len(texts), tallies, bool(others) and others[0][1] == count)
 
 
-def extract_answer(text: str) -> str | None:
+def extract_answer(text: str, complete: bool = True) -> str | None:
     r"""The final answer of a response, normalised; None where it has none.
 
     In this order: the last `\boxed{...}`, what follows the last `####`, what follows the last
-    "answer is" or "answer:", and else the last number.
+    "answer is" or "answer:", and else the last number, if the response is `complete`.
     """
     boxed = _last_boxed(text)
     if boxed is not None:
@@ -48,7 +53,7 @@ def extract_answer(text: str) -> str | None:
         if found := pattern.findall(text):
             number = NUMBER.search(found[-1])
             return normalise(number.group() if number else found[-1]) or None
-    numbers = NUMBER.findall(text)
+    numbers = NUMBER.findall(text) if complete else []
     return normalise(numbers[-1]) if numbers else None
 
 

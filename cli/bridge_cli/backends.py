@@ -11,7 +11,7 @@ from bridge_cli.text import print_json
 def backends(
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """List the backends, best first, with their devices and dtypes.
+    """List what can run models here, best first.
 
     Example: bridge backends --json
     """

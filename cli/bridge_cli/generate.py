@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from bridge.generation import Done, Event, ResponseSet
+    from bridge.vote import Vote
     from bridge_cli.view import View
 
 
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint directory.")],
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Each gets WIDTH answers.")
+        list[str] | None, typer.Argument(metavar="PROMPT", help="Each gets WIDTH answers.")
     ] = None,
     width: Annotated[int, typer.Option("-n", "--width", help="Answers a prompt.")] = 8,
     file: Annotated[
@@ -53,7 +54,7 @@ def generate(
     live: Annotated[bool, typer.Option(help="Watch the answers grow, on a terminal.")] = True,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Answer each prompt with WIDTH rows that see each other at every step.
+    """Answer prompts, each with WIDTH rows that see each other.
 
     Example: bridge generate ./smol-bridge 'Tom has 12 apples...' --width 8 --vote
 
@@ -63,7 +64,6 @@ def generate(
 
     from bridge.generation import Done
     from bridge.model import load
-    from bridge.vote import majority
     from bridge_cli.prompts import read_prompts
     from bridge_cli.view import View
 
@@ -97,7 +97,7 @@ def generate(
         if not json:
             _print_partial(view, console)
         raise
-    votes = [majority([r.text for r in s.responses]) for s in done.sets] if vote else None
+    votes = [_vote(s) for s in done.sets] if vote else None
     if not json:
         for number, answers in enumerate(done.sets):
             _print_answers(answers, number, len(done.sets), console)
@@ -123,6 +123,14 @@ def generate(
             },
         }
     )
+
+
+def _vote(answers: "ResponseSet") -> "Vote":
+    """A row that was cut off votes only for what it has stated as its answer."""
+    from bridge.vote import majority
+
+    responses = answers.responses
+    return majority([r.text for r in responses], [r.finish_reason != "length" for r in responses])
 
 
 def _follow(
@@ -194,7 +202,7 @@ def _print_partial(view: "View", console: "Console") -> None:
             console.print(Text(row.text.strip()))
 
 
-def _print_vote(vote: Any, console: "Console") -> None:
+def _print_vote(vote: "Vote", console: "Console") -> None:
     from rich.rule import Rule
     from rich.text import Text
 

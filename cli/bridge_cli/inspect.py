@@ -17,7 +17,7 @@ def inspect(
     base: Annotated[Path | None, typer.Option(help="The host of an adapter.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Show the sizes of a checkpoint: its parameters, the share of Bridge, memory at a width.
+    """Show a checkpoint's sizes and its memory at a width.
 
     Example: bridge inspect ./smol-bridge --width 16 --length 1024
     """

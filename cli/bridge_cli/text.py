@@ -18,9 +18,8 @@ def _steers(c: str) -> bool:
 
 
 def _visible(c: str) -> str:
-    return (
-        chr(0x2400 + ord(c)) if ord(c) < 0x20 else "\N{SYMBOL FOR DELETE}" if c == "\x7f" else "�"
-    )
+    # Unicode has pictures of the ASCII controls, in their order.
+    return chr(0x2400 + ord(c)) if ord(c) < 0x20 else "\N{REPLACEMENT CHARACTER}"
 
 
 def count(number: int) -> str:
