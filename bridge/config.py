@@ -1,7 +1,8 @@
 """Model configurations: Hugging Face's `config.json` in, one normalised frozen dataclass out.
 
-A setting that Bridge does not know is refused by name, never guessed; keys that cannot change the
-forward pass are listed here and pass. Normalised names are Hugging Face's own.
+The families are those of clause 5.1. A setting that Bridge does not know is refused by name, never
+guessed (clause 5.9); keys that cannot change the forward pass are listed here and pass. Normalised
+names are Hugging Face's own.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The main job on a real model: SmolLM2-135M-Instruct with fresh blocks is transformers' SmolLM2."""
+"""The main job on a real model: SmolLM2-135M with fresh blocks is transformers' SmolLM2."""
 
 import numpy as np
 import pytest

@@ -100,7 +100,7 @@ class Decoder:
         """Feed the rows where `keep [R]` one token each, and drop the others (clause 4.3)."""
         device = self.model.device
         if tokens is not None:
-            fed = torch.from_numpy(np.asarray(tokens, np.int64)).to(device)
+            fed = torch.tensor(tokens, dtype=torch.int64, device=device)
         elif self.drawn is not None:
             fed = self.drawn
         else:

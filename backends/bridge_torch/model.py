@@ -189,9 +189,9 @@ class Transformer:
         needed; a causal batch without padding, inside every window, needs none."""
         S = active.shape[1]
         self.rope.reserve(int(positions.max(initial=0)) + 1)
-        place = torch.from_numpy(positions.astype(np.int64)).to(self.device)
+        place = torch.tensor(positions, dtype=torch.int64, device=self.device)
         full = bool(active.all())
-        on = None if full else torch.from_numpy(active).to(self.device)
+        on = None if full else torch.tensor(active, device=self.device)
         reach = int((positions.max(1) - positions.min(1)).max(initial=0))
         masks: dict[int | None, Tensor | None] = {}
         for window in {layer.window for layer in self.layers}:

@@ -61,7 +61,7 @@ def loss(
         kl   = exp(ref - lp) - (ref - lp) - 1
         loss = -sum(gain - beta kl) / (number of target tokens)
     """
-    mask = torch.from_numpy(batch.target_mask).to(logits.device)
+    mask = torch.tensor(batch.target_mask, device=logits.device)
     logp = logits[mask].log_softmax(-1)  # [tokens, V]
     lp = logp.gather(-1, _at_targets(batch.targets, batch, logits, torch.int64)[:, None])[:, 0]
     count = len(lp)

@@ -1,0 +1,212 @@
+"""Golden vectors (clause 10.4): inputs and outputs of single clauses, as files anyone can read.
+
+A file `CLAUSE-what.safetensors` holds `in.*` and `out.*` tensors, and its settings as JSON in the
+metadata. `compute` gives the outputs by the reference; `run` gives them by any backend, for the
+clauses that the contract reaches.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bridge.config import ModelConfig, parse_bridge, parse_config
+from bridge.contract import GRPO, SFT, AdamW, BackendModel, Batch, Sampling
+from bridge.initialise import fresh_bridge_tensors
+from bridge.inputs import default_positions
+from bridge.philox import philox4x32, uniforms
+from bridge.rope import inverse_frequencies
+from bridge.safetensors_io import SafetensorsFile
+from bridge_ref import losses, ops
+from bridge_ref.attention import masked_softmax
+from bridge_ref.backend import Reference
+from bridge_ref.block import allowed_rows, bridge_block
+from bridge_ref.model import rope_tables
+from bridge_ref.optim import AdamWState, clip_by_global_norm
+from bridge_ref.sampling import sample
+
+Arrays = dict[str, np.ndarray]
+Given = Mapping[str, np.ndarray]
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Vector:
+    """One golden file."""
+
+    name: str
+    settings: dict[str, Any]
+    inputs: Arrays
+    outputs: Arrays
+
+    @property
+    def clause(self) -> str:
+        """The clause that it shows."""
+        return self.name.partition("-")[0]
+
+    @classmethod
+    def read(cls, path: Path) -> "Vector":
+        """From a file, with bounds and header checked."""
+        file = SafetensorsFile(path)
+
+        def part(prefix: str) -> Arrays:
+            return {n.removeprefix(prefix): file[n] for n in file if n.startswith(prefix)}
+
+        settings = json.loads(file.metadata["settings"])
+        return cls(path.stem, settings, part("in."), part("out."))
+
+
+def compute(name: str, settings: Settings, inputs: Given) -> Arrays:
+    """The outputs of a vector by the reference, unrounded."""
+    what = name.partition("-")[2].partition("-")[0]
+    if what in THROUGH_THE_CONTRACT:
+        model = Reference().load(_config(settings), _weights(inputs), device="cpu", dtype="float64")
+        return run(name, settings, inputs, model)
+    return BY_THE_REFERENCE[what](settings, inputs)
+
+
+def run(name: str, settings: Settings, inputs: Given, model: BackendModel) -> Arrays:
+    """The outputs of a vector by a backend's model; its clause must be one the contract reaches."""
+    what = name.partition("-")[2].partition("-")[0]
+    return THROUGH_THE_CONTRACT[what](settings, inputs, model)
+
+
+def reachable(vector: Vector) -> bool:
+    """Whether the contract reaches what a vector shows."""
+    return vector.name.partition("-")[2].partition("-")[0] in THROUGH_THE_CONTRACT
+
+
+def load(vector: Vector, backend: Any, device: str, dtype: str) -> BackendModel:
+    """The vector's model in a backend."""
+    return backend.load(
+        _config(vector.settings), _weights(vector.inputs), device=device, dtype=dtype
+    )
+
+
+def _config(settings: Settings) -> ModelConfig:
+    return parse_config(settings["config"])
+
+
+def _weights(inputs: Given) -> Arrays:
+    return {n.removeprefix("weights."): a for n, a in inputs.items() if n.startswith("weights.")}
+
+
+def _logits(settings: Settings, x: Given, model: BackendModel) -> Arrays:
+    logits = model.logits(x["tokens"], x["groups"], x["active"], x["positions"])
+    return {"logits": np.where(x["active"][..., None], logits, 0)}
+
+
+def _decode(settings: Settings, x: Given, model: BackendModel) -> Arrays:
+    prompts = [x[f"prompt.{i}"] for i in range(len(settings["widths"]))]
+    decoder = model.prefill(prompts, settings["widths"], settings["max_new_tokens"])
+    alive, outputs = x["alive"], {"step0": decoder.logits()}
+    for step in range(1, len(alive)):
+        left = alive[step - 1]
+        decoder.advance(x["tokens"][step - 1][left], alive[step][left])
+        outputs[f"step{step}"] = decoder.logits()
+    return outputs
+
+
+def _generate(settings: Settings, x: Given, model: BackendModel) -> Arrays:
+    decoder = model.prefill([x["prompt"]], [settings["width"]], settings["steps"])
+    drawn = []
+    for step in range(settings["steps"]):
+        drawn.append(decoder.sample(Sampling(**settings["sampling"])))
+        if step + 1 < settings["steps"]:
+            decoder.advance()
+    return {"tokens": np.stack(drawn)}
+
+
+def _train(settings: Settings, x: Given, model: BackendModel) -> Arrays:
+    trainer = model.trainer(
+        _objective(settings), AdamW(**settings["optimizer"]), settings["trainable"]
+    )
+    for _ in range(settings["updates"]):
+        trainer.step(_batch(x))
+    return trainer.state()
+
+
+def _gradients(settings: Settings, x: Given, model: BackendModel) -> Arrays:
+    metrics, grads = model.loss_and_grads(_batch(x), _objective(settings), settings["trainable"])
+    return {"loss": np.array(metrics["loss"]), **{f"grad.{n}": g for n, g in grads.items()}}
+
+
+def _block(settings: Settings, x: Given) -> Arrays:
+    bridge = parse_bridge(settings["bridge"], 1)
+    assert bridge is not None
+    out, _ = bridge_block(x["hidden"], x["groups"], x["active"], _weights(x), bridge)
+    return {"hidden": out}
+
+
+def _rope(settings: Settings, x: Given) -> Arrays:
+    config = _config(settings)
+    frequencies, factor = inverse_frequencies(config.rope, config.head_dim)
+    cos, sin = rope_tables(config, x["positions"], np.dtype(np.float64))
+    rotated = ops.rotate(x["heads"], cos, sin)
+    return {"frequencies": frequencies, "factor": np.array(factor), "rotated": rotated}
+
+
+def _sample(settings: Settings, x: Given) -> Arrays:
+    return {
+        f"tokens.{i}": sample(x["logits"], x["uniform"], **sampling)
+        for i, sampling in enumerate(settings["samplings"])
+    }
+
+
+def _loss(settings: Settings, x: Given) -> Arrays:
+    metrics, dlogits = losses.loss(_objective(settings), x["logits"], _batch(x))
+    return {"loss": np.array(metrics["loss"]), "dlogits": dlogits}
+
+
+def _adamw(settings: Settings, x: Given) -> Arrays:
+    state = AdamWState({"weight": x["weight"]})
+    for gradient in x["gradients"]:
+        state.update({"weight": gradient}, AdamW(**settings["optimizer"]))
+    return state.state()
+
+
+def _clip(settings: Settings, x: Given) -> Arrays:
+    clipped, norm = clip_by_global_norm(x, settings["max_norm"])
+    return {**clipped, "norm": np.array(norm)}
+
+
+def _objective(settings: Settings) -> SFT | GRPO:
+    given = settings["objective"]
+    return SFT() if given is None else GRPO(**given)
+
+
+def _batch(x: Given) -> Batch:
+    fields = Batch.__dataclass_fields__
+    return Batch(**{name: array for name, array in x.items() if name in fields})
+
+
+THROUGH_THE_CONTRACT: dict[str, Callable[..., Arrays]] = {
+    "logits": _logits,
+    "decode": _decode,
+    "generate": _generate,
+    "gradients": _gradients,
+    "training": _train,
+}
+BY_THE_REFERENCE: dict[str, Callable[[Settings, Given], Arrays]] = {
+    "positions": lambda settings, x: {"positions": default_positions(x["active"])},
+    "norm": lambda settings, x: {"y": ops.rms_norm(x["x"], x["weight"], settings["eps"])[0]},
+    "allowed": lambda settings, x: {"allowed": allowed_rows(x["groups"], x["active"])},
+    "softmax": lambda settings, x: {"p": masked_softmax(x["score"], x["allowed"])},
+    "block": _block,
+    "rope": _rope,
+    "swiglu": lambda settings, x: {"y": ops.swiglu(x["gate"], x["up"])[0]},
+    "philox": lambda settings, x: {"words": philox4x32(x["counter"].T, settings["seed"])},
+    "uniform": lambda settings, x: {"uniform": uniforms(settings["seed"], *x["counter"].T)},
+    "sampling": _sample,
+    "loss": _loss,
+    "advantages": lambda settings, x: {
+        "advantages": losses.group_advantages(x["rewards"], x["groups"]),
+        "centred": losses.group_advantages(x["rewards"], x["groups"], normalise_std=False),
+    },
+    "clip": _clip,
+    "adamw": _adamw,
+    "fresh": lambda settings, x: dict(fresh_bridge_tensors(_config(settings), settings["seed"])),
+}
