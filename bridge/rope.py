@@ -60,10 +60,10 @@ class RopeConfig:
 
 
 def parse_rope(raw: Mapping[str, Any], max_position_embeddings: int, source: str) -> RopeConfig:
-    """Read `rope_parameters` (newer) or `rope_theta` and `rope_scaling` (older) of a config: clause 5.7.
+    """Read a config's `rope_parameters` (newer), or its `rope_theta` and `rope_scaling` (older).
 
-    Raises BridgeError for an unknown rope type, a missing or unknown key, a number out of range,
-    and where both spellings are present and disagree.
+    Both spellings are those of clause 5.7. Raises BridgeError for an unknown rope type, a missing
+    or unknown key, a number out of range, and where both spellings are present and disagree.
     """
     newer, older = raw.get("rope_parameters"), raw.get("rope_scaling")
     theta = raw.get("rope_theta")

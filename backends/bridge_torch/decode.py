@@ -19,8 +19,8 @@ from torch import Tensor
 from bridge.contract import Sampling
 from bridge.errors import BridgeError
 from bridge.inputs import check_prompts
-from bridge_torch.block import Grid, rms_norm
-from bridge_torch.model import Layer, Transformer, feed_forward, wide
+from bridge_torch.block import Grid, rms_norm, wide
+from bridge_torch.model import Layer, Transformer, feed_forward
 from bridge_torch.sampling import Uniforms, sample
 
 
@@ -142,8 +142,8 @@ class Decoder:
             R = len(h)
             self.own[i, 0, :R, :, self.step] = k
             self.own[i, 1, :R, :, self.step] = v
-            h = h + layer.o(self._attend(i, layer, q))
-            h = h + feed_forward(layer, rms_norm(h, layer.post_norm, eps))
+            h = layer.o.add_to(h, self._attend(i, layer, q))
+            h = feed_forward(layer, h, rms_norm(h, layer.post_norm, eps))
             if layer.block is not None:
                 h = layer.block(h[:, None], self.grid)[:, 0]
         return model.logits(h)
@@ -170,19 +170,20 @@ class Decoder:
         prefix_k, prefix_v = self.prefix[i, 0, :, :, p0:], self.prefix[i, 1, :, :, p0:]
         own_k, own_v = self.own[i, 0, :R, :, t0:T], self.own[i, 1, :R, :, t0:T]
 
-        q = q.reshape(R, K, -1, d)
-        own = q @ own_k.transpose(-1, -2)
-        cells = grid.spread(q).reshape(G, N, K, -1, d).transpose(1, 2)
-        M = cells.shape[3]
-        prefix = cells.reshape(G, K, N * M, d) @ prefix_k.transpose(-1, -2)
-        own = grid.spread(own).reshape(G, N, K, M, -1).transpose(1, 2)
-        score = torch.cat([prefix.reshape(G, K, N, M, -1), own], -1)
+        # bmm on views of three axes: half the time of matmul on four, for sizes as small as these.
+        M = q.shape[1] // K
+        q = q.reshape(R * K, M, d)
+        cells = grid.spread(q.view(R, K * M * d)).view(G, N, K, M, d).transpose(1, 2)
+        prefix = cells.reshape(G * K, N * M, d).bmm(prefix_k.flatten(0, 1).transpose(1, 2))
+        own = q.bmm(own_k.flatten(0, 1).transpose(1, 2)).view(R, K, M, T - t0)
+        own = grid.spread(own).view(G, N, K, M, T - t0).transpose(1, 2)
+        score = torch.cat([prefix.view(G, K, N, M, P - p0), own], -1)
         score = score.to(wide(score.dtype)).mul_(d**-0.5)
         if self.padding is not None:
             score[..., : P - p0].masked_fill_(self.padding[..., p0:], float("-inf"))
         p = score.softmax(-1).to(q.dtype)
-        from_prefix, from_own = p[..., : P - p0], p[..., P - p0 :]
-        y = (from_prefix.reshape(G, K, N * M, -1) @ prefix_v).reshape(G, K, N, M, d)
-        own_weights = grid.collect(from_own.transpose(1, 2).reshape(G * N, K, M, -1))
-        y = grid.collect(y.transpose(1, 2).reshape(G * N, K, M, d))
-        return (y + own_weights @ own_v).reshape(R, -1)
+        from_prefix = p.view(G * K, N * M, -1)[..., : P - p0].bmm(prefix_v.flatten(0, 1))
+        y = from_prefix.view(G, K, N, M, d).transpose(1, 2).reshape(G * N, K * M * d)
+        p = grid.collect(p[..., P - p0 :].transpose(1, 2).reshape(G * N, K, M, T - t0))
+        y = grid.collect(y).view(R * K, M, d).baddbmm(p.reshape(R * K, M, -1), own_v.flatten(0, 1))
+        return y.view(R, K * M * d)

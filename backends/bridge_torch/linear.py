@@ -43,6 +43,15 @@ class Linear:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
 
+    def add_to(
+        self, residual: Float[Tensor, "... out"], x: Float[Tensor, "... in"]
+    ) -> Float[Tensor, "... out"]:
+        """`residual + self(x)`; packed, in one kernel that rounds once."""
+        if self.weight.is_mkldnn:
+            linear = torch.ops.mkldnn._linear_pointwise.binary
+            return linear(x, residual, self.weight, self.bias, "add")
+        return residual + self(x)
+
     def pack(self) -> "Linear":
         """Move the weight to the blocked layout where this machine has it; no gradients then."""
         if can_pack(self.weight.device.type, self.weight.dtype):

@@ -16,13 +16,8 @@ from torch import Tensor
 
 from bridge.config import ModelConfig
 from bridge.rope import inverse_frequencies
-from bridge_torch.block import Block, Grid, rms_norm
+from bridge_torch.block import Block, Grid, rms_norm, wide
 from bridge_torch.linear import Linear
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Where norms, softmax and rope are computed: float32, or float64 for a float64 model."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Rope:
@@ -54,8 +49,7 @@ class Rope:
 def rotate(x: Float[Tensor, "... heads d"], rope: Float[Tensor, "two ... d"]) -> Tensor:
     """Turn each head by its position, in Hugging Face's layout of halves."""
     cos, sin = rope.unsqueeze(-2)
-    turned = x * cos + x.roll(x.shape[-1] // 2, -1) * sin
-    return turned.to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -221,8 +215,8 @@ class Transformer:
             q, k, v = self.project(layer, x, cells.rope)
             if keep is not None:
                 keep(i, k, v)
-            h = h + layer.o(_attend(q, k, v, cells, layer.window))
-            h = h + feed_forward(layer, rms_norm(h, layer.post_norm, self.config.rms_norm_eps))
+            h = layer.o.add_to(h, _attend(q, k, v, cells, layer.window))
+            h = feed_forward(layer, h, rms_norm(h, layer.post_norm, self.config.rms_norm_eps))
             if layer.block is not None:
                 h = layer.block(h, cells.grid, cells.active)
         return h
@@ -249,10 +243,12 @@ class Transformer:
         return self.head(h).to(wide(self.dtype))
 
 
-def feed_forward(layer: Layer, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-    """SwiGLU (clause 5.8)."""
+def feed_forward(
+    layer: Layer, h: Float[Tensor, "... D"], x: Float[Tensor, "... D"]
+) -> Float[Tensor, "... D"]:
+    """SwiGLU of x on the residual stream h (clauses 5.3 and 5.8)."""
     gate, up = layer.gate_up(x).chunk(2, -1)
-    return layer.down(F.silu(gate) * up)
+    return layer.down.add_to(h, F.silu(gate) * up)
 
 
 def _attend(

@@ -52,6 +52,9 @@ def sample(
     total = cumulative[:, -1:]
     # Clause 6.7. The product may round up to the total, above which no token would be left.
     threshold = torch.minimum(uniform[:, None] * total, torch.nextafter(total, 0 * total))
+    if w.device.type == "cpu":  # summed in order there: ascending
+        found = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+        return found.clamp_(max=w.shape[-1] - 1)  # an overflown model has NaN here
     # A parallel sum may dip by a rounding, so a token without weight is passed over.
     above = (cumulative > threshold).logical_and_(w > 0)
     return above.to(torch.uint8).argmax(-1)

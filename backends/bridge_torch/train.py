@@ -16,7 +16,8 @@ from torch import Tensor
 from bridge.contract import SFT, AdamW, Batch, Objective
 from bridge.errors import BridgeError
 from bridge.inputs import check_batch, check_trainable, default_positions
-from bridge_torch.model import Transformer, wide
+from bridge_torch.block import wide
+from bridge_torch.model import Transformer
 
 Metrics = dict[str, float]
 
