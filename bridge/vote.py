@@ -1,6 +1,8 @@
-"""Majority voting over the answers of a group: what each response concludes, and who wins.
+r"""Majority voting over the answers of a group: what each response concludes, and who wins.
 
-Answers are compared as normalised text, numbers as numbers: `1,200.0`, `$1200` and `1200` agree.
+Works on texts alone. Answers are compared as normalised text, and numbers as numbers: `1,200.0`,
+`\$1200.` and `1200` agree. It reads answers and does not judge them: whether one is right is a
+task's business.
 """
 
 import re
@@ -9,9 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
-NUMBER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?")
-STATED = re.compile(r"\banswer\s*(?:is|:|=)\s*([^\n]+)", re.IGNORECASE)
+DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # 1,200 is one number, 3,4 are two
+# A minus sign between two values is a difference: 17-25 ends in 25.
+NUMBER = re.compile(rf"(?:(?<![\w)\]}}])[-\u2212])?\\?\$?(?:{DIGITS}(?:\.\d+)?|\.\d+)(?:/\d+)?")
+STATED = re.compile(r"\banswer\s*(?:is|:|=)[\s:*]*(?=([^\n]+))", re.IGNORECASE)
 HASHES = re.compile(r"####\s*([^\n]+)")
+AROUND = "$*`'\" "  # what formulas and Markdown put around an answer
 
 
 @dataclass(frozen=True)
@@ -21,14 +26,15 @@ class Vote:
     answer: str | None
     count: int
     total: int  # responses, those without an answer included
-    tallies: dict[str, int]  # most votes first
+    tallies: dict[str, int]  # most votes first, and of equal ones the earliest row's
     tied: bool  # whether another answer has as many
 
 
 def majority(texts: Sequence[str], complete: Sequence[bool] | None = None) -> Vote:
-    """The answer that most responses give; of equally frequent ones, the first row's.
+    """The answer that most responses give; of equally frequent ones, the earliest row's.
 
-    `complete`: whether each response came to its end; None: all did.
+    `texts`: the responses in row order. `complete`: whether each came to its end, one a text;
+    None: all did. Raises ValueError where the two differ in length.
     """
     complete = [True] * len(texts) if complete is None else complete
     found = (extract_answer(text, whole) for text, whole in zip(texts, complete, strict=True))
@@ -43,25 +49,31 @@ def majority(texts: Sequence[str], complete: Sequence[bool] | None = None) -> Vo
 def extract_answer(text: str, complete: bool = True) -> str | None:
     r"""The final answer of a response, normalised; None where it has none.
 
-    In this order: the last `\boxed{...}`, what follows the last `####`, what follows the last
-    "answer is" or "answer:", and else the last number, if the response is `complete`.
+    In this order: the last `\boxed{...}` whose braces balance; what follows the last `####`; what
+    follows the last "answer is" or "answer:", of an equation its right side; and else the last
+    number, if the response is `complete`, since one that was cut off had not concluded.
     """
     boxed = _last_boxed(text)
     if boxed is not None:
         return normalise(boxed) or None
     for pattern in (HASHES, STATED):
         if found := pattern.findall(text):
-            number = NUMBER.search(found[-1])
-            return normalise(number.group() if number else found[-1]) or None
+            stated = found[-1].rpartition("=")[2].strip() or found[-1]
+            number = NUMBER.search(stated)
+            return normalise(number.group() if number else stated) or None
     numbers = NUMBER.findall(text) if complete else []
     return normalise(numbers[-1]) if numbers else None
 
 
 def normalise(answer: str) -> str:
     """Numbers in plain decimal form; other answers in lower case, without outer punctuation."""
-    plain = answer.strip().strip("$*`'\" ").rstrip(".,;:!").strip("$*`'\" ")
+    plain = answer.replace("\\$", "").replace("{,}", ",")  # LaTeX's dollars and thousands
+    plain = plain.strip().strip(AROUND).rstrip(".,;:!").strip(AROUND)
+    digits = plain.replace("\u2212", "-").replace("$", "")
+    if NUMBER.fullmatch(digits):
+        digits = digits.replace(",", "")
     try:
-        number = Decimal(plain.replace(",", "").replace("$", ""))
+        number = Decimal(digits)
     except InvalidOperation:
         return " ".join(plain.lower().split())
     if not number.is_finite() or abs(number.adjusted()) > 100:
@@ -72,12 +84,12 @@ def normalise(answer: str) -> str:
 
 
 def _last_boxed(text: str) -> str | None:
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth, inside = 0, start + len("\\boxed")
-    for at in range(inside, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[at], 0)
-        if depth == 0:
-            return text[inside + 1 : at]
-    return None
+    """What is in the box that opens last, of those that close."""
+    last: tuple[int, int] | None = None
+    opened: list[int | None] = []  # where a box's inside starts; None for other braces
+    for brace in re.finditer(r"(\\boxed)?\{|\}", text):
+        if brace.group() != "}":
+            opened.append(brace.end() if brace.group(1) else None)
+        elif opened and (start := opened.pop()) is not None:
+            last = max(last or (0, 0), (start, brace.start()))
+    return None if last is None else text[slice(*last)]

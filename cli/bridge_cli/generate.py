@@ -1,5 +1,10 @@
-"""`bridge generate`: N interdependent answers, live, as text, or as JSON."""
+"""`bridge generate`: N interdependent answers, live, as text, or as JSON.
 
+On a terminal the answers are watched as they grow, and stay when all are done, or at Ctrl-C what
+there is of them. Elsewhere stdout gets the answers alone, and with `--json` one object alone.
+"""
+
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,15 +23,16 @@ if TYPE_CHECKING:
 
 
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint directory.")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint directory.")],
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT", help="Each gets WIDTH answers.")
+        list[str] | None,
+        typer.Argument(metavar="PROMPT", help="Each gets WIDTH answers; - reads one from stdin."),
     ] = None,
     width: Annotated[int, typer.Option("-n", "--width", help="Answers a prompt.")] = 8,
     file: Annotated[
-        Path | None, typer.Option(help="A file with a prompt, a .jsonl file, or - for stdin.")
+        Path | None,
+        typer.Option(help="A prompt a line: text, or JSON with prompt or messages; - is stdin."),
     ] = None,
-    lines: Annotated[bool, typer.Option("--lines", help="Each line of the file is one.")] = False,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Of each row; else 256, or what the context leaves.")
     ] = None,
@@ -51,26 +57,28 @@ def generate(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64.")] = None,
     base: Annotated[Path | None, typer.Option(help="The host of an adapter.")] = None,
-    live: Annotated[bool, typer.Option(help="Watch the answers grow, on a terminal.")] = True,
+    live: Annotated[
+        bool,
+        typer.Option(
+            "--live/--no-live", " /--plain", help="On a terminal, watch the answers grow."
+        ),
+    ] = True,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Answer prompts, each with WIDTH rows that see each other.
 
     Example: bridge generate ./smol-bridge 'Tom has 12 apples...' --width 8 --vote
 
-    Example: cat question.txt | bridge generate ./smol-bridge --json | jq .prompts
+    Example: bridge generate ./smol-bridge --file questions.txt --json | jq .prompts
     """
     from rich.console import Console
 
-    from bridge.generation import Done
+    from bridge.errors import BridgeError
+    from bridge.generation import Done, check_sampling
     from bridge.model import load
     from bridge_cli.prompts import read_prompts
     from bridge_cli.view import View
 
-    asked = read_prompts(prompts or [], file, lines)
-    notes = Console(stderr=True)
-    with notes.status("loading") if notes.is_terminal and not json else _nothing():
-        model = load(checkpoint, base=base, backend=backend, device=device, dtype=dtype)
     sampling: dict[str, Any] = {
         "temperature": temperature,
         "top_k": top_k,
@@ -78,13 +86,22 @@ def generate(
         "min_p": min_p,
         "seed": seed,
     }
+    check_sampling(**sampling)  # before a model is loaded, which may take its time
+    if width < 1:
+        raise BridgeError(f"width must be 1 or above, not {width}")
+    asked = read_prompts(prompts or [], file)
+    notes = Console(stderr=True)
+    with notes.status("loading") if notes.is_terminal and not json else _nothing():
+        model = load(checkpoint, base=base, backend=backend, device=device, dtype=dtype)
     template = model.tokenizer is not None and model.tokenizer.chat_template is not None
+    chat = template and not raw
+    _check_chat(asked, checkpoint, chat, raw, system)
     events = model.stream(
         asked,
         width=width,
         max_new_tokens=max_new_tokens,
         stop=stop or None,
-        chat=template and not raw,
+        chat=chat,
         system=system,
         **sampling,
     )
@@ -114,15 +131,46 @@ def generate(
             "device": model.device,
             "dtype": model.dtype,
             "width": width,
+            "max_new_tokens": max_new_tokens,
+            "stop": stop or [],
+            "chat": chat,
             **sampling,
             "prompts": sets,
-            "timing": {
-                "prefill_seconds": done.prefill_seconds,
-                "decode_seconds": done.decode_seconds,
-                "tokens_per_second": done.tokens_per_second,
-            },
+            "timing": _timing(done),
         }
     )
+
+
+def _check_chat(
+    asked: list[Any], checkpoint: Path, chat: bool, raw: bool, system: str | None
+) -> None:
+    """Refuse options that would have no effect, rather than drop them in silence."""
+    from bridge.errors import BridgeError
+
+    messages = any(not isinstance(prompt, str) for prompt in asked)
+    if raw and messages:
+        raise BridgeError("--raw feeds texts as they are, but a prompt is messages; drop --raw")
+    if system is None:
+        return
+    if not chat:
+        why = "--raw leaves it out" if raw else f"{checkpoint} has no chat template"
+        raise BridgeError(f"--system is part of a chat, but {why}; put it into the prompt")
+    if messages:
+        raise BridgeError("--system goes with texts; put a system message into the messages")
+
+
+def _timing(done: "Done") -> dict[str, float]:
+    """Tokens, seconds and rates; a prompt is read once for all of its rows (clause 4.2)."""
+    responses = [r for s in done.sets for r in s.responses]
+    return {
+        "prompt_tokens": sum(len(s.prompt_tokens) for s in done.sets),
+        "prefill_seconds": done.prefill_seconds,
+        "rows": len(responses),
+        "new_tokens": sum(len(r.tokens) for r in responses),
+        "decode_seconds": done.decode_seconds,
+        "tokens_per_second": done.tokens_per_second,
+        "tokens_per_second_per_row": done.tokens_per_second / len(responses),
+    }
 
 
 def _vote(answers: "ResponseSet") -> "Vote":
@@ -141,9 +189,8 @@ def _follow(
 
     from bridge.generation import Done
 
-    watched = live and console is not None and console.is_terminal
-    if watched:
-        assert console is not None
+    # isatty as well: FORCE_COLOR makes rich take a file for a terminal.
+    if live and console is not None and console.is_interactive and sys.stdout.isatty():
         shown = Live(view, console=console, refresh_per_second=12, transient=True)
     elif console is not None and notes.is_terminal:
         shown = Live(_Count(view), console=notes, refresh_per_second=4, transient=True)
@@ -178,28 +225,37 @@ def _print_answers(answers: "ResponseSet", number: int, of: int, console: "Conso
     from rich.rule import Rule
     from rich.text import Text
 
+    from bridge_cli.view import heading
+
     if of > 1:
         first = harmless(answers.prompt).strip().partition("\n")[0]
         console.print(
             Rule(Text(f"prompt {number + 1}: {first}", overflow="ellipsis"), characters="═")
         )
     for row, response in enumerate(answers.responses):
-        ending = {"length": "cut off", "stop": "stopped"}.get(response.finish_reason, "done")
-        title = Text(f"row {row} · {len(response.tokens)} tokens · {ending}")
+        title = heading(row, len(response.tokens), response.finish_reason)
         console.print(Rule(title, align="left", characters="─"))
-        # soft_wrap: a pipe gets the text as it is, and a terminal breaks long lines itself.
-        console.print(Text(harmless(response.text.strip())), soft_wrap=not console.is_terminal)
+        _print_text(response.text, console)
+
+
+def _print_text(text: str, console: "Console") -> None:
+    """An answer: whole words on a terminal's lines, and its own lines in a pipe."""
+    from rich.text import Text
+
+    console.print(Text(harmless(text.strip())), soft_wrap=not console.is_terminal)
 
 
 def _print_partial(view: "View", console: "Console") -> None:
     """What there was when the user stopped it."""
     from rich.rule import Rule
-    from rich.text import Text
 
     for row in view.rows:
         if row.tokens:
-            console.print(Rule(row.title(), align="left", characters="─"))
-            console.print(Text(row.text.strip()))
+            title = row.title()
+            if len(view.widths) > 1:
+                title = f"prompt {row.prompt + 1} · " + title
+            console.print(Rule(title, align="left", characters="─"))
+            _print_text(row.text, console)
 
 
 def _print_vote(vote: "Vote", console: "Console") -> None:
@@ -221,17 +277,14 @@ def _print_vote(vote: "Vote", console: "Console") -> None:
 
 
 def _print_rates(done: "Done", model: str, console: "Console") -> None:
-    tokens = sum(len(r.tokens) for s in done.sets for r in s.responses)
-    rows = sum(len(s.responses) for s in done.sets)
-    read = sum(len(s.prompt_tokens) for s in done.sets)
-    console.print()
-    console.print(
-        f"{model.strip('<>')}\n"
-        f"prompt: {read} tokens in {done.prefill_seconds:.2f} s · "
-        f"answers: {tokens} tokens in {done.decode_seconds:.2f} s, "
-        f"{done.tokens_per_second:.0f} tokens/s over {rows} rows, "
-        f"{done.tokens_per_second / rows:.1f} a row",
-        style="dim",
-        markup=False,
-        soft_wrap=True,
+    from rich.text import Text
+
+    t = _timing(done)
+    lines = (
+        f"\n{model.strip('<>')}\n"
+        f"prefill: {t['prompt_tokens']} tokens in {t['prefill_seconds']:.2f} s · "
+        f"decoding: {t['new_tokens']} tokens in {t['decode_seconds']:.2f} s, "
+        f"{t['tokens_per_second']:.0f} tokens/s over {t['rows']} rows, "
+        f"{t['tokens_per_second_per_row']:.1f} a row"
     )
+    console.print(Text(lines, "dim"), soft_wrap=not console.is_terminal)

@@ -1,17 +1,20 @@
 """`bridge init`: a host becomes a Bridge model."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bridge_cli.text import count, print_json, size
+from bridge_cli.text import count, one_line, print_json, size
 
 
 def init(
-    host: Annotated[Path, typer.Argument(help="A Hugging Face directory, or a GGUF file.")],
-    out: Annotated[Path, typer.Argument(help="The checkpoint directory to make.")],
+    host: Annotated[
+        Path, typer.Argument(metavar="HOST", help="A Hugging Face directory, or a GGUF file.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint directory to make.")],
     heads: Annotated[int, typer.Option(help="Heads of a block.")] = 8,
     head_dim: Annotated[int, typer.Option(help="Width of a head.")] = 64,
     kind: Annotated[
@@ -34,6 +37,8 @@ def init(
     Their outputs start at zero, so the new model is its host, exactly, until it is trained.
 
     Example: bridge init ./SmolLM2-135M-Instruct ./smol-bridge --heads 8 --head-dim 64
+
+    Example: bridge init model.gguf ./smol-pmatch --kind mlp --layers 0-14,20
     """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -41,8 +46,10 @@ def init(
     from bridge.initialise import init as make
 
     columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    # Not stderr=True: where the output of other libraries is hidden, the bar is not.
+    console = Console(file=sys.stderr)
     quiet = json or not sys.stderr.isatty()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
+    with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task("writing", total=None)
         made = make(
             host,
@@ -59,8 +66,9 @@ def init(
     if json:
         return print_json(made.to_json())
     print(
-        f"{out}: {count(made.host_parameters)} host parameters, and {made.layers} {kind} blocks "
-        f"with {count(made.bridge_parameters)} ({made.share:.1%}); {size(made.bytes)} in "
-        f"{made.dtype}\n"
-        f"Try: bridge generate {out} 'What is 17 + 25?' --width 8"
+        f"{one_line(str(out))}: {count(made.host_parameters)} host parameters, and {made.layers} "
+        f"{kind} blocks with {count(made.bridge_parameters)} ({made.share:.1%} of the host); "
+        f"{size(made.bytes)} in {made.dtype}\n"
+        "The fresh blocks add zero: until they are trained, rows answer as the host alone would.\n"
+        f"Try: bridge generate {shlex.quote(str(out))} 'What is 17 + 25?' --width 8"
     )

@@ -1,20 +1,56 @@
 """The `bridge` command: its subcommands, and what its errors look like.
 
-An error of the user's is one line on stderr and exit code 2, never a traceback; Ctrl-C is 130.
-Commands import what they need when they run, so that `--help` is quick.
+A mistake of the user's is one line on stderr and exit code 2, never a traceback; Ctrl-C is 130, and
+a reader of our output that leaves early is nobody's mistake. Commands import what they need when
+they run, so that `--help` is quick.
 """
 
-import os
 import sys
-from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from typing import Annotated, Any
 
-import click
 import typer
+from typer.core import TyperGroup
 
 from bridge_cli import backends, generate, init, inspect
+from bridge_cli.text import one_line
+
+
+class Commands(TyperGroup):
+    """Runs a subcommand; what a user can cause leaves it as a message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # here, where a broken pipe is still caught
+            return result
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            raise  # typer's to silence
+        except Exception as error:
+            message = _mistake(error)
+            if message is None:
+                raise
+        print(f"error: {one_line(message)}", file=sys.stderr)
+        raise typer.Exit(2)
+
+
+def _mistake(error: Exception) -> str | None:
+    """What to tell the user; None for usage errors, which typer explains, and for our own bugs."""
+    from bridge.errors import BridgeError
+
+    if isinstance(error, BridgeError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    # torch has an exception of its own for a full device
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "not enough memory; lower --width or --max-new-tokens, or choose a smaller --dtype"
+    return None
+
 
 app = typer.Typer(
+    cls=Commands,
     help="Parallel responses to one prompt that see each other while they are generated.",
     epilog="Start with: bridge init HOST OUT, then bridge generate OUT 'your question'",
     no_args_is_help=True,
@@ -44,27 +80,9 @@ def options(
     """Parallel responses to one prompt that see each other while they are generated."""
 
 
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a command line, and exit with its code."""
-    try:
-        code = app(arguments, prog_name="bridge", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        code = 130
-    except BrokenPipeError:
-        # Whoever read our output has left; Python would complain once more when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    except Exception as error:
-        from bridge.errors import BridgeError
-
-        if not isinstance(error, BridgeError):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    sys.exit(code)
+def main() -> None:
+    """Run the command line of this process, and exit with its code."""
+    app(prog_name="bridge")
 
 
 if __name__ == "__main__":

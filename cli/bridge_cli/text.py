@@ -1,20 +1,32 @@
-"""How the commands write numbers, and text that they did not write themselves."""
+"""How the commands write numbers, and text that they did not write themselves.
+
+Nothing that comes out of `harmless` can steer a terminal, and nothing out of `one_line` can be
+mistaken for a second message.
+"""
 
 import json
 import sys
 import unicodedata
 from typing import Any
 
+# Control; format, such as what reverses the writing direction; line and paragraph separators; and
+# lone surrogates, which cannot be written at all.
+STEERING = ("Cc", "Cf", "Zl", "Zp", "Cs")
+JOINERS = "\u200c\u200d"  # format characters that some scripts and emoji need
+
 
 def harmless(text: str) -> str:
-    """Text of a model or a file, with control characters made visible: nothing in it can steer the
-    terminal."""
+    """Text of a model or a file, with control characters made visible; newlines and tabs stay."""
     return "".join(c if c in "\n\t" or not _steers(c) else _visible(c) for c in text)
 
 
+def one_line(text: str) -> str:
+    """Harmless text without line breaks."""
+    return " ".join(harmless(text).split())
+
+
 def _steers(c: str) -> bool:
-    # Cc: control; Cf: format, among them those that reverse the writing direction.
-    return unicodedata.category(c) in ("Cc", "Cf") and c not in "\u200c\u200d"  # joiners of scripts
+    return unicodedata.category(c) in STEERING and c not in JOINERS
 
 
 def _visible(c: str) -> str:
@@ -39,6 +51,7 @@ def size(number: int) -> str:
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on stdout."""
-    json.dump(value, sys.stdout, ensure_ascii=False, indent=2)
-    print()
+    """One JSON value on stdout, and nothing else."""
+    text = json.dumps(value, ensure_ascii=False, indent=2)
+    # A path may hold bytes that are no text; JSON has an escape for them.
+    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode() + "\n")

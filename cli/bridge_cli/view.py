@@ -6,6 +6,7 @@ it is, never as markup, and cannot steer the terminal.
 
 from dataclasses import dataclass
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.panel import Panel
 from rich.table import Table
@@ -15,9 +16,8 @@ from bridge.generation import Event, Finished, Started, Token
 from bridge_cli.text import harmless
 
 COLUMN = 30  # characters below which a column is no pleasure to read
-PANEL = 5  # lines of a panel, its frame included, below which rows are listed instead
-STATES = {"": ("running", "cyan"), "eos": ("done", "green"), "stop": ("stopped", "green")}
-CUT = ("cut off", "yellow")  # by the limit on new tokens
+PANEL = 5  # lines of a panel, its frame included, below which rows are listed, a line each
+COLOURS = {"": "cyan", "eos": "green", "stop": "green", "length": "yellow"}  # by how a row ended
 
 
 @dataclass
@@ -32,8 +32,13 @@ class Row:
 
     def title(self) -> Text:
         """Its number, tokens and state."""
-        state, colour = STATES.get(self.reason, CUT)
-        return Text.assemble(f"row {self.number} · {self.tokens} tokens · ", (state, colour))
+        return heading(self.number, self.tokens, self.reason)
+
+
+def heading(row: int, tokens: int, reason: str) -> Text:
+    """What stands over an answer; `reason` is a finish reason, or empty while it runs."""
+    state = (reason or "running", COLOURS.get(reason, ""))
+    return Text.assemble(f"row {row} · {tokens} token{'s' * (tokens != 1)} · ", state)
 
 
 class View:
@@ -43,7 +48,7 @@ class View:
         self.rows = [Row(g, n) for g, width in enumerate(widths) for n in range(width)]
         self.at = {(row.prompt, row.number): row for row in self.rows}
         self.batch = range(len(widths))
-        self.prompts = len(widths)
+        self.widths = widths
 
     def take(self, event: Event) -> None:
         """Note one event."""
@@ -68,7 +73,7 @@ class View:
         columns = arrange(len(rows), options.max_width)
         lines = height // -(-len(rows) // columns)
         yield self._status(rows)
-        if lines >= PANEL:
+        if lines >= PANEL and options.max_width >= COLUMN:
             yield _grid(rows, columns, options.max_width // columns, lines, console)
         else:
             yield Group(*(_line(row, options.max_width) for row in rows[:height]))
@@ -76,7 +81,9 @@ class View:
     def _status(self, rows: list[Row]) -> Text:
         done = sum(bool(row.reason) for row in self.rows)
         tokens = sum(row.tokens for row in self.rows)
-        which = f"prompt {rows[0].prompt + 1} of {self.prompts} · " if self.prompts > 1 else ""
+        which = (
+            f"prompt {rows[0].prompt + 1} of {len(self.widths)} · " if len(self.widths) > 1 else ""
+        )
         return Text(f"{which}{done} of {len(self.rows)} answers done · {tokens} tokens", "dim")
 
 
@@ -99,18 +106,28 @@ def _grid(rows: list[Row], columns: int, width: int, lines: int, console: Consol
 def _panel(row: Row, width: int, lines: int, console: Console) -> Panel:
     """The tail of an answer in a frame."""
     room = lines - 2
-    text = Text(row.text[-room * width :])
-    tail = text.wrap(console, width - 4)[-room:]
+    tail = Text(recent(row.text, room * width)).wrap(console, width - 4)[-room:]
     body = Text("\n").join(tail)
     return Panel(body, title=row.title(), title_align="left", width=width, height=lines)
+
+
+def recent(text: str, size: int) -> str:
+    """The last characters, at least `size` where there are as many.
+
+    It starts at multiples of `size`: from one token to the next lines break at the same places.
+    """
+    return text[max(0, len(text) // size - 1) * size :]
 
 
 def _line(row: Row, width: int) -> Text:
     """An answer in one line: its state, and its last words."""
     line = row.title()
     line.append(" · ")
-    room = width - line.cell_len
     words = " ".join(row.text[-4 * width :].split())
-    line.append(words[-room:] if room > 0 else "")
+    room = max(0, width - line.cell_len)
+    words = words[len(words) - room :] if len(words) > room else words
+    while cell_len(words) > room:  # characters may be two cells wide
+        words = words[1:]
+    line.append(words)
     line.truncate(width)
     return line
