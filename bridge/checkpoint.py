@@ -76,11 +76,15 @@ class Checkpoint:
         return stored.most_common(1)[0][0]
 
 
-def open_checkpoint(path: Path, base: Path | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path, base: Path | None = None, *, headers_only: bool = False
+) -> Checkpoint:
     """Open a checkpoint directory, or an adapter on its base (clause 9.5).
 
-    `base`: the host of an adapter; None takes the one that the adapter names. Raises BridgeError,
-    naming file, tensor and mend, for whatever does not fit.
+    `base`: the host of an adapter; None takes the one that the adapter names. `headers_only`: do
+    not compare contents either (the hash of an adapter's base, a tied head stored twice), which is
+    for looking at a checkpoint and not for running it. Raises BridgeError, naming file, tensor and
+    mend, for whatever does not fit.
     """
     if not path.is_dir():
         mend = (
@@ -89,10 +93,10 @@ def open_checkpoint(path: Path, base: Path | None = None) -> Checkpoint:
         raise BridgeError(f"{path}: no such checkpoint directory; {mend}")
     config, raw = read_config(path / "config.json")
     if (path / ADAPTER).exists():
-        return _open_adapter(path, config, raw, base)
+        return _open_adapter(path, config, raw, base, headers_only)
     if base is not None:
         raise BridgeError(f"{path}: is no adapter (no {ADAPTER}), so it takes no base")
-    tensors = _match(path, config, tensor_shapes(config), find_tensors(path))
+    tensors = _match(path, config, tensor_shapes(config), find_tensors(path), headers_only)
     return Checkpoint(path, path, config, raw, tensors)
 
 
@@ -153,11 +157,13 @@ def _match(
     config: ModelConfig,
     shapes: Mapping[str, tuple[int, ...]],
     found: dict[str, SafetensorsFile],
+    headers_only: bool = False,
 ) -> CheckpointTensors:
     """The tensors found, in canonical order, once their names, shapes and dtypes are as wanted."""
     found = {n: f for n, f in found.items() if not n.endswith(".rotary_emb.inv_freq")}  # computed
     if config.tie_word_embeddings and "lm_head.weight" in found:
-        _check_tied(found["lm_head.weight"], found.get("model.embed_tokens.weight"))
+        if not headers_only:
+            _check_tied(found["lm_head.weight"], found.get("model.embed_tokens.weight"))
         del found["lm_head.weight"]
     for name, shape in shapes.items():
         if name not in found:
@@ -196,7 +202,7 @@ def _check_tied(head: SafetensorsFile, embedding: SafetensorsFile | None) -> Non
 
 
 def _open_adapter(
-    path: Path, config: ModelConfig, raw: dict[str, Any], base: Path | None
+    path: Path, config: ModelConfig, raw: dict[str, Any], base: Path | None, headers_only: bool
 ) -> Checkpoint:
     where = path / ADAPTER
     try:
@@ -211,10 +217,10 @@ def _open_adapter(
     directory = base or path / name  # an absolute name stands for itself
     if not directory.is_dir():
         raise BridgeError(f"{where}: its base {name!r} is not there; name it with --base")
-    host = open_checkpoint(directory)
+    host = open_checkpoint(directory, headers_only=headers_only)
     if host.config != parse_config({k: v for k, v in raw.items() if k != "bridge"}):
         raise BridgeError(f"{directory}: its config.json differs from that of the adapter {path}")
-    if content_hash(host.tensors) != digest:
+    if not headers_only and content_hash(host.tensors) != digest:
         raise BridgeError(f"{directory}: is not the base of {path}: base_sha256 differs")
     shapes = {n: s for n, s in tensor_shapes(config).items() if n not in host.tensors}
     added = _match(path, config, shapes, find_tensors(path))

@@ -248,12 +248,13 @@ def _print_text(text: str, console: "Console") -> None:
 def _print_partial(view: "View", console: "Console") -> None:
     """What there was when the user stopped it."""
     from rich.rule import Rule
+    from rich.text import Text
 
     for row in view.rows:
         if row.tokens:
             title = row.title()
             if len(view.widths) > 1:
-                title = f"prompt {row.prompt + 1} · " + title
+                title = Text.assemble(f"prompt {row.prompt + 1} · ", title)
             console.print(Rule(title, align="left", characters="─"))
             _print_text(row.text, console)
 
