@@ -44,6 +44,9 @@ class CheckpointTensors(Mapping[str, np.ndarray]):
             )
         return array
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.files  # Mapping's own would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
 
