@@ -15,7 +15,7 @@ import numpy as np
 from bridge.config import ModelConfig
 from bridge.contract import Backend, BackendModel
 from bridge_conformance.cases import ModelCase
-from bridge_conformance.tolerance import DTYPES, allowance, error, proxy
+from bridge_conformance.tolerance import DTYPES, allowance, error, proxy, ulp
 from bridge_ref.backend import Reference
 
 
@@ -69,8 +69,20 @@ class Trial:
         """The case's model in the reference, in the dtype that shows the error of `dtype`."""
         return self._reference(proxy(self.dtype))
 
-    def _reference(self, dtype: str) -> BackendModel:
-        tensors = {name: array.astype(DTYPES[dtype]) for name, array in self.tensors.items()}
+    @cached_property
+    def nudged(self) -> BackendModel:
+        """The float64 reference with every weight moved by half an ulp of `dtype`, up or down."""
+        rng = np.random.default_rng(self.case.seed)
+        half = ulp(self.dtype) / 2
+        tensors = {
+            name: array * (1 + half * rng.choice([-1.0, 1.0], size=array.shape))
+            for name, array in self.tensors.items()
+        }
+        return self._reference("float64", tensors)
+
+    def _reference(self, dtype: str, tensors: dict[str, np.ndarray] | None = None) -> BackendModel:
+        tensors = self.tensors if tensors is None else tensors
+        tensors = {name: array.astype(DTYPES[dtype]) for name, array in tensors.items()}
         reference = Reference()
         device = reference.devices()[0]
         return reference.load(self.case.config, tensors, device=device, dtype=dtype)
