@@ -16,6 +16,7 @@ from bridge_cli.text import harmless, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from bridge.generation import Done, Event, ResponseSet
     from bridge.vote import Vote
@@ -210,10 +211,8 @@ class _Count:
     def __init__(self, view: "View") -> None:
         self.view = view
 
-    def __rich__(self) -> str:
-        rows = self.view.rows
-        done, tokens = sum(bool(row.reason) for row in rows), sum(row.tokens for row in rows)
-        return f"{done} of {len(rows)} answers done, {tokens} tokens"
+    def __rich__(self) -> "Text":
+        return self.view.progress()
 
 
 @contextmanager

@@ -25,8 +25,8 @@ class Commands(TyperGroup):
             return result
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
-        except BrokenPipeError:
-            raise  # typer's to silence
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise  # typer's own, or its to silence
         except Exception as error:
             message = _mistake(error)
             if message is None:

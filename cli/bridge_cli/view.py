@@ -59,7 +59,9 @@ class View:
             row.text += harmless(event.text)
             row.tokens += 1
         elif isinstance(event, Finished):
-            self.at[event.prompt, event.row].reason = event.reason
+            row = self.at[event.prompt, event.row]
+            row.reason = event.reason
+            row.tokens += event.reason == "eos"  # which has no text, and so no Token event
 
     def shown(self) -> list[Row]:
         """The rows of the prompt to look at: the first of the batch that is not done."""
@@ -69,22 +71,27 @@ class View:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         rows = self.shown()
-        height = (options.height or console.height) - 2
+        height = max(1, (options.height or console.height) - 2)
         columns = arrange(len(rows), options.max_width)
         lines = height // -(-len(rows) // columns)
-        yield self._status(rows)
+        yield self._status(rows, options.max_width)
         if lines >= PANEL and options.max_width >= COLUMN:
             yield _grid(rows, columns, options.max_width // columns, lines, console)
         else:
             yield Group(*(_line(row, options.max_width) for row in rows[:height]))
 
-    def _status(self, rows: list[Row]) -> Text:
+    def progress(self) -> Text:
+        """How far all rows are, in a line."""
         done = sum(bool(row.reason) for row in self.rows)
         tokens = sum(row.tokens for row in self.rows)
-        which = (
-            f"prompt {rows[0].prompt + 1} of {len(self.widths)} · " if len(self.widths) > 1 else ""
-        )
-        return Text(f"{which}{done} of {len(self.rows)} answers done · {tokens} tokens", "dim")
+        return Text(f"{done} of {len(self.rows)} answers done · {tokens} tokens", "dim")
+
+    def _status(self, rows: list[Row], width: int) -> Text:
+        status = self.progress()
+        if len(self.widths) > 1:
+            status = Text.assemble(f"prompt {rows[0].prompt + 1} of {len(self.widths)} · ", status)
+        status.truncate(width)
+        return status
 
 
 def arrange(rows: int, width: int) -> int:
