@@ -10,7 +10,7 @@ STAMP  := $(VENV)/.installed
 TORCH  ?= torch==2.13.0
 MODEL  ?= demo/bridge
 WIDTH  ?= 8
-QUESTION ?= There are 5 bags with 8 marbles in each bag. How many marbles are there in total?
+export QUESTION ?= There are 5 bags with 8 marbles in each bag. How many marbles are there in total?
 
 .PHONY: help setup demo test lint format golden bench clean
 
@@ -36,7 +36,9 @@ $(MODEL): | $(STAMP)
 	$(BIN)/bridge init "$$(find $(VENV)/lib -name 'SmolLM2*.gguf')" $@
 
 demo: $(MODEL)
-	$(BIN)/bridge generate $(MODEL) "$(QUESTION)" --width $(WIDTH) --max-new-tokens 160 \
+	@echo "Note: these blocks are fresh, and fresh blocks end in zeros. They are computed, but until they"
+	@echo "are trained the rows exchange nothing, and each answers as SmolLM2 alone would."
+	$(BIN)/bridge generate $(MODEL) "$$QUESTION" --width $(WIDTH) --max-new-tokens 160 \
 		--temperature 0.7 --top-p 0.95 --seed 7 --backend torch --vote
 
 test: lint

@@ -12,6 +12,7 @@ import termios
 import time
 from contextlib import contextmanager
 from fcntl import ioctl
+from pathlib import Path
 
 import jsonschema
 import numpy as np
@@ -25,6 +26,8 @@ from bridge.generation import Started, Token
 from bridge.initialise import init
 from bridge_cli.main import app
 
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = ("init", "generate", "inspect", "backends")
 BRIDGE = [sys.executable, "-m", "bridge_cli.main"]
 NUMPY = ("--backend", "numpy", "--dtype", "float32")
@@ -161,6 +164,18 @@ def test_usage_errors_are_explained(arguments):
     done = subprocess.run([*BRIDGE, *arguments], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert "Error" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_readme_uses_commands_and_options_that_exist():
+    lines = re.findall(r"^    .*?bridge ((?:%s) .*)$" % "|".join(COMMANDS), README, re.MULTILINE)
+    assert len(lines) >= 8
+    for line in lines:
+        command, *words = line.split()
+        known = run(command, "--help")
+        assert all(re.search(rf"{w.strip(';,')}\b", known) for w in words if w.startswith("--"))
+    targets = re.findall(r"\bmake ([a-z]+)", README)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
 
 
 # init

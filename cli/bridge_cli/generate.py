@@ -192,7 +192,7 @@ def _follow(
 
     # isatty as well: FORCE_COLOR makes rich take a file for a terminal.
     if live and console is not None and console.is_interactive and sys.stdout.isatty():
-        shown = Live(view, console=console, refresh_per_second=12, transient=True)
+        shown = Live(view, console=console, refresh_per_second=8, transient=True)
     elif console is not None and notes.is_terminal:
         shown = Live(_Count(view), console=notes, refresh_per_second=4, transient=True)
     else:
