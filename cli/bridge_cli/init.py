@@ -45,12 +45,18 @@ def init(
 
     from bridge.initialise import init as make
 
-    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    # A host in GGUF is read first, which says nothing of its progress.
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
     # Not stderr=True: where the output of other libraries is hidden, the bar is not.
     console = Console(file=sys.stderr)
     quiet = json or not sys.stderr.isatty()
     with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
-        task = bar.add_task("writing", total=None)
+        task = bar.add_task("reading", total=None)
         made = make(
             host,
             out,
@@ -61,7 +67,9 @@ def init(
             seed=seed,
             dtype=dtype,
             adapter=adapter,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=lambda done, total: bar.update(
+                task, description="writing", completed=done, total=total
+            ),
         )
     if json:
         return print_json(made.to_json())
