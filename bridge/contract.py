@@ -99,8 +99,12 @@ class Decoder(Protocol):
 class Trainer(Protocol):
     """Owns the optimizer's state: float32 (or wider) master weights and moments."""
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        """One update; metrics `loss`, `grad_norm` (before clipping), `tokens` and more."""
+    def step(self, batch: Batch | Sequence[Batch]) -> dict[str, float]:
+        """One update; metrics `loss`, `grad_norm` (before clipping), `tokens` and more.
+
+        Several batches are one update, accumulated in turn: what fits in memory at once is one of
+        them. Groups stay whole, each in one batch (clause 7.10).
+        """
         ...
 
     def state(self) -> dict[str, np.ndarray]:
@@ -154,8 +158,19 @@ class BackendModel(Protocol):
         """Metrics with `loss`, and the gradient of each tensor named in `trainable`."""
         ...
 
-    def trainer(self, objective: Objective, optimizer: AdamW, trainable: Sequence[str]) -> Trainer:
-        """A trainer that updates this model's `trainable` tensors in place."""
+    def trainer(
+        self,
+        objective: Objective,
+        optimizer: AdamW,
+        trainable: Sequence[str],
+        *,
+        checkpoint_activations: bool = False,
+    ) -> Trainer:
+        """A trainer that updates this model's `trainable` tensors in place.
+
+        `checkpoint_activations`: keep each layer's input alone for the backward pass, and compute
+        the layer again there: less memory, more time, the same numbers (clause 7.11).
+        """
         ...
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:

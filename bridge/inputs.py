@@ -89,6 +89,34 @@ def check_batch(batch: Batch, objective: Objective, vocab_size: int) -> None:
             raise BridgeError("batch.ref_logprobs is missing; GRPO needs them unless beta is 0")
 
 
+def micro_batches(
+    batch: Batch | Sequence[Batch], objective: Objective, vocab_size: int
+) -> tuple[list[Batch], int]:
+    """The batches of one update, each checked, and the number of targets in all of them, by which
+    each one's loss is divided (clause 7.10). Refuses a group that is split over two of them."""
+    batches = [batch] if isinstance(batch, Batch) else list(batch)
+    if not batches:
+        raise BridgeError("step: no batch given; give at least one")
+    seen: dict[int, int] = {}
+    for number, part in enumerate(batches):
+        check_batch(part, objective, vocab_size)
+        for group in np.unique(part.groups).tolist():
+            if group in seen:
+                raise BridgeError(
+                    f"batch.groups: group {group} is split over micro-batches {seen[group]} and "
+                    f"{number}; its rows read each other, so keep them in one (clause 7.3)"
+                )
+            seen[group] = number
+    return batches, sum(int(part.target_mask.sum()) for part in batches)
+
+
+def add_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of an update from those of its micro-batches, each a sum over targets that was
+    divided by the number of targets in all of them (clause 7.10)."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
+
+
 def _outside(ids: Int[np.ndarray, "B S"], where: Bool[np.ndarray, "B S"], vocab_size: int) -> bool:
     """Whether an id that is read is no token of the vocabulary."""
     return bool((where & ((ids < 0) | (ids >= vocab_size))).any())

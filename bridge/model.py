@@ -169,10 +169,19 @@ class Model:
         objective: Objective,
         optimizer: AdamW | None = None,
         trainable: str | Sequence[str] = "bridge",
+        *,
+        checkpoint_activations: bool = False,
     ) -> Trainer:
-        """A trainer of this model. `trainable`: `bridge`, `all`, or names of tensors."""
+        """A trainer of this model. `trainable`: `bridge`, `all`, or names of tensors.
+
+        `checkpoint_activations`: less memory for more time, by computing each layer again in the
+        backward pass (clause 7.11).
+        """
         return self.implementation.trainer(
-            objective, optimizer or AdamW(), trainable_names(self.config, trainable)
+            objective,
+            optimizer or AdamW(),
+            trainable_names(self.config, trainable),
+            checkpoint_activations=checkpoint_activations,
         )
 
     def _requests(

@@ -92,9 +92,15 @@ class ReferenceModel:
         return loss_and_grads(self.config, self._tensors, batch, objective, trainable)
 
     def trainer(
-        self, objective: Objective, optimizer: AdamW, trainable: Sequence[str]
+        self,
+        objective: Objective,
+        optimizer: AdamW,
+        trainable: Sequence[str],
+        *,
+        checkpoint_activations: bool = False,
     ) -> ReferenceTrainer:
-        """A trainer that updates this model's `trainable` tensors."""
+        """A trainer that updates this model's `trainable` tensors. It keeps every activation, and
+        computes none again: `checkpoint_activations` changes nothing here (clause 7.11)."""
         return ReferenceTrainer(self.config, self._tensors, objective, optimizer, trainable)
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:

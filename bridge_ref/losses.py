@@ -15,42 +15,48 @@ Metrics = dict[str, float]
 
 
 def loss(
-    objective: Objective, logits: Float[np.ndarray, "B S V"], batch: Batch
+    objective: Objective,
+    logits: Float[np.ndarray, "B S V"],
+    batch: Batch,
+    count: int | None = None,
 ) -> tuple[Metrics, Float[np.ndarray, "B S V"]]:
-    """The objective's metrics, `loss` and `tokens` among them, and `dlogits`."""
+    """The objective's metrics, `loss` and `tokens` among them, and `dlogits`.
+
+    `count` is the number of target tokens that sums are divided by: of the whole update, where the
+    batch is one of several (clause 7.10); None: of this batch.
+    """
+    count = int(batch.target_mask.sum()) if count is None else count
     if isinstance(objective, SFT):
-        return sft(logits, batch)
-    return grpo(logits, batch, objective)
+        return sft(logits, batch, count)
+    return grpo(logits, batch, objective, count)
 
 
 def sft(
-    logits: Float[np.ndarray, "B S V"], batch: Batch
+    logits: Float[np.ndarray, "B S V"], batch: Batch, count: int
 ) -> tuple[Metrics, Float[np.ndarray, "B S V"]]:
-    """Clause 7.4: `loss = -mean over target tokens of log p(target)`."""
+    """Clause 7.4: `loss = -sum over target tokens of log p(target) / count`."""
     logp, cache = log_softmax(logits)
-    count = int(batch.target_mask.sum())
     dlogprob = np.where(batch.target_mask, -1 / count, 0.0)
     value = -np.sum(pick(logp, batch), where=batch.target_mask) / count
     dlogits = log_softmax_backward(pick_backward(dlogprob, logp, batch), cache)
-    return {"loss": value.item(), "tokens": float(count)}, dlogits
+    return {"loss": value.item(), "tokens": float(batch.target_mask.sum())}, dlogits
 
 
 def grpo(
-    logits: Float[np.ndarray, "B S V"], batch: Batch, objective: GRPO
+    logits: Float[np.ndarray, "B S V"], batch: Batch, objective: GRPO, count: int
 ) -> tuple[Metrics, Float[np.ndarray, "B S V"]]:
     """Clause 7.5, for target tokens with lp = log p(target), old and ref given, A by row:
 
         rho  = exp(lp - old)
         gain = min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)
         kl   = exp(ref - lp) - (ref - lp) - 1
-        loss = -sum(gain - beta kl) / (number of target tokens)
+        loss = -sum(gain - beta kl) / count
 
     Without `old_logprobs` old is lp itself, held constant: rho is 1 and has a gradient. Metrics
     also: `clip_fraction`, `entropy` of the policy at target cells, and `kl` where ref is given.
     """
     assert batch.advantages is not None
     mask, (logp, cache) = batch.target_mask, log_softmax(logits)
-    count = int(mask.sum())
     lp = pick(logp, batch)
     A = np.asarray(batch.advantages, lp.dtype)[:, None]
     old = lp if batch.old_logprobs is None else only(mask, batch.old_logprobs, lp.dtype)
@@ -60,19 +66,19 @@ def grpo(
     # Where clipping lowers the gain, the gain no longer depends on rho.
     dlogprob = np.where(rho * A <= clipped * A, rho * A, 0)
     metrics = {
-        "clip_fraction": np.mean(rho * A > clipped * A, where=mask).item(),
-        "entropy": -np.mean(np.sum(np.exp(logp) * logp, axis=-1), where=mask).item(),
+        "clip_fraction": np.sum(rho * A > clipped * A, where=mask).item() / count,
+        "entropy": -np.sum(np.sum(np.exp(logp) * logp, axis=-1), where=mask).item() / count,
     }
     if batch.ref_logprobs is not None:
         difference = np.where(mask, only(mask, batch.ref_logprobs, lp.dtype) - lp, 0)
         kl = np.exp(difference) - difference - 1
         gain = gain - objective.beta * kl
         dlogprob = dlogprob - objective.beta * (1 - np.exp(difference))
-        metrics["kl"] = np.mean(kl, where=mask).item()
+        metrics["kl"] = np.sum(kl, where=mask).item() / count
     dlogprob = np.where(mask, -dlogprob / count, 0)
     value = -np.sum(gain, where=mask) / count
     dlogits = log_softmax_backward(pick_backward(dlogprob, logp, batch), cache)
-    return {"loss": value.item(), "tokens": float(count), **metrics}, dlogits
+    return {"loss": value.item(), "tokens": float(mask.sum()), **metrics}, dlogits
 
 
 def pick(logp: Float[np.ndarray, "B S V"], batch: Batch) -> Float[np.ndarray, "B S"]:

@@ -1,7 +1,8 @@
 """A whole training step (chapter 7): loss, gradients, clipping, AdamW.
 
 A batch holds whole groups (clause 7.3): through the blocks every row's loss has a gradient in every
-row of its group, so a group may not be split over two batches.
+row of its group, so a group may not be split over two batches. An update may be made of several
+batches (clause 7.10).
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,13 @@ import numpy as np
 
 from bridge.config import ModelConfig
 from bridge.contract import AdamW, Batch, Objective
-from bridge.inputs import check_batch, check_trainable, default_positions
+from bridge.inputs import (
+    add_metrics,
+    check_batch,
+    check_trainable,
+    default_positions,
+    micro_batches,
+)
 from bridge_ref.losses import Metrics, loss
 from bridge_ref.model import Tensors, backward, forward
 from bridge_ref.optim import AdamWState, clip_by_global_norm
@@ -23,17 +30,19 @@ def loss_and_grads(
     batch: Batch,
     objective: Objective,
     trainable: Sequence[str],
+    count: int | None = None,
 ) -> tuple[Metrics, dict[str, np.ndarray]]:
     """Clauses 7.1 to 7.5: metrics, and the gradient of each tensor named, wide.
 
-    Positions not given are the default ones of clause 2.4. Raises BridgeError for a batch whose
-    shapes disagree, that has no target, or lacks what the objective reads.
+    Positions not given are the default ones of clause 2.4. `count`: see `losses.loss`. Raises
+    BridgeError for a batch whose shapes disagree, that has no target, or lacks what the objective
+    reads.
     """
     check_trainable(tensors, trainable)
     check_batch(batch, objective, config.vocab_size)
     positions = default_positions(batch.active) if batch.positions is None else batch.positions
     logits, cache = forward(config, tensors, batch.tokens, batch.groups, batch.active, positions)
-    metrics, dlogits = loss(objective, logits, batch)
+    metrics, dlogits = loss(objective, logits, batch, count)
     grads = backward(config, dlogits, cache)
     return metrics, {name: wide(grads[name]) for name in trainable}
 
@@ -55,14 +64,22 @@ class ReferenceTrainer:
         self.objective, self.optimizer = objective, optimizer
         self.adamw = AdamWState({name: tensors[name] for name in trainable})
 
-    def step(self, batch: Batch) -> Metrics:
-        """One update; the loss's metrics, and `grad_norm` before clipping."""
+    def step(self, batch: Batch | Sequence[Batch]) -> Metrics:
+        """One update, of one batch or accumulated over several (clause 7.10); the loss's metrics,
+        and `grad_norm` before clipping."""
+        batches, count = micro_batches(batch, self.objective, self.config.vocab_size)
         names = list(self.adamw.master)
-        metrics, grads = loss_and_grads(self.config, self.tensors, batch, self.objective, names)
+        parts, grads = [], {name: np.zeros_like(self.adamw.master[name]) for name in names}
+        for part in batches:
+            metrics, added = loss_and_grads(
+                self.config, self.tensors, part, self.objective, names, count
+            )
+            parts.append(metrics)
+            grads = {name: grads[name] + added[name] for name in names}
         grads, norm = clip_by_global_norm(grads, self.optimizer.max_grad_norm)
         self.adamw.update(grads, self.optimizer)
         self._publish()
-        return {**metrics, "grad_norm": norm}
+        return {**add_metrics(parts), "grad_norm": norm}
 
     def state(self) -> dict[str, np.ndarray]:
         """Step count, master weights and moments, by name."""

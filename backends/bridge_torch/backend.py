@@ -113,9 +113,16 @@ class TorchModel:
         metrics, grads = loss_and_grads(self.transformer, leaves, batch, objective)
         return metrics, {name: to_numpy(grad) for name, grad in grads.items()}
 
-    def trainer(self, objective: Objective, optimizer: AdamW, trainable: Sequence[str]) -> Trainer:
+    def trainer(
+        self,
+        objective: Objective,
+        optimizer: AdamW,
+        trainable: Sequence[str],
+        *,
+        checkpoint_activations: bool = False,
+    ) -> Trainer:
         """A trainer that updates this model's `trainable` tensors in place."""
-        return Trainer(self.transformer, objective, optimizer, trainable)
+        return Trainer(self.transformer, objective, optimizer, trainable, checkpoint_activations)
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor by its Hugging Face name, in canonical order, in the model's dtype."""

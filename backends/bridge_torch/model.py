@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from bridge.config import ModelConfig
 from bridge.rope import inverse_frequencies
@@ -207,19 +208,36 @@ class Transformer:
         tokens: Int[Tensor, "B S"],
         cells: Cells,
         keep: Callable[[int, Tensor, Tensor], None] | None = None,
+        recompute: bool = False,
     ) -> Float[Tensor, "B S D"]:
-        """Hidden states after the last layer; `keep` receives each layer's keys and values."""
+        """Hidden states after the last layer; `keep` receives each layer's keys and values.
+
+        `recompute`: the backward pass computes each layer again from its input (clause 7.11).
+        """
         h = F.embedding(tokens, self.embed)
         for i, layer in enumerate(self.layers):
-            x = rms_norm(h, layer.input_norm, self.config.rms_norm_eps)
-            q, k, v = self.project(layer, x, cells.rope)
-            if keep is not None:
-                keep(i, k, v)
-            h = layer.o.add_to(h, _attend(q, k, v, cells, layer.window))
-            h = feed_forward(layer, h, rms_norm(h, layer.post_norm, self.config.rms_norm_eps))
-            if layer.block is not None:
-                h = layer.block(h, cells.grid, cells.active)
+            if recompute:
+                h = checkpoint(self._layer, i, layer, h, cells, keep, use_reentrant=False)
+            else:
+                h = self._layer(i, layer, h, cells, keep)
         return h
+
+    def _layer(
+        self,
+        i: int,
+        layer: Layer,
+        h: Float[Tensor, "B S D"],
+        cells: Cells,
+        keep: Callable[[int, Tensor, Tensor], None] | None,
+    ) -> Float[Tensor, "B S D"]:
+        """Attention, FFN and block on the residual stream (clauses 5.3 and 3.7)."""
+        x = rms_norm(h, layer.input_norm, self.config.rms_norm_eps)
+        q, k, v = self.project(layer, x, cells.rope)
+        if keep is not None:
+            keep(i, k, v)
+        h = layer.o.add_to(h, _attend(q, k, v, cells, layer.window))
+        h = feed_forward(layer, h, rms_norm(h, layer.post_norm, self.config.rms_norm_eps))
+        return h if layer.block is None else layer.block(h, cells.grid, cells.active)
 
     def project(
         self, layer: Layer, x: Float[Tensor, "... D"], rope: Float[Tensor, "two ... d"]

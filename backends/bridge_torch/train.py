@@ -3,7 +3,7 @@
 The trained tensors are leaves that stand in for the model's own; whatever else the model holds is
 frozen and shared. Master weights and moments are float32 or wider, whatever the model's dtype. A
 batch holds whole groups (clause 7.3): gradients flow across the rows of a group, so a group may
-not be split over two batches.
+not be split over two batches of an update.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,13 @@ from torch import Tensor
 
 from bridge.contract import SFT, AdamW, Batch, Objective
 from bridge.errors import BridgeError
-from bridge.inputs import check_batch, check_trainable, default_positions
+from bridge.inputs import (
+    add_metrics,
+    check_batch,
+    check_trainable,
+    default_positions,
+    micro_batches,
+)
 from bridge_torch.block import wide
 from bridge_torch.model import Transformer
 
@@ -27,11 +33,14 @@ def loss_and_grads(
     leaves: Mapping[str, Tensor],
     batch: Batch,
     objective: Objective,
+    count: int | None = None,
+    checkpoint_activations: bool = False,
 ) -> tuple[Metrics, dict[str, Tensor]]:
     """Clauses 7.1 to 7.5: metrics, and the gradient of the loss at each leaf, in its wide dtype.
 
-    `leaves` stand in for the model's tensors of these names. Raises BridgeError for a batch whose
-    shapes disagree, that has no target, or lacks what the objective reads.
+    `leaves` stand in for the model's tensors of these names. `count`: see `loss`. Raises
+    BridgeError for a batch whose shapes disagree, that has no target, or lacks what the objective
+    reads.
     """
     check_batch(batch, objective, model.config.vocab_size)
     positions = default_positions(batch.active) if batch.positions is None else batch.positions
@@ -41,8 +50,8 @@ def loss_and_grads(
     with torch.enable_grad():
         stand_in = model.substitute(leaves)
         cells = model.cells(batch.groups, batch.active, positions)
-        logits = stand_in.logits(stand_in.forward(ids.to(model.device), cells))
-        value, metrics = loss(logits, batch, objective)
+        h = stand_in.forward(ids.to(model.device), cells, recompute=checkpoint_activations)
+        value, metrics = loss(stand_in.logits(h), batch, objective, count)
         # A tensor that the loss does not read at all has a gradient of zero.
         grads = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
     wanted = {name: g.to(wide(g.dtype)) for name, g in zip(leaves, grads, strict=True)}
@@ -50,25 +59,27 @@ def loss_and_grads(
 
 
 def loss(
-    logits: Float[Tensor, "B S V"], batch: Batch, objective: Objective
+    logits: Float[Tensor, "B S V"], batch: Batch, objective: Objective, count: int | None = None
 ) -> tuple[Tensor, dict[str, Tensor | float]]:
     """The loss over target tokens, and its metrics, `loss` and `tokens` among them.
 
-    Only cells with a target are read. SFT is clause 7.4: minus the mean of lp = log p(target).
-    GRPO is clause 7.5, with advantage A by row:
+    Only cells with a target are read. `count` is the number of targets that sums are divided by:
+    of the whole update, where the batch is one of several (clause 7.10); None: of this batch. SFT
+    is clause 7.4: `loss = -sum(lp) / count` with lp = log p(target). GRPO is clause 7.5, with
+    advantage A by row:
 
         rho  = exp(lp - old)
         gain = min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)
         kl   = exp(ref - lp) - (ref - lp) - 1
-        loss = -sum(gain - beta kl) / (number of target tokens)
+        loss = -sum(gain - beta kl) / count
     """
     mask = torch.tensor(batch.target_mask, device=logits.device)
     logp = logits[mask].log_softmax(-1)  # [tokens, V]
     lp = logp.gather(-1, _at_targets(batch.targets, batch, logits, torch.int64)[:, None])[:, 0]
-    count = len(lp)
+    count = len(lp) if count is None else count
     if isinstance(objective, SFT):
-        value = -lp.mean()
-        return value, {"loss": value.detach(), "tokens": count}
+        value = -lp.sum() / count
+        return value, {"loss": value.detach(), "tokens": len(lp)}
     assert batch.advantages is not None
     advantages = np.broadcast_to(batch.advantages[:, None], mask.shape)
     A = _at_targets(advantages, batch, logits, lp.dtype)
@@ -79,15 +90,15 @@ def loss(
     clipped = rho.clamp(1 - objective.eps_low, 1 + objective.eps_high)
     gain = torch.where(rho * A <= clipped * A, rho * A, clipped.detach() * A)
     metrics: dict[str, Tensor | float] = {
-        "tokens": count,
-        "clip_fraction": (rho * A > clipped * A).to(rho.dtype).mean(),
-        "entropy": -(logp.exp() * logp).sum(-1).mean().detach(),
+        "tokens": len(lp),
+        "clip_fraction": (rho * A > clipped * A).to(rho.dtype).sum() / count,
+        "entropy": -(logp.exp() * logp).sum().detach() / count,
     }
     if batch.ref_logprobs is not None:
         difference = _at_targets(batch.ref_logprobs, batch, logits, lp.dtype) - lp
         kl = difference.exp() - difference - 1
         gain = gain - objective.beta * kl
-        metrics["kl"] = kl.mean().detach()
+        metrics["kl"] = kl.sum().detach() / count
     value = -gain.sum() / count
     return value, {"loss": value.detach(), **metrics}
 
@@ -106,11 +117,13 @@ class Trainer:
         objective: Objective,
         optimizer: AdamW,
         trainable: Sequence[str],
+        checkpoint_activations: bool = False,
     ) -> None:
         """Masters start at the model's own values, moments at 0 (clause 7.9)."""
         parts = dict(model.parts())
         check_trainable(parts, trainable)
         self.model, self.objective, self.options = model, objective, optimizer
+        self.checkpoint_activations = checkpoint_activations
         self.master = {n: parts[n].detach().to(wide(parts[n].dtype), copy=True) for n in trainable}
         self.adamw = torch.optim.AdamW(
             list(self.master.values()),
@@ -120,12 +133,19 @@ class Trainer:
             weight_decay=optimizer.weight_decay,
         )
 
-    def step(self, batch: Batch) -> Metrics:
-        """One update; the loss's metrics, and `grad_norm` before clipping (clauses 7.7, 7.8)."""
+    def step(self, batch: Batch | Sequence[Batch]) -> Metrics:
+        """One update, of one batch or accumulated over several (clause 7.10); the loss's metrics,
+        and `grad_norm` before clipping (clauses 7.7, 7.8)."""
+        batches, count = micro_batches(batch, self.objective, self.model.config.vocab_size)
         leaves = {name: master.to(self.model.dtype) for name, master in self.master.items()}
-        metrics, grads = loss_and_grads(self.model, leaves, batch, self.objective)
-        for name, master in self.master.items():
-            master.grad = grads[name]
+        parts = []
+        for part in batches:
+            metrics, grads = loss_and_grads(
+                self.model, leaves, part, self.objective, count, self.checkpoint_activations
+            )
+            parts.append(metrics)
+            for name, master in self.master.items():
+                master.grad = grads[name] if master.grad is None else master.grad.add_(grads[name])
         limit = self.options.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(
             self.master.values(), float("inf") if limit is None else limit
@@ -133,7 +153,7 @@ class Trainer:
         self.adamw.step()
         self.adamw.zero_grad()
         self._publish()
-        return {**metrics, "grad_norm": float(norm)}
+        return {**add_metrics(parts), "grad_norm": float(norm)}
 
     def state(self) -> dict[str, np.ndarray]:
         """`step`, and `master.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` of each trained tensor."""

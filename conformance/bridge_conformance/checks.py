@@ -58,6 +58,8 @@ CHECKS: dict[str, Check] = {
         Check(checks_decode.sampled_tokens_follow_the_rule, "6.7", _decode),
         Check(checks_train.loss_and_gradients_are_within_the_numerics_rule, "7.4", _train),
         Check(checks_train.training_steps_are_within_the_numerics_rule, "7.8", _train),
+        Check(checks_train.accumulated_batches_are_one_update, "7.10", _train),
+        Check(checks_train.computing_layers_again_changes_no_update, "7.11", _train),
         Check(checks_train.gradients_stay_within_a_group, "7.3", _train),
         Check(checks_train.a_restored_trainer_goes_on_as_if_never_stopped, "7.9", _train),
     )

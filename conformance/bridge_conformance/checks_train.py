@@ -6,8 +6,9 @@ cancel, by which the reference's own error can be small by luck: what moving eac
 ulp does to them counts as well (clause 10.2).
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -62,24 +63,65 @@ def allowance_of_sums(exact: Named, rounded: Named, nudged: Named, dtype: str) -
 
 
 def training_steps_are_within_the_numerics_rule(target: Target, case: TrainCase) -> None:
-    """Clauses 7.7 to 7.9: masters and moments after two clipped steps, and the model's weights."""
+    """Clauses 7.7 to 7.9: masters and moments after two clipped steps, and the model's tensors."""
     trial, batch = start(target, case)
-    trainers = [
+    same_updates(trial, case, batch, [batch])
+
+
+def accumulated_batches_are_one_update(target: Target, case: TrainCase) -> None:
+    """Clause 7.10: group after group gives what all rows at once give."""
+    trial, batch = start(target, case)
+    same_updates(trial, case, batch, batches_by_group(batch))
+
+
+def computing_layers_again_changes_no_update(target: Target, case: TrainCase) -> None:
+    """Clause 7.11: a trainer that checkpoints activations makes the same updates."""
+    trial, batch = start(target, case)
+    same_updates(trial, case, batch, [batch], checkpoint_activations=True)
+
+
+def batches_by_group(batch: Batch) -> list[Batch]:
+    """One batch a group; groups without a target go with the first, since a batch needs one."""
+    learnt = np.unique(batch.groups[batch.target_mask.any(axis=1)])
+    home = np.where(np.isin(batch.groups, learnt), batch.groups, learnt[0])
+    return [take_rows(batch, home == group) for group in learnt]
+
+
+def take_rows(batch: Batch, rows: np.ndarray) -> Batch:
+    """The batch of `rows` (indices or a mask) alone."""
+    arrays: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    given = {name: array[rows] for name, array in arrays.items() if array is not None}
+    return replace(batch, **given)
+
+
+def same_updates(
+    trial: Trial, case: TrainCase, batch: Batch, batches: Sequence[Batch], **options: bool
+) -> None:
+    """Two updates of the backend by `batches` against two exact ones by `batch`: its state, and
+    its model's tensors, which are the masters rounded."""
+    references = [
         model.trainer(case.objective, OPTIMIZER, case.trainable)
-        for model in (trial.exact, trial.rounded, trial.nudged, trial.load())
+        for model in (trial.exact, trial.rounded, trial.nudged)
     ]
+    model = trial.load()
+    trainer = model.trainer(case.objective, OPTIMIZER, case.trainable, **options)
     for _ in range(2):
-        for trainer in trainers:
-            trainer.step(batch)
-    exact, rounded, nudged, got = (trainer.state() for trainer in trainers)
+        for reference in references:
+            reference.step(batch)
+        trainer.step(batches if len(batches) > 1 else batches[0])
+    exact, rounded, nudged = (reference.state() for reference in references)
+    got = trainer.state()
     if set(got) != set(exact):
         raise trial.failure(f"state has {sorted(set(got) ^ set(exact))[0]}, or lacks it", case)
     for kind in ("step", "master.", "exp_avg.", "exp_avg_sq."):
         names = [name for name in exact if name.startswith(kind)]
         want, own, moved = ({n: state[n] for n in names} for state in (exact, rounded, nudged))
-        allowed = allowance_of_sums(want, own, moved, target.dtype)
+        allowed = allowance_of_sums(want, own, moved, trial.dtype)
         for name in names:
             trial.same(got[name], exact[name], allowed, name, case)
+    for name, tensor in model.tensors():
+        rounded_master = got.get(f"master.{name}", trial.tensors[name]).astype(tensor.dtype)
+        trial.same(tensor, rounded_master, 0, f"{name} of the model", case)
 
 
 def gradients_stay_within_a_group(target: Target, case: TrainCase) -> None:
