@@ -1,0 +1,159 @@
+"""The backend `jax`: CPUs, CUDA devices and TPUs, in float32, bfloat16 or float16.
+
+NumPy arrays at its borders, JAX inside. A model is a `Transformer`, a dict of parameters and a
+config, that pure functions compute with; they are in the modules beside this one, with the same
+names as in the other backends.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from bridge.config import BridgeConfig, ModelConfig, tensor_shapes
+from bridge.contract import AdamW, Batch, Objective
+from bridge.errors import BridgeError
+from bridge.inputs import take_tensor
+from bridge_jax.block import Grid, Layout, block, bucket
+from bridge_jax.decode import Decoder
+from bridge_jax.model import LAYERS, STEPS, Params, Transformer, logits, stacked
+from bridge_jax.train import Trainer, by_name, choose, loss_and_grads, start
+
+DTYPES: dict[str, np.dtype] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+
+
+class JaxBackend:
+    """See `bridge.contract.Backend`."""
+
+    name = "jax"
+
+    def devices(self) -> list[str]:
+        """Accelerators first, then the CPU."""
+        return list(_devices())
+
+    def dtypes(self, device: str) -> list[str]:
+        """float32 first on a CPU, bfloat16 on an accelerator. float64 would be a switch of the
+        whole process."""
+        if device == "cpu":
+            return ["float32", "bfloat16", "float16"]
+        return ["bfloat16", "float32", "float16"]
+
+    def load(
+        self, config: ModelConfig, tensors: Mapping[str, np.ndarray], *, device: str, dtype: str
+    ) -> "JaxModel":
+        """A model on `device` in `dtype`; `tensors` are read one at a time. Raises BridgeError for
+        an unknown device or dtype, and for a tensor that is missing or has another shape."""
+        devices = _devices()
+        if device not in devices:
+            raise BridgeError(f"backend jax: no device {device!r}; use one of {', '.join(devices)}")
+        if dtype not in DTYPES:
+            raise BridgeError(f"backend jax: no dtype {dtype!r}; use one of {', '.join(DTYPES)}")
+        shapes = tensor_shapes(config)
+
+        def get(name: str) -> np.ndarray:
+            return take_tensor(tensors, name, shapes[name])
+
+        def put(array: np.ndarray) -> jax.Array:
+            return jax.device_put(array, devices[device], may_alias=False)
+
+        return JaxModel(Transformer(config, get, put, DTYPES[dtype]), device, dtype)
+
+
+class JaxModel:
+    """See `bridge.contract.BackendModel` for what each method promises."""
+
+    def __init__(self, transformer: Transformer, device: str, dtype: str) -> None:
+        self.transformer, self.device, self.dtype = transformer, device, dtype
+        self.config = transformer.config
+
+    def block(
+        self, layer: int, hidden: np.ndarray, groups: np.ndarray, active: np.ndarray
+    ) -> np.ndarray:
+        """The Bridge block of one layer: `hidden [B, S, D]` in, updated residual out."""
+        bridge, transformer = self.config.bridge, self.transformer
+        if bridge is None or layer not in bridge.layers:
+            raise BridgeError(f"layer {layer} has no Bridge block")
+        layout = Layout.of(groups, transformer.floor, transformer.floor)
+        S = hidden.shape[1]
+        short = bucket(S, STEPS) - S
+        stream = np.pad(layout.put(hidden.astype(DTYPES[self.dtype])), ((0, 0), (0, short), (0, 0)))
+        on = np.pad(layout.put(np.asarray(active)), ((0, 0), (0, short)))
+        weights = {k: p for k, p in transformer.params.items() if ".bridge." in k}
+        got = block_of_layer(weights, layer, stream, layout.grid, on, bridge=bridge)
+        return jax.device_get(got)[layout.places, :S]
+
+    def logits(
+        self, tokens: np.ndarray, groups: np.ndarray, active: np.ndarray, positions: np.ndarray
+    ) -> np.ndarray:
+        """Teacher-forced logits `[B, S, V]` in float32."""
+        batch, layout, table = self.transformer.batch(tokens, groups, active, positions)
+        got = logits(self.transformer.params, batch, table, config=self.config)
+        return jax.device_get(got)[layout.places, : tokens.shape[1]]
+
+    def prefill(
+        self,
+        prompts: Sequence[np.ndarray],
+        widths: Sequence[int],
+        max_new_tokens: int,
+        prompt_ids: Sequence[int] | None = None,
+    ) -> Decoder:
+        """Read each prompt once, and start `widths[g]` rows from prompt g (clause 4.2)."""
+        return Decoder(self.transformer, prompts, widths, max_new_tokens, prompt_ids)
+
+    def loss_and_grads(
+        self, batch: Batch, objective: Objective, trainable: Sequence[str]
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Metrics with `loss`, and the gradient of each tensor named in `trainable`, float32."""
+        chosen = choose(self.config, trainable)
+        own = {key: self.transformer.params[key] for key, _ in chosen}
+        leaves = start(own, chosen=chosen).master
+        metrics, grads = loss_and_grads(self.transformer, leaves, chosen, batch, objective)
+        return metrics, by_name(grads, self.config, chosen)
+
+    def trainer(
+        self,
+        objective: Objective,
+        optimizer: AdamW,
+        trainable: Sequence[str],
+        *,
+        checkpoint_activations: bool = False,
+    ) -> Trainer:
+        """A trainer that updates this model's `trainable` tensors in place."""
+        return Trainer(self.transformer, objective, optimizer, trainable, checkpoint_activations)
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Every tensor by its Hugging Face name, in canonical order, in the model's dtype."""
+        for name in tensor_shapes(self.config):
+            key, layer = stacked(name)
+            leaf = self.transformer.params[key]
+            yield (
+                name,
+                np.array(jax.device_get(leaf) if layer is None else jax.device_get(leaf[layer])),
+            )
+
+
+@partial(jax.jit, static_argnames="bridge")
+def block_of_layer(
+    weights: Params, layer: int, hidden: Any, grid: Grid, active: Any, *, bridge: BridgeConfig
+) -> jax.Array:
+    """`block` with the weights of one layer of the stack."""
+    own = {key.removeprefix(LAYERS): stack[layer] for key, stack in weights.items()}
+    return block(own, hidden, grid, active, bridge)
+
+
+def _devices() -> dict[str, jax.Device]:
+    """This process's devices by name, accelerators first. JAX calls a CUDA device gpu."""
+    found = {}
+    for device in jax.local_devices():
+        kind = "cuda" if device.platform == "gpu" else device.platform
+        found["cpu" if kind == "cpu" else f"{kind}:{device.local_hardware_id or device.id}"] = (
+            device
+        )
+    return {**found, "cpu": jax.local_devices(backend="cpu")[0]}

@@ -1,0 +1,151 @@
+"""The Bridge block (chapter 3): attention whose sequence is the batch, at each timestep separately.
+
+Rows of G groups of up to N rows become a grid `[G, N]`, so the cost is G * N^2 a timestep, never
+(G * N)^2. Rows are laid out as that grid, by a reshape, where it has no more cells than there are
+rows to compute; else they are gathered into it. Sizes come in buckets, so that few are compiled.
+Also holds what the host shares with the block: the RMS norm.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from bridge.config import BridgeConfig
+from bridge_jax.linear import contract, linear
+
+Array = jax.Array
+
+
+def bucket(n: int, floor: int = 1) -> int:
+    """The smallest size for which functions are compiled that holds n: a power of two or, from 8
+    on, one and a half of one; at least `floor`."""
+    size = 1 << max(n - 1, 0).bit_length()
+    size = size * 3 // 4 if size > 8 and n <= size * 3 // 4 else size
+    return max(size, floor)
+
+
+def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float) -> Array:
+    """`x / sqrt(mean(x^2) + eps) * weight`, in float32 (clause 3.2)."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
+    return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+class Grid(NamedTuple):
+    """Where each of R places for rows lies in `[G, N]`. Made on the host, once a batch."""
+
+    filled: Bool[Array | np.ndarray, "G N"]  # which cells hold a row
+    to_grid: Int[Array | np.ndarray, " G_N"] | None = None  # None: the places are the grid
+    to_rows: Int[Array | np.ndarray, " R"] | None = None
+
+    def spread(self, rows: Float[Array, "R ..."]) -> Float[Array, "G N ..."]:
+        """Rows to cells; empty cells hold 0."""
+        G, N = self.filled.shape
+        if self.to_grid is None:
+            return rows.reshape(G, N, *rows.shape[1:])
+        cells = take(rows, self.to_grid).reshape(G, N, *rows.shape[1:])
+        filled = jnp.asarray(self.filled).reshape(G, N, *[1] * (rows.ndim - 1))
+        return jnp.where(filled, cells, jnp.zeros_like(cells))
+
+    def collect(self, cells: Float[Array, "G N ..."]) -> Float[Array, "R ..."]:
+        """Cells back to rows."""
+        cells = cells.reshape(-1, *cells.shape[2:])
+        return cells if self.to_rows is None else take(cells, self.to_rows)
+
+
+def take(array: Array, places: Array | np.ndarray) -> Array:
+    """`array[places]` along the first axis."""
+    return array.at[places].get(mode="clip")
+
+
+class Layout(NamedTuple):
+    """A batch's grid, and the place of each of its rows among those that are computed."""
+
+    grid: Grid
+    places: Int[np.ndarray, " rows"]
+    size: int  # R, how many places there are
+
+    @classmethod
+    def of(cls, groups: Sequence[int] | np.ndarray, floor: int = 1, width: int = 1) -> "Layout":
+        """Of rows that answer the prompts `groups`, in any order (clause 2.2). At least `floor`
+        groups, of at least `width` rows."""
+        _, group, widths = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
+        rows = len(group)
+        G, N = bucket(len(widths), floor), bucket(int(widths.max(initial=0)), width)
+        order = np.argsort(group, kind="stable")
+        first = np.concatenate([[0], np.cumsum(widths)[:-1]]).astype(np.int64)
+        cells = np.empty(rows, np.int64)
+        cells[order] = group[order] * N + np.arange(rows) - first[group[order]]
+        filled = np.zeros(G * N, bool)
+        filled[cells] = True
+        size = bucket(rows, floor * width)
+        if size >= G * N:
+            return cls(Grid(filled.reshape(G, N)), cells, G * N)
+        to_grid, to_rows = np.zeros(G * N, np.int32), np.zeros(size, np.int32)
+        to_grid[cells], to_rows[:rows] = np.arange(rows), cells
+        return cls(Grid(filled.reshape(G, N), to_grid, to_rows), np.arange(rows), size)
+
+    def put(self, rows: np.ndarray, empty: int = 0) -> np.ndarray:
+        """Values by row `[rows, ...]` to values by place `[R, ...]`."""
+        values = np.full((self.size, *rows.shape[1:]), empty, rows.dtype)
+        values[self.places] = rows
+        return values
+
+
+def block(
+    weights: Mapping[str, Array],
+    hidden: Float[Array, "R S D"],
+    grid: Grid,
+    active: Bool[Array, "R S"],
+    config: BridgeConfig,
+) -> Float[Array, "R S D"]:
+    """The residual stream plus what each row reads from its group (clauses 3.2 to 3.6), or P-Match
+    (8.1). `weights` by their names after the layer's, as `bridge.norm.weight`. Inactive cells
+    influence nothing, even if they hold NaN, and stay as they are."""
+
+    def projected(x: Array, name: str) -> Array:
+        return linear(x, weights[f"bridge.{name}_proj.weight"])
+
+    on = active[..., None]
+    # A zero residual gives zero q, k and v: nothing of the cell is left, not even NaN.
+    x = rms_norm(jnp.where(on, hidden, 0), weights["bridge.norm.weight"], config.norm_eps)
+    if config.kind == "mlp":
+        y = projected(silu(projected(x, "up")), "down")
+    else:
+        v = projected(x, "v")
+        if grid.filled.shape[1] > 1:  # a softmax over one row is 1 (clause 3.8)
+            v = _mix(projected(x, "q"), projected(x, "k"), v, grid, active, config.num_heads)
+        y = projected(v, "o")
+    return jnp.where(on, hidden + y, hidden)
+
+
+def silu(x: Array) -> Array:
+    """`x / (1 + exp(-x))`, in float32."""
+    return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
+
+
+def _mix(
+    q: Float[Array, "R S E"],
+    k: Float[Array, "R S E"],
+    v: Float[Array, "R S E"],
+    grid: Grid,
+    active: Bool[Array, "R S"],
+    H: int,
+) -> Float[Array, "R S E"]:
+    """What each row's heads read of the rows of its group (clauses 3.3 to 3.5)."""
+    R, S, E = q.shape
+    q, k, v = (grid.spread(x.reshape(R, S, H, E // H)) for x in (q, k, v))
+    score = contract("gnshd,gmshd->gshnm", q, k) * (E // H) ** -0.5
+    # Clause 3.4. A row that may read nothing reads zeros, and is left as it is.
+    allowed = grid.spread(active) & grid.filled[..., None]
+    allowed = allowed.transpose(0, 2, 1)[:, :, None, None, :]
+    p = jax.nn.softmax(jnp.where(allowed, score, LOWEST), -1)
+    mixed = contract("gshnm,gmshd->gnshd", p.astype(v.dtype), v).astype(v.dtype)
+    return grid.collect(mixed).reshape(R, S, E)
+
+
+LOWEST = float(np.finfo(np.float32).min)  # what a blocked score becomes: finite, and e^it is 0

@@ -1,0 +1,259 @@
+"""A host decoder of the Llama family with Bridge blocks after its FFNs (chapters 3 and 5).
+
+Parameters are a dict of arrays by checkpoint name, the layers' stacked under one name with `*` for
+the layer's number, and one scan runs over all layers: compile time does not grow with depth. What
+differs by layer (window, block or none) is data of the scan. Functions are pure, and are compiled
+once a config and bucket of sizes; the teacher-forced forward also serves prefill and training.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from bridge.config import ModelConfig, tensor_shapes
+from bridge.rope import inverse_frequencies
+from bridge_jax.block import LOWEST, Grid, Layout, block, bucket, rms_norm, silu, take
+from bridge_jax.linear import contract, linear
+
+Array = jax.Array
+Params = Mapping[str, Array]
+# `attend(q, k, v) -> y, kept`: q `[R, S, kv, M, d]`, k and v `[R, S, kv, d]`, y as q.
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+
+LAYERS = "model.layers.*."
+SMALL = 2**20  # parameters below which a compilation takes longer than computing does
+STEPS = 16  # timesteps are padded at least to it
+
+
+class Transformer:
+    """The parameters of a model, and the sizes that its batches are padded to."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        get: Callable[[str], np.ndarray],
+        put: Callable[[np.ndarray], Array],
+        dtype: np.dtype,
+    ) -> None:
+        """Read every tensor once, by its checkpoint name, through `get`; arrays go to the device
+        through `put`, one stack of layers at a time."""
+        self.config, self.put, self.dtype = config, put, dtype
+        self.params: dict[str, Array] = {}
+        for key, names in stacked_names(config).items():
+            self.params[key] = put(_stack(config, names, get).astype(dtype))
+        small = sum(array.size for array in self.params.values()) < SMALL
+        self.floor = 4 if small else 1  # of groups in a batch and of rows in a group
+        self.tables: dict[int, Array] = {}
+
+    def rope(self, length: int) -> Float[Array, "two P d"]:
+        """cos and sin of the positions below `length` or more, from float64 on the host (clause
+        5.6). The sign of rotate_half is in the table."""
+        length = bucket(length, 64)
+        if length not in self.tables:
+            frequencies, factor = inverse_frequencies(self.config.rope, self.config.head_dim)
+            angles = np.arange(length)[:, None] * frequencies
+            cos, sin = np.cos(angles) * factor, np.sin(angles) * factor
+            table = np.stack([np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)])
+            self.tables[length] = self.put(table.astype(np.float32))
+        return self.tables[length]
+
+    def batch(
+        self, tokens: np.ndarray, groups: np.ndarray, active: np.ndarray, positions: np.ndarray
+    ) -> tuple["Batch", Layout, Array]:
+        """A teacher-forced batch in the sizes that are compiled, where its rows lie in it, and the
+        table for its positions."""
+        layout = Layout.of(groups, self.floor, self.floor)
+        short = bucket(tokens.shape[1], STEPS) - tokens.shape[1]
+
+        def padded(array: np.ndarray) -> np.ndarray:
+            return np.pad(layout.put(array), ((0, 0), (0, short)))
+
+        cells = (np.where(active, array, 0).astype(np.int32) for array in (tokens, positions))
+        on = np.asarray(active)
+        table = self.rope(int(np.max(positions, initial=0)) + 1)
+        return Batch(*map(padded, cells), padded(on), layout.grid), layout, table
+
+
+class Batch(NamedTuple):
+    """Cells `[R, S]` to compute, teacher-forced."""
+
+    tokens: Int[Array | np.ndarray, "R S"]
+    positions: Int[Array | np.ndarray, "R S"]
+    active: Bool[Array | np.ndarray, "R S"]
+    grid: Grid
+
+
+def stacked(name: str) -> tuple[str, int | None]:
+    """A checkpoint tensor's key among the parameters, and its layer."""
+    found = re.match(r"model\.layers\.(\d+)\.(.*)", name)
+    return (LAYERS + found[2], int(found[1])) if found else (name, None)
+
+
+def stacked_names(config: ModelConfig) -> dict[str, list[str]]:
+    """The checkpoint names that lie under each key, in canonical order."""
+    names: dict[str, list[str]] = {}
+    for name in tensor_shapes(config):
+        names.setdefault(stacked(name)[0], []).append(name)
+    return names
+
+
+def _stack(config: ModelConfig, names: list[str], get: Callable[[str], np.ndarray]) -> np.ndarray:
+    """`[layers, ...]`, or one tensor. A layer without a block has zeros, which are not read."""
+    if stacked(names[0])[1] is None:
+        return get(names[0])
+    layers: list[Any] = [None] * config.num_hidden_layers
+    for name in names:
+        layers[stacked(name)[1] or 0] = get(name)
+    blank = next(layer for layer in layers if layer is not None)
+    return np.stack([np.zeros_like(blank) if layer is None else layer for layer in layers])
+
+
+@partial(jax.jit, static_argnames="config")
+def logits(
+    params: Params, batch: Batch, table: Float[Array, "two P d"], *, config: ModelConfig
+) -> Float[Array, "R S V"]:
+    """Teacher-forced logits in float32 (clause 5.2); finite where not active."""
+    h, _ = forward(params, batch, table, config)
+    return head(params, h, config)
+
+
+def forward(
+    params: Params,
+    batch: Batch,
+    table: Float[Array, "two P d"],
+    config: ModelConfig,
+    *,
+    keep: bool = False,
+    checkpoint: bool = False,
+) -> tuple[Float[Array, "R S D"], Any]:
+    """Hidden states after the last layer, and with `keep` every layer's keys and values, each
+    `[L, R, kv, S, d]`. `checkpoint`: the backward pass computes each layer again (clause 7.11)."""
+    tokens, place, active, grid = batch
+    rope = table[:, place]
+    S = tokens.shape[1]
+    seen = jnp.tril(jnp.ones((S, S), bool)) & active[:, None, :]
+    distance = place[:, :, None] - place[:, None, :]
+
+    def layer(h: Array, scanned: tuple[Params, Array, Array]) -> tuple[Array, Any]:
+        weights, window, has_block = scanned
+
+        def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+            mask = seen & (distance < window) if config.sliding_windows else seen
+            y = jnp.where(active[..., None, None, None], _attend(q, k, v, mask), 0)
+            return y, (k.swapaxes(1, 2), v.swapaxes(1, 2)) if keep else None
+
+        return decoder_layer(weights, h, rope, attend, grid, active, has_block, config)
+
+    step = jax.checkpoint(layer) if checkpoint else layer
+    return jax.lax.scan(step, embed(params, tokens, active), layers(params, config))
+
+
+def layers(params: Params, config: ModelConfig) -> tuple[Params, Array, Array]:
+    """What a scan over the layers reads: weights by name, window, and whether there is a block."""
+    weights = {k.removeprefix(LAYERS): p for k, p in params.items() if k.startswith(LAYERS)}
+    windows = config.sliding_windows or (None,) * config.num_hidden_layers
+    reach = [np.iinfo(np.int32).max if window is None else window for window in windows]
+    with_block = config.bridge.layers if config.bridge else ()
+    has_block = [i in with_block for i in range(config.num_hidden_layers)]
+    return weights, jnp.array(reach, jnp.int32), jnp.array(has_block)
+
+
+def embed(
+    params: Params, tokens: Int[Array, "R S"], active: Bool[Array, "R S"]
+) -> Float[Array, "R S D"]:
+    """Embeddings, 0 at inactive cells. Through float32, so that gradients add up in it."""
+    weight = params["model.embed_tokens.weight"]
+    h = take(weight.astype(jnp.float32), tokens).astype(weight.dtype)
+    return jnp.where(active[..., None], h, 0)
+
+
+def decoder_layer(
+    weights: Params,
+    h: Float[Array, "R S D"],
+    rope: Float[Array, "two R S d"],
+    attend: Attend,
+    grid: Grid,
+    active: Bool[Array, "R S"],
+    has_block: Array,
+    config: ModelConfig,
+) -> tuple[Float[Array, "R S D"], Any]:
+    """One layer, and the Bridge block that follows its FFN (clauses 3.7 and 5.3)."""
+    eps = config.rms_norm_eps
+    x = rms_norm(h, weights["input_layernorm.weight"], eps)
+    y, kept = attend(*project(weights, x, rope, config))
+    h = h + named(weights, "self_attn.o_proj", y.reshape(*h.shape[:-1], -1))
+    x = rms_norm(h, weights["post_attention_layernorm.weight"], eps)
+    h = h + feed_forward(weights, x)
+    bridge = config.bridge
+    if bridge is None or not bridge.layers:
+        return h, kept
+
+    def with_block(h: Array) -> Array:
+        return block(weights, h, grid, active, bridge)
+
+    if len(bridge.layers) == config.num_hidden_layers:
+        return with_block(h), kept
+    return jax.lax.cond(has_block, with_block, lambda h: h, h), kept
+
+
+def named(weights: Params, name: str, x: Array) -> Array:
+    """The linear layer of that name, with its bias where it has one."""
+    return linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+
+def project(
+    weights: Params,
+    x: Float[Array, "R S D"],
+    rope: Float[Array, "two R S d"],
+    config: ModelConfig,
+) -> tuple[Array, Array, Array]:
+    """q `[R, S, kv, M, d]`, k and v `[R, S, kv, d]`, with norms and rope applied (clause 5.4)."""
+    K, d = config.num_key_value_heads, config.head_dim
+    q, k, v = (
+        named(weights, f"self_attn.{part}_proj", x).reshape(*x.shape[:-1], -1, d) for part in "qkv"
+    )
+    if config.qk_norm:
+        q = rms_norm(q, weights["self_attn.q_norm.weight"], config.rms_norm_eps)
+        k = rms_norm(k, weights["self_attn.k_norm.weight"], config.rms_norm_eps)
+    q, k = rotate(q, rope), rotate(k, rope)
+    return q.reshape(*x.shape[:-1], K, -1, d), k, v
+
+
+def rotate(x: Float[Array, "R S heads d"], rope: Float[Array, "two R S d"]) -> Array:
+    """Turn each head by its position, in Hugging Face's layout of halves (clause 5.6)."""
+    cos, sin = rope[:, :, :, None]
+    wide = x.astype(jnp.float32)
+    return (wide * cos + jnp.roll(wide, x.shape[-1] // 2, -1) * sin).astype(x.dtype)
+
+
+def _attend(
+    q: Float[Array, "R S kv M d"],
+    k: Float[Array, "R S kv d"],
+    v: Float[Array, "R S kv d"],
+    mask: Bool[Array, "R S S"],
+) -> Float[Array, "R S kv M d"]:
+    """Attention of each row to its own timesteps where `mask` (clauses 5.4 and 5.5)."""
+    score = contract("rskmd,rtkd->rkmst", q, k) * q.shape[-1] ** -0.5
+    p = jax.nn.softmax(jnp.where(mask[:, None, None], score, LOWEST), -1)
+    return contract("rkmst,rtkd->rskmd", p.astype(v.dtype), v).astype(v.dtype)
+
+
+def feed_forward(weights: Params, x: Float[Array, "R S D"]) -> Float[Array, "R S D"]:
+    """SwiGLU (clause 5.8)."""
+    gate, up = (named(weights, f"mlp.{part}_proj", x) for part in ("gate", "up"))
+    return named(weights, "mlp.down_proj", silu(gate) * up)
+
+
+def head(params: Params, h: Float[Array, "... D"], config: ModelConfig) -> Float[Array, "... V"]:
+    """Final norm and head: rounded to the model's dtype, given in float32 (clause 5.2)."""
+    h = rms_norm(h, params["model.norm.weight"], config.rms_norm_eps)
+    name = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
+    z = named(params, name, h)
+    bits = jnp.finfo(z.dtype)  # XLA may leave out a rounding that is undone at once, but not this
+    return jax.lax.reduce_precision(z.astype(jnp.float32), bits.nexp, bits.nmant)

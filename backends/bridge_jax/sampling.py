@@ -1,0 +1,153 @@
+"""Drawing next tokens on the device (chapter 6), by the rule that the reference states.
+
+Uniforms are tabulated for many steps ahead on the host, since Philox needs only a row's numbers;
+all else stays where the logits are. Temperature and filters are data: changing them compiles
+nothing. Nothing is sorted: a filter keeps what is at or above some value, which is found by
+halving the range of float32's bit patterns. Axes: R rows, V vocabulary, padded with -inf.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from bridge.contract import Sampling
+from bridge.philox import uniforms
+
+Array = jax.Array
+
+STEPS = 64  # of uniforms computed at a time
+LANES = 128  # V is a multiple of it
+ONE = int(np.float32(1).view(np.int32))
+INFINITY = int(np.float32(np.inf).view(np.int32))
+
+
+class Uniforms:
+    """The uniform of each step and place (clause 6.2), for rows that become fewer over time."""
+
+    def __init__(
+        self, rows: np.ndarray, prompts: np.ndarray, put: Callable[[np.ndarray], Array]
+    ) -> None:
+        """`rows [R]`, `prompts [R]`: the rows' and their prompts' numbers in the counter."""
+        self.rows, self.prompts, self.put = rows, prompts, put
+        self.seed: int | None = None
+        self.table: Array | None = None
+        self.first = 0
+
+    def move(self, places: np.ndarray) -> None:
+        """Place i holds from now on what `places[i]` held."""
+        self.rows, self.prompts = self.rows[places], self.prompts[places]
+        self.seed = None
+
+    def at(self, step: int, seed: int) -> tuple[Float[Array, "steps R"], int]:
+        """A table, and the line of it with the uniforms of one step."""
+        if seed != self.seed or self.table is None or not 0 <= step - self.first < STEPS:
+            steps = np.arange(step, step + STEPS)[:, None]
+            self.table = self.put(uniforms(seed, steps, self.rows, self.prompts))
+            self.seed, self.first = seed, step
+        return self.table, step - self.first
+
+
+class Settings(NamedTuple):
+    """A Sampling as numbers, of which those that filter nothing stand for None."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> "Settings":
+        """Numbers on the host, to be passed to a compiled function."""
+        top_k = 2**31 - 1 if sampling.top_k is None else min(sampling.top_k, 2**31 - 1)
+        top_p = 1.0 if sampling.top_p is None else sampling.top_p
+        min_p = 0.0 if sampling.min_p is None else sampling.min_p
+        return cls(sampling.temperature, top_k, top_p, min_p)
+
+
+@jax.jit
+def sample(
+    logits: Float[Array, "R V"], table: Float[Array, "steps R"], line: int, settings: Settings
+) -> Int[Array, " R"]:
+    """One token a row: int32."""
+
+    def draw() -> Array:
+        w = weights(logits, settings)
+        return inverse(w, table[line]).astype(jnp.int32)
+
+    def likeliest() -> Array:  # clause 6.8; argmax takes the first of equals
+        return jnp.argmax(logits, -1).astype(jnp.int32)
+
+    return jax.lax.cond(settings.temperature == 0, likeliest, draw)
+
+
+def weights(logits: Float[Array, "R V"], settings: Settings) -> Float[Array, "R V"]:
+    """Unnormalised weights of the kept tokens, 0 elsewhere (clauses 6.3 to 6.6)."""
+    z = logits - logits.max(-1, keepdims=True)
+    w = jnp.exp(z / jnp.maximum(settings.temperature, jnp.finfo(jnp.float32).tiny))
+    # Below the largest logit by how much: not negative, so its bits are in its order.
+    below = _bits(jnp.abs(z))
+    top_k, V = settings.top_k, z.shape[-1]
+    kth = smallest(
+        lambda bits: (below <= bits).sum(-1, keepdims=True) >= top_k, INFINITY, z, top_k < V
+    )
+    w = jnp.where(below <= kth, w, 0)
+    share = settings.top_p * _sum(w)
+    floor = smallest(
+        lambda bits: _sum(jnp.where(_bits(w) > bits, w, 0)) < share, ONE, z, settings.top_p < 1
+    )
+    # Where nothing is filtered the range was not halved, and all stay.
+    w = jnp.where((_bits(w) >= floor) | (settings.top_p >= 1), w, 0)
+    return jnp.where(w >= settings.min_p, w, 0)  # the largest weight is 1
+
+
+def smallest(
+    holds: Callable[[Array], Array], end: int, like: Float[Array, "R V"], wanted: Array
+) -> Int[Array, "R one"]:
+    """By row, the smallest bits in 0..end where `holds`, which must hold at `end` and from its
+    first place on; `end` itself unless `wanted`."""
+    low, high = (jnp.full((len(like), 1), value, jnp.int32) for value in (-1, end))
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        inside = holds(middle)
+        return jnp.where(inside, low, middle), jnp.where(inside, middle, high)
+
+    halvings = jnp.where(wanted, (end + 1).bit_length(), 0)
+    return jax.lax.fori_loop(0, halvings, halve, (low, high))[1]
+
+
+def inverse(w: Float[Array, "R V"], uniform: Float[Array, " R"]) -> Int[Array, " R"]:
+    """Clause 6.7: the lowest id whose cumulative weight is above `uniform` times the total. First
+    the run of `LANES` ids is found in which it lies, then the id in it."""
+    R, V = w.shape
+    runs = w.reshape(R, V // LANES, LANES)
+    of_run = runs.sum(-1)
+    up_to = jnp.cumsum(of_run, -1)
+    total = up_to[:, -1:]
+    # The product may round up to the total, above which no token would be left.
+    threshold = jnp.minimum(uniform[:, None] * total, jnp.nextafter(total, jnp.zeros_like(total)))
+    run = _first(up_to > threshold, of_run > 0)[:, None]
+    before = jnp.take_along_axis(jnp.pad(up_to, ((0, 0), (1, 0))), run, 1)
+    ours = jnp.take_along_axis(runs, run[..., None], 1)[:, 0]
+    return run[:, 0] * LANES + _first(before + jnp.cumsum(ours, -1) > threshold, ours > 0)
+
+
+def _first(above: Bool[Array, "R n"], weighs: Bool[Array, "R n"]) -> Int[Array, " R"]:
+    """The first place that is above and has weight; where there is none, the last with weight."""
+    above = above & weighs
+    last = above.shape[-1] - 1 - jnp.argmax(weighs[:, ::-1], -1)
+    return jnp.where(above.any(-1), jnp.argmax(above, -1), jnp.where(weighs.any(-1), last, 0))
+
+
+def _bits(x: Float[Array, "R V"]) -> Int[Array, "R V"]:
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _sum(w: Float[Array, "R V"]) -> Float[Array, "R one"]:
+    """Over the vocabulary, many lanes at once."""
+    return w.reshape(len(w), -1, LANES).sum(1).sum(-1, keepdims=True)
