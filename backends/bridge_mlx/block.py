@@ -1,0 +1,170 @@
+"""The Bridge block (chapter 3): attention whose sequence is the batch, at each timestep separately.
+
+Rows of G groups of up to N rows become a grid `[G, N]`, so the cost is G * N^2 a timestep, never
+(G * N)^2. Equal contiguous groups are that grid already, by a reshape; any others are gathered into
+a padded one. Also holds what the host shares with the block: the RMS norm and silu.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import wraps
+
+import mlx.core as mx
+import numpy as np
+from jaxtyping import Bool, Float
+
+from bridge_mlx.linear import Linear
+
+
+def rms_norm(x: Float[mx.array, "... D"], weight: Float[mx.array, " D"], eps: float) -> mx.array:
+    """`x / sqrt(mean(x^2) + eps) * weight`, in float32 (clause 3.2).
+
+    On half precision MLX's kernel rounds before it multiplies by the weight; the spec rounds once,
+    after it (clause 5.3).
+    """
+    return mx.fast.rms_norm(x.astype(mx.float32), weight, eps).astype(x.dtype)
+
+
+def fused(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """Element-wise work as one kernel on a GPU.
+
+    On a CPU `mx.compile` would want a C++ compiler at run time, which a user may lack, and gains
+    nothing there.
+    """
+    compiled = mx.compile(function, shapeless=True)
+
+    @wraps(function)
+    def run(*arrays: mx.array) -> mx.array:
+        on_gpu = mx.default_device().type == mx.gpu
+        return compiled(*arrays) if on_gpu else function(*arrays)
+
+    return run
+
+
+@fused
+def silu(x: Float[mx.array, "..."]) -> mx.array:
+    """`x / (1 + exp(-x))` (clause 5.8)."""
+    return x * mx.sigmoid(x)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where each of R rows lies in `[G, N]`. Index arrays are made once, not at each step."""
+
+    groups: int
+    width: int
+    to_grid: mx.array | None = None  # [G * N] rows; None: the rows are the grid, in order
+    to_rows: mx.array | None = None  # [R] cells of the flat grid
+    filled: Bool[mx.array, "G N"] | None = None  # None: every cell holds a row
+
+    @classmethod
+    def of(cls, groups: Sequence[int] | np.ndarray) -> "Grid":
+        """The grid of rows that answer the prompts `groups [R]`, in any order (clause 2.2)."""
+        groups = np.asarray(groups)
+        _, group, widths = np.unique(groups, return_inverse=True, return_counts=True)
+        G, R, N = len(widths), len(groups), int(widths.max(initial=0))
+        changes = int(np.count_nonzero(np.diff(group))) if R else 0
+        if R == G * N and changes == max(G - 1, 0):
+            return cls(G, N)
+        order = np.argsort(group, kind="stable")
+        first = np.concatenate([[0], np.cumsum(widths)[:-1]])
+        cells = np.empty(R, np.int32)
+        cells[order] = group[order] * N + np.arange(R) - first[group[order]]
+        # An empty cell is masked, and reads its own group: 0 times another's NaN would be NaN.
+        rows = np.repeat(order[first], N).astype(np.int32)
+        rows[cells] = np.arange(R)
+        filled = np.zeros(G * N, bool)
+        filled[cells] = True
+        return cls(
+            G,
+            N,
+            mx.array(rows),
+            mx.array(cells),
+            None if R == G * N else mx.array(filled.reshape(G, N)),
+        )
+
+    def spread(self, rows: mx.array) -> mx.array:
+        """Rows along the first axis to cells: R becomes G * N."""
+        return rows if self.to_grid is None else mx.take(rows, self.to_grid, axis=0)
+
+    def collect(self, cells: mx.array) -> mx.array:
+        """Cells along the first axis back to rows: G * N becomes R."""
+        return cells if self.to_rows is None else mx.take(cells, self.to_rows, axis=0)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer's weights. `inward`: q, k and v stacked (P-Match: up); `outward`: o (down)."""
+
+    norm_name: str
+    norm: Float[mx.array, " D"]
+    inward: Linear
+    outward: Linear
+    num_heads: int | None  # None: P-Match, the MLP baseline (clause 8.1)
+    eps: float
+
+    def __call__(
+        self,
+        hidden: Float[mx.array, "R S D"],
+        grid: Grid,
+        active: Bool[mx.array, "R S"] | None = None,
+    ) -> Float[mx.array, "R S D"]:
+        """The residual stream plus what each row reads from its group (clauses 3.2 to 3.6).
+
+        `active` None: every cell is. Inactive cells influence nothing, even if they hold NaN.
+        """
+        # A zero residual gives zero q, k and v: nothing of the cell is left, not even NaN.
+        x = hidden if active is None else mx.where(active[..., None], hidden, 0)
+        x = self.inward(rms_norm(x, self.norm, self.eps))
+        x = silu(x) if self.num_heads is None else self._mix(x, self.num_heads, grid, active)
+        y = self.outward(x)
+        return hidden + (y if active is None else mx.where(active[..., None], y, 0))
+
+    def _mix(
+        self,
+        qkv: Float[mx.array, "R S three_E"],
+        H: int,
+        grid: Grid,
+        active: Bool[mx.array, "R S"] | None,
+    ) -> Float[mx.array, "R S E"]:
+        S, E = qkv.shape[1], qkv.shape[2] // 3
+        if grid.width == 1:  # a softmax over one row is 1 (clause 3.8)
+            return qkv[..., 2 * E :]
+        G, N = grid.groups, grid.width
+        cells = grid.spread(qkv).reshape(G, N, S, 3, H, -1)
+        q, k, v = cells.transpose(3, 0, 2, 4, 1, 5).reshape(3, G * S, H, N, -1)
+        mixed = mx.fast.scaled_dot_product_attention(
+            q, k, v, scale=q.shape[-1] ** -0.5, mask=self._allowed(grid, active, S)
+        )
+        mixed = mixed.reshape(G, S, H, N, -1).transpose(0, 3, 1, 2, 4).reshape(G * N, S, E)
+        return grid.collect(mixed)
+
+    def _allowed(
+        self, grid: Grid, active: Bool[mx.array, "R S"] | None, S: int
+    ) -> Bool[mx.array, "G_S one N N"] | None:
+        """Clause 3.4. A blocked row may read its own zeros, so that no softmax is empty."""
+        if active is None and grid.filled is None:
+            return None
+        G, N = grid.groups, grid.width
+        keys = mx.ones((1, 1, 1), mx.bool_)
+        if active is not None:
+            keys = grid.spread(active).reshape(G, N, S)
+        if grid.filled is not None:
+            keys = keys & grid.filled[:, :, None]
+        keys = mx.broadcast_to(keys, (G, N, S)).swapaxes(1, 2).reshape(G * S, 1, 1, N)
+        return keys | mx.eye(N, dtype=mx.bool_)
+
+    def parts(self) -> Iterator[tuple[str, mx.array]]:
+        """Its tensors by checkpoint name, in canonical order."""
+        yield self.norm_name, self.norm
+        yield from self.inward.parts()
+        yield from self.outward.parts()
+
+    def substitute(self, tensors: Mapping[str, mx.array]) -> "Block":
+        """This block with some tensors replaced, differentiably."""
+        return replace(
+            self,
+            norm=tensors.get(self.norm_name, self.norm),
+            inward=self.inward.substitute(tensors),
+            outward=self.outward.substitute(tensors),
+        )
