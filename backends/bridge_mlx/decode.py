@@ -1,0 +1,210 @@
+"""Cached decoding of interdependent rows (chapter 4).
+
+A prompt is read once and its keys and values are shared by the rows of its group; each row's own
+timesteps are in a preallocated cache. The Bridge block has no cache: it reads the rows that are
+left. Rows that end leave every array. Nothing goes to the host but drawn tokens, and every step is
+evaluated before the next is built on it.
+
+Axes: G prompts, P prefix slots, R rows left, N rows of the widest group, T own timesteps, K key
+heads, M query heads that share one, d head width, D model width.
+"""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+from jaxtyping import Float
+
+from bridge.contract import Sampling
+from bridge.errors import BridgeError
+from bridge.inputs import check_prompts
+from bridge_mlx.block import Grid, rms_norm
+from bridge_mlx.linear import embed
+from bridge_mlx.model import Layer, Transformer, feed_forward
+from bridge_mlx.sampling import Uniforms, sample
+
+TIMESTEPS = 256  # reserved at a time: memory follows what rows have said, not what they may say
+
+KeysValues = tuple[mx.array, mx.array]
+
+
+class Decoder:
+    """R rows in the order of their prompts; see `bridge.contract.Decoder`."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        prompts: Sequence[np.ndarray],
+        widths: Sequence[int],
+        max_new_tokens: int,
+        prompt_ids: Sequence[int] | None = None,
+    ) -> None:
+        """Prefill (clause 4.2). Raises BridgeError for a prompt that is empty or, with
+        `max_new_tokens`, goes past the context (clause 4.4), and for a width below 1."""
+        check_prompts(model.config, prompts, widths, max_new_tokens)
+        self.model, self.step = model, 0
+        self.lengths = np.array([len(prompt) for prompt in prompts])
+        self.group = np.repeat(np.arange(len(prompts)), widths)
+        self.grid = Grid.of(self.group)
+        numbers = range(len(prompts)) if prompt_ids is None else prompt_ids
+        rows = np.concatenate([np.arange(width) for width in widths])
+        prompt_of_row = np.repeat(np.asarray(numbers, np.int64), widths)
+        self.uniforms = Uniforms(rows, prompt_of_row)
+        self.drawn: mx.array | None = None
+        # The last token is never fed back, so one timestep fewer than there may be tokens.
+        self.limit = max(max_new_tokens - 1, 1)
+        model.rope.reserve(int(self.lengths.max()) + max_new_tokens)
+        with mx.stream(model.device):
+            last = self._prefill(prompts)
+            self.next_logits = mx.take(last, mx.array(self.group), axis=0)
+            self.own: list[KeysValues] = []  # [R, K, T, d] each, by layer
+            mx.eval(self.next_logits, self.prefix)
+
+    def _prefill(self, prompts: Sequence[np.ndarray]) -> Float[mx.array, "G V"]:
+        """Read each prompt once, at width 1. Shorter ones are padded on the left, so that a slot's
+        distance from the end is the same for all."""
+        model = self.model
+        G, P = len(prompts), int(self.lengths.max())
+        tokens = np.zeros((G, P), np.int32)
+        active: np.ndarray = np.arange(P) >= P - self.lengths[:, None]
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[P - len(prompt) :] = prompt
+        positions = np.maximum(np.arange(P) - (P - self.lengths[:, None]), 0)
+        self.prefix: list[KeysValues] = []  # [G, K, P, d] each, by layer
+
+        def keep(i: int, k: mx.array, v: mx.array) -> None:
+            self.prefix.append((mx.contiguous(k.swapaxes(1, 2)), mx.contiguous(v.swapaxes(1, 2))))
+
+        cells = model.cells(np.arange(G), active, positions)
+        h = model.forward(mx.array(tokens), cells, keep)
+        self.padding = None if active.all() else ~mx.array(active[:, None, None, :])
+        return model.logits(h[:, -1])
+
+    def logits(self) -> np.ndarray:
+        """Next-token logits `[R, V]` of the rows left, float32."""
+        return np.array(self.next_logits)
+
+    def sample(self, sampling: Sampling) -> np.ndarray:
+        """Draw the next token of each row left: `[R]` int64. Does not advance."""
+        with mx.stream(self.model.device):
+            uniform = self.uniforms.at(self.step, sampling.seed)
+            self.drawn = sample(self.next_logits, uniform, sampling)
+            return np.array(self.drawn).astype(np.int64)
+
+    def advance(self, tokens: np.ndarray | None = None, keep: np.ndarray | None = None) -> None:
+        """Feed the rows where `keep [R]` one token each, and drop the others (clause 4.3)."""
+        with mx.stream(self.model.device):
+            if tokens is not None:
+                fed = mx.array(np.asarray(tokens, np.int32))
+            elif self.drawn is not None:
+                fed = self.drawn
+            else:
+                raise BridgeError("advance: no tokens given and none drawn; call sample first")
+            if keep is not None and not np.all(keep):
+                rows = np.flatnonzero(keep)
+                fed = mx.take(fed, mx.array(rows), axis=0)
+                self._compact(rows)
+            if len(self.group) == 0:
+                self.next_logits = self.next_logits[:0]
+            elif self.step < self.limit:
+                self._reserve()
+                self.next_logits = self._forward(fed)
+            else:
+                raise BridgeError(
+                    f"advance: step {self.step + 1} is past the max_new_tokens reserved"
+                )
+            self.step, self.drawn = self.step + 1, None
+            # Starts on this step, so that no graph spans two.
+            mx.async_eval(self.next_logits, self.own)
+
+    def _compact(self, rows: np.ndarray) -> None:
+        """Only the rows at these places, ascending, stay; prompts without rows go too."""
+        left = mx.array(rows)
+        self.own = [(mx.take(k, left, axis=0), mx.take(v, left, axis=0)) for k, v in self.own]
+        prompts, self.group = np.unique(self.group[rows], return_inverse=True)
+        if len(prompts) < len(self.lengths):
+            left = mx.array(prompts)
+            self.lengths = self.lengths[prompts]
+            self.prefix = [
+                (mx.take(k, left, axis=0), mx.take(v, left, axis=0)) for k, v in self.prefix
+            ]
+            if self.padding is not None:
+                self.padding = mx.take(self.padding, left, axis=0)
+        self.uniforms.keep(rows)
+        self.grid = Grid.of(self.group)
+
+    def _reserve(self) -> None:
+        """Room for this timestep in every row's cache."""
+        config = self.model.config
+        room = self.own[0][0].shape[2] if self.own else 0
+        if self.step < room:
+            return
+        more = min(TIMESTEPS, self.limit - room)
+        shape = (len(self.group), config.num_key_value_heads, more, config.head_dim)
+        zeros = mx.zeros(shape, self.model.dtype)
+        if room:
+            self.own = [
+                (mx.concatenate([k, zeros], axis=2), mx.concatenate([v, zeros], axis=2))
+                for k, v in self.own
+            ]
+        else:
+            self.own = [
+                (mx.zeros_like(zeros), mx.zeros_like(zeros)) for _ in range(len(self.prefix))
+            ]
+
+    def _forward(self, tokens: mx.array) -> Float[mx.array, "R V"]:
+        """One timestep of every row left: logits for the next."""
+        model, eps = self.model, self.model.config.rms_norm_eps
+        rope = model.rope(self.lengths[self.group] + self.step)
+        h = embed(model.embed, tokens)
+        for i, layer in enumerate(model.layers):
+            q, k, v = model.project(layer, rms_norm(h, layer.input_norm, eps), rope)
+            own_k, own_v = self.own[i]
+            # In place once evaluated: nothing else refers to the array before.
+            own_k[:, :, self.step], own_v[:, :, self.step] = k, v
+            h = h + layer.o(self._attend(i, layer, q))
+            h = h + feed_forward(layer, rms_norm(h, layer.post_norm, eps))
+            if layer.block is not None:
+                h = layer.block(h[:, None], self.grid)[:, 0]
+        return model.logits(h)
+
+    def _attend(
+        self, i: int, layer: Layer, q: Float[mx.array, "R heads d"]
+    ) -> Float[mx.array, "R heads_d"]:
+        """Each row's query over its group's prefix and its own timesteps, in one softmax.
+
+        The prefix is read once a group, by the queries of all its rows together.
+        """
+        (prefix_k, prefix_v), (own_k, own_v) = self.prefix[i], self.own[i]
+        R, K, _, d = own_k.shape
+        T, P = self.step + 1, prefix_k.shape[2]
+        # A window leaves out the same slots and timesteps for every row: it is counted back from
+        # the present one, and the prefixes end at the same slot.
+        lost = 0 if layer.window is None else max(0, P + T - layer.window)
+        p0, t0 = min(lost, P), max(0, lost - P)
+        prefix_k, prefix_v = prefix_k[:, :, p0:], prefix_v[:, :, p0:]
+        own_k, own_v = own_k[:, :, t0:T], own_v[:, :, t0:T]
+
+        M = q.shape[1] // K
+        q = q.reshape(R, K, M, d)
+        prefix = self._to_prompts(q) @ prefix_k.swapaxes(-1, -2)
+        if self.padding is not None:
+            prefix = mx.where(self.padding[..., p0:], -mx.inf, prefix)
+        own = self._to_prompts(q @ own_k.swapaxes(-1, -2))
+        score = mx.concatenate([prefix, own], axis=-1).astype(mx.float32) * d**-0.5
+        p = mx.softmax(score, axis=-1, precise=True).astype(q.dtype)
+        of_prefix, of_own = mx.split(p, [P - p0], axis=-1)
+        y = self._to_rows(of_prefix @ prefix_v, M) + self._to_rows(of_own, M) @ own_v
+        return y.reshape(R, K * M * d)
+
+    def _to_prompts(self, rows: Float[mx.array, "R K M X"]) -> Float[mx.array, "G K N_M X"]:
+        """The rows of a prompt side by side, as what reads its keys together."""
+        _, K, M, X = rows.shape
+        cells = self.grid.spread(rows).reshape(self.grid.groups, self.grid.width, K, M, X)
+        return cells.swapaxes(1, 2).reshape(self.grid.groups, K, self.grid.width * M, X)
+
+    def _to_rows(self, prompts: Float[mx.array, "G K N_M X"], M: int) -> mx.array:
+        """`[R, K, M, X]`: what `_to_prompts` put side by side, apart again."""
+        G, K, _, X = prompts.shape
+        cells = prompts.reshape(G, K, self.grid.width, M, X).swapaxes(1, 2)
+        return self.grid.collect(cells.reshape(G * self.grid.width, K, M, X))
