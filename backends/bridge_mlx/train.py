@@ -1,0 +1,206 @@
+"""Losses and a whole training step (chapter 7), with `mx.value_and_grad` and `mlx.optimizers`.
+
+The trained tensors are leaves that stand in for the model's own; whatever else the model holds is
+frozen, shared, and not differentiated. Master weights and moments are float32, whatever the model's
+dtype. A batch holds whole groups (clause 7.3): gradients flow across the rows of a group, so a
+group may not be split over two batches of an update.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+from jaxtyping import Float
+
+from bridge.contract import SFT, AdamW, Batch, Objective
+from bridge.errors import BridgeError
+from bridge.inputs import (
+    add_metrics,
+    check_batch,
+    check_trainable,
+    default_positions,
+    micro_batches,
+)
+from bridge_mlx.model import Transformer
+
+Metrics = dict[str, float]
+
+
+def loss_and_grads(
+    model: Transformer,
+    leaves: Mapping[str, mx.array],
+    batch: Batch,
+    objective: Objective,
+    count: int | None = None,
+    checkpoint_activations: bool = False,
+) -> tuple[Metrics, dict[str, mx.array]]:
+    """Clauses 7.1 to 7.5: metrics, and the gradient of the loss at each leaf, in float32.
+
+    `leaves` stand in for the model's tensors of these names. `count`: see `loss`. Raises
+    BridgeError for a batch whose shapes disagree, that has no target, or lacks what the objective
+    reads.
+    """
+    check_batch(batch, objective, model.config.vocab_size)
+    positions = default_positions(batch.active) if batch.positions is None else batch.positions
+    ids = mx.array(np.where(batch.active, batch.tokens, 0).astype(np.int32))
+    cells = model.cells(batch.groups, batch.active, positions)
+    at = mx.array(np.flatnonzero(batch.target_mask))
+
+    def run(leaves: dict[str, mx.array]) -> tuple[mx.array, dict[str, mx.array]]:
+        stand_in = model.substitute(leaves)
+        h = stand_in.forward(ids, cells, recompute=leaves if checkpoint_activations else None)
+        # The head reads cells with a target alone: a vocabulary is wide, and prompts have none.
+        return loss(stand_in.logits(mx.flatten(h, 0, 1)[at]), batch, objective, count)
+
+    (_, metrics), grads = mx.value_and_grad(run)(dict(leaves))
+    grads = {name: grad.astype(mx.float32) for name, grad in grads.items()}
+    mx.eval(metrics, grads)
+    return {name: float(x) for name, x in metrics.items()}, grads
+
+
+def loss(
+    logits: Float[mx.array, "tokens V"], batch: Batch, objective: Objective, count: int | None
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """The loss over target tokens, and its metrics, `loss` and `tokens` among them.
+
+    `logits` are those of the cells with a target, in the order of the mask. `count` is the number
+    of targets that sums are divided by: of the whole update, where the batch is one of several
+    (clause 7.10); None: of this batch. SFT is clause 7.4: `loss = -sum(lp) / count` with
+    lp = log p(target). GRPO is clause 7.5, with advantage A by row:
+
+        rho  = exp(lp - old)
+        gain = min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)
+        kl   = exp(ref - lp) - (ref - lp) - 1
+        loss = -sum(gain - beta kl) / count
+    """
+    z = logits - mx.stop_gradient(mx.max(logits, axis=-1, keepdims=True))
+    logp = z - mx.log(mx.sum(mx.exp(z), axis=-1, keepdims=True))
+    targets = mx.array(batch.targets[batch.target_mask].astype(np.int32))
+    lp = mx.take_along_axis(logp, targets[:, None], axis=-1)[:, 0]
+    count = len(lp) if count is None else count
+    tokens = mx.array(float(len(lp)))
+    if isinstance(objective, SFT):
+        value = -mx.sum(lp) / count
+        return value, {"loss": value, "tokens": tokens}
+    assert batch.advantages is not None
+    A = _at_targets(np.broadcast_to(batch.advantages[:, None], batch.targets.shape), batch)
+    old = mx.stop_gradient(lp)
+    if batch.old_logprobs is not None:
+        old = _at_targets(batch.old_logprobs, batch)
+    rho = mx.exp(lp - old)
+    clipped = mx.stop_gradient(mx.clip(rho, 1 - objective.eps_low, 1 + objective.eps_high))
+    gain = mx.where(rho * A <= clipped * A, rho * A, clipped * A)
+    metrics = {
+        "tokens": tokens,
+        "clip_fraction": mx.sum(rho * A > clipped * A) / count,
+        "entropy": -mx.sum(mx.exp(logp) * logp) / count,
+    }
+    if batch.ref_logprobs is not None:
+        difference = _at_targets(batch.ref_logprobs, batch) - lp
+        kl = mx.exp(difference) - difference - 1
+        gain = gain - objective.beta * kl
+        metrics["kl"] = mx.sum(kl) / count
+    value = -mx.sum(gain) / count
+    return value, {"loss": value, **metrics}
+
+
+def _at_targets(values: np.ndarray, batch: Batch) -> Float[mx.array, " tokens"]:
+    """`values [B, S]` at the cells with a target, in the order of the mask."""
+    return mx.array(values[batch.target_mask].astype(np.float32))
+
+
+class Trainer:
+    """Updates a model's trainable tensors in place; see `bridge.contract.Trainer`."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        objective: Objective,
+        optimizer: AdamW,
+        trainable: Sequence[str],
+        checkpoint_activations: bool = False,
+    ) -> None:
+        """Masters start at the model's own values, moments at 0 (clause 7.9)."""
+        self.model, self.objective, self.options = model, objective, optimizer
+        self.checkpoint_activations = checkpoint_activations
+        with mx.stream(model.device):
+            parts = dict(model.parts())
+            check_trainable(parts, trainable)
+            self.master = {name: parts[name].astype(mx.float32) for name in trainable}
+            self.adamw = optim.AdamW(
+                optimizer.lr,
+                betas=list(optimizer.betas),
+                eps=optimizer.eps,
+                weight_decay=optimizer.weight_decay,
+                bias_correction=True,  # off unless asked for; clause 7.8 asks
+            )
+            self.adamw.init(self.master)
+            mx.eval(self.master, self.adamw.state)
+
+    def step(self, batch: Batch | Sequence[Batch]) -> Metrics:
+        """One update, of one batch or accumulated over several (clause 7.10); the loss's metrics,
+        and `grad_norm` before clipping (clauses 7.7, 7.8)."""
+        batches, count = micro_batches(batch, self.objective, self.model.config.vocab_size)
+        with mx.stream(self.model.device):
+            leaves = self._rounded()
+            parts, grads = [], {}
+            for part in batches:
+                metrics, added = loss_and_grads(
+                    self.model, leaves, part, self.objective, count, self.checkpoint_activations
+                )
+                parts.append(metrics)
+                grads = {name: g + grads[name] if grads else g for name, g in added.items()}
+                mx.eval(grads)
+            limit = self.options.max_grad_norm
+            grads, norm = optim.clip_grad_norm(grads, float("inf") if limit is None else limit)
+            self.master = self.adamw.apply_gradients(grads, self.master)
+            mx.eval(norm, self.master, self.adamw.state)
+            self._publish()
+            return {**add_metrics(parts), "grad_norm": float(norm)}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """`step`, and `master.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` of each trained tensor."""
+        arrays = {key: np.array(array) for key, array in self._arrays().items()}
+        return {"step": np.array(self.adamw.step.item(), np.int64), **arrays}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over what `state` gave. Raises BridgeError, and changes nothing, where an array is
+        missing, left over or has another shape."""
+        wanted = self._arrays()
+        if differing := sorted({"step", *wanted} ^ state.keys()):
+            raise BridgeError(
+                f"trainer state: {differing[0]} is missing or not trained here; "
+                "resume with the same trainable tensors"
+            )
+        for key, array in wanted.items():
+            if state[key].shape != array.shape:
+                raise BridgeError(
+                    f"trainer state: {key} is {list(state[key].shape)}, need {list(array.shape)}"
+                )
+        with mx.stream(self.model.device):
+            given = {key: mx.array(np.asarray(state[key], np.float32)) for key in wanted}
+            moments: dict[str, Any] = self.adamw.state
+            moments["step"] = mx.array(int(state["step"]), mx.uint64)
+            for name in self.master:
+                self.master[name] = given[f"master.{name}"]
+                moments[name] = {
+                    "m": given[f"exp_avg.{name}"],
+                    "v": given[f"exp_avg_sq.{name}"],
+                }
+            self._publish()
+
+    def _arrays(self) -> dict[str, mx.array]:
+        """What a state holds beside its step."""
+        arrays = {f"master.{name}": master for name, master in self.master.items()}
+        for kind, short in (("exp_avg", "m"), ("exp_avg_sq", "v")):
+            arrays |= {f"{kind}.{name}": self.adamw.state[name][short] for name in self.master}
+        return arrays
+
+    def _rounded(self) -> dict[str, mx.array]:
+        return {name: master.astype(self.model.dtype) for name, master in self.master.items()}
+
+    def _publish(self) -> None:
+        """The model computes with the master weights rounded to its dtype."""
+        self.model.update(self._rounded())
