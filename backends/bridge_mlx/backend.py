@@ -1,0 +1,149 @@
+"""The backend `mlx`: Metal and CUDA devices, and CPUs, in float32, bfloat16 or float16.
+
+NumPy arrays at its borders, MLX inside. A model is a `Transformer`; what it can do is in the
+modules beside this one, with the same names as in the other backends. What a method computes runs
+on the model's device and on no other, and the process's default device is left as it was.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import ml_dtypes
+import mlx.core as mx
+import numpy as np
+
+from bridge.config import ModelConfig, tensor_shapes
+from bridge.contract import AdamW, Batch, Objective
+from bridge.errors import BridgeError
+from bridge.inputs import check_trainable, take_tensor
+from bridge_mlx.decode import Decoder
+from bridge_mlx.model import Transformer
+from bridge_mlx.train import Trainer, loss_and_grads
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+class MlxBackend:
+    """See `bridge.contract.Backend`."""
+
+    name = "mlx"
+
+    def devices(self) -> list[str]:
+        """The GPU first where MLX has one (Metal or CUDA), then the CPU."""
+        return ["gpu", "cpu"] if mx.metal.is_available() or mx.cuda.is_available() else ["cpu"]
+
+    def dtypes(self, device: str) -> list[str]:
+        """float32 first on a CPU, bfloat16 on a GPU."""
+        if device == "cpu":
+            return ["float32", "bfloat16", "float16"]
+        return ["bfloat16", "float32", "float16"]
+
+    def load(
+        self, config: ModelConfig, tensors: Mapping[str, np.ndarray], *, device: str, dtype: str
+    ) -> "MlxModel":
+        """A model on `device` in `dtype`; `tensors` are read one at a time. Raises BridgeError for
+        an unknown device or dtype, and for a tensor that is missing or has another shape."""
+        if device not in self.devices():
+            raise BridgeError(
+                f"backend mlx: no device {device!r}; use one of {', '.join(self.devices())}"
+            )
+        if dtype not in DTYPES:
+            raise BridgeError(f"backend mlx: no dtype {dtype!r}; use one of {', '.join(DTYPES)}")
+        shapes = tensor_shapes(config)
+
+        def get(name: str) -> mx.array:
+            return from_numpy(take_tensor(tensors, name, shapes[name]), DTYPES[dtype])
+
+        place = mx.Device(mx.cpu if device == "cpu" else mx.gpu)
+        with mx.stream(place):
+            return MlxModel(Transformer(config, place, get), device, dtype)
+
+
+class MlxModel:
+    """See `bridge.contract.BackendModel` for what each method promises."""
+
+    def __init__(self, transformer: Transformer, device: str, dtype: str) -> None:
+        self.transformer, self.device, self.dtype = transformer, device, dtype
+        self.config = transformer.config
+
+    def block(
+        self, layer: int, hidden: np.ndarray, groups: np.ndarray, active: np.ndarray
+    ) -> np.ndarray:
+        """The Bridge block of one layer: `hidden [B, S, D]` in, updated residual out."""
+        block = self.transformer.layers[layer].block
+        if block is None:
+            raise BridgeError(f"layer {layer} has no Bridge block")
+        positions = np.zeros(active.shape, np.int64)
+        with mx.stream(self.transformer.device):
+            cells = self.transformer.cells(groups, active, positions)
+            h = from_numpy(hidden, self.transformer.dtype)
+            return to_numpy(block(h, cells.grid, cells.active))
+
+    def logits(
+        self, tokens: np.ndarray, groups: np.ndarray, active: np.ndarray, positions: np.ndarray
+    ) -> np.ndarray:
+        """Teacher-forced logits `[B, S, V]` in float32."""
+        with mx.stream(self.transformer.device):
+            cells = self.transformer.cells(groups, active, positions)
+            ids = mx.array(np.where(active, tokens, 0).astype(np.int32))
+            return to_numpy(self.transformer.logits(self.transformer.forward(ids, cells)))
+
+    def prefill(
+        self,
+        prompts: Sequence[np.ndarray],
+        widths: Sequence[int],
+        max_new_tokens: int,
+        prompt_ids: Sequence[int] | None = None,
+    ) -> Decoder:
+        """Read each prompt once, and start `widths[g]` rows from prompt g (clause 4.2)."""
+        return Decoder(self.transformer, prompts, widths, max_new_tokens, prompt_ids)
+
+    def loss_and_grads(
+        self, batch: Batch, objective: Objective, trainable: Sequence[str]
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Metrics with `loss`, and the gradient of each tensor named in `trainable`, float32."""
+        with mx.stream(self.transformer.device):
+            parts = dict(self.transformer.parts())
+            check_trainable(parts, trainable)
+            leaves = {name: parts[name] for name in trainable}
+            metrics, grads = loss_and_grads(self.transformer, leaves, batch, objective)
+            return metrics, {name: to_numpy(grad) for name, grad in grads.items()}
+
+    def trainer(
+        self,
+        objective: Objective,
+        optimizer: AdamW,
+        trainable: Sequence[str],
+        *,
+        checkpoint_activations: bool = False,
+    ) -> Trainer:
+        """A trainer that updates this model's `trainable` tensors in place."""
+        return Trainer(self.transformer, objective, optimizer, trainable, checkpoint_activations)
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Every tensor by its Hugging Face name, in canonical order, in the model's dtype."""
+        parts, ready = self.transformer.parts(), {}
+        for name in tensor_shapes(self.config):
+            with mx.stream(self.transformer.device):
+                while name not in ready:  # the model keeps another order within a layer
+                    found, part = next(parts)
+                    ready[found] = part
+                array = to_numpy(ready.pop(name))
+            yield name, array  # not within: whoever reads this has a default device of their own
+
+
+def from_numpy(array: np.ndarray, dtype: mx.Dtype) -> mx.array:
+    """An evaluated array with memory of its own; from bfloat16 too, as ml_dtypes gives it."""
+    array = np.ascontiguousarray(array)
+    if array.dtype == ml_dtypes.bfloat16:
+        converted = mx.array(array.view(np.uint16)).view(mx.bfloat16).astype(dtype)
+    else:
+        converted = mx.array(array).astype(dtype)
+    mx.eval(converted)
+    return converted
+
+
+def to_numpy(array: mx.array) -> np.ndarray:
+    """The same numbers on the host, in the same dtype and in memory of their own."""
+    if array.dtype == mx.bfloat16:
+        return np.array(array.view(mx.uint16)).view(ml_dtypes.bfloat16)
+    return np.array(array)
