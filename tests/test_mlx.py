@@ -386,16 +386,21 @@ print(trainer.step(replace(batch, advantages=np.ones(2)))["loss"], decoder.logit
 """
 
 
-def test_no_compiler_is_needed_or_called(tmp_path):
-    """`mx.compile` on a CPU would write C++ under the temporary directory, and call g++ on it."""
-    alone = {k: v for k, v in os.environ.items() if k not in ("PATH", "CC", "CXX")}
-    alone |= {"PATH": str(tmp_path / "nothing"), "TMPDIR": str(tmp_path)}
+@pytest.mark.parametrize("compilers", [(), ("g++", "c++", "clang++", "cc")])
+def test_no_compiler_is_needed_or_called(tmp_path, compilers):
+    """On a machine without one, and on one where each leaves a trace and fails."""
+    for name in compilers:
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\n: > {tmp_path}/called\nexit 1\n")
+        path.chmod(0o755)
+    alone = {k: v for k, v in os.environ.items() if k not in ("CC", "CXX")}
+    alone |= {"PATH": str(tmp_path), "TMPDIR": str(tmp_path)}  # kernels are cached under TMPDIR
     run = subprocess.run(
         [sys.executable, "-c", WITHOUT_COMPILER], env=alone, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.endswith("(3, 40)\n")
-    assert not list(tmp_path.rglob("*.cpp"))
+    assert not (tmp_path / "called").exists()
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="MLX compiles with g++ on CPUs")
