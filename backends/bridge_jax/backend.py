@@ -6,7 +6,6 @@ names as in the other backends.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +16,8 @@ from bridge.config import BridgeConfig, ModelConfig, tensor_shapes
 from bridge.contract import AdamW, Batch, Objective
 from bridge.errors import BridgeError
 from bridge.inputs import take_tensor
-from bridge_jax.block import Grid, Layout, block, bucket
+from bridge_jax.block import Grid, Layout, block
+from bridge_jax.compiled import bucket, compiled
 from bridge_jax.decode import Decoder
 from bridge_jax.model import LAYERS, STEPS, Params, Transformer, logits, stacked
 from bridge_jax.train import Trainer, by_name, choose, loss_and_grads, start
@@ -86,7 +86,9 @@ class JaxModel:
         stream = np.pad(layout.put(hidden.astype(DTYPES[self.dtype])), ((0, 0), (0, short), (0, 0)))
         on = np.pad(layout.put(np.asarray(active)), ((0, 0), (0, short)))
         weights = {k: p for k, p in transformer.params.items() if ".bridge." in k}
-        got = block_of_layer(weights, layer, stream, layout.grid, on, bridge=bridge)
+        got = block_of_layer(
+            weights, layer, stream, layout.grid, on, bridge=bridge, quick=transformer.quick
+        )
         return jax.device_get(got)[layout.places, :S]
 
     def logits(
@@ -94,7 +96,9 @@ class JaxModel:
     ) -> np.ndarray:
         """Teacher-forced logits `[B, S, V]` in float32."""
         batch, layout, table = self.transformer.batch(tokens, groups, active, positions)
-        got = logits(self.transformer.params, batch, table, config=self.config)
+        got = logits(
+            self.transformer.params, batch, table, config=self.config, quick=self.transformer.quick
+        )
         return jax.device_get(got)[layout.places, : tokens.shape[1]]
 
     def prefill(
@@ -113,7 +117,7 @@ class JaxModel:
         """Metrics with `loss`, and the gradient of each tensor named in `trainable`, float32."""
         chosen = choose(self.config, trainable)
         own = {key: self.transformer.params[key] for key, _ in chosen}
-        leaves = start(own, chosen=chosen).master
+        leaves = start(own, chosen=chosen, quick=self.transformer.quick).master
         metrics, grads = loss_and_grads(self.transformer, leaves, chosen, batch, objective)
         return metrics, by_name(grads, self.config, chosen)
 
@@ -139,7 +143,7 @@ class JaxModel:
             )
 
 
-@partial(jax.jit, static_argnames="bridge")
+@compiled(static_argnames="bridge")
 def block_of_layer(
     weights: Params, layer: int, hidden: Any, grid: Grid, active: Any, *, bridge: BridgeConfig
 ) -> jax.Array:

@@ -2,8 +2,8 @@
 
 Rows of G groups of up to N rows become a grid `[G, N]`, so the cost is G * N^2 a timestep, never
 (G * N)^2. Rows are laid out as that grid, by a reshape, where it has no more cells than there are
-rows to compute; else they are gathered into it. Sizes come in buckets, so that few are compiled.
-Also holds what the host shares with the block: the RMS norm.
+rows to compute; else they are gathered into it. Also holds what the host shares with the
+block: the RMS norm.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,17 +15,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from bridge.config import BridgeConfig
+from bridge_jax.compiled import bucket
 from bridge_jax.linear import contract, linear
 
 Array = jax.Array
-
-
-def bucket(n: int, floor: int = 1) -> int:
-    """The smallest size for which functions are compiled that holds n: a power of two or, from 8
-    on, one and a half of one; at least `floor`."""
-    size = 1 << max(n - 1, 0).bit_length()
-    size = size * 3 // 4 if size > 8 and n <= size * 3 // 4 else size
-    return max(size, floor)
 
 
 def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float) -> Array:

@@ -10,7 +10,6 @@ timesteps, K key heads, M query heads that share one, d head width, V vocabulary
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -22,7 +21,8 @@ from bridge.config import ModelConfig
 from bridge.contract import Sampling
 from bridge.errors import BridgeError
 from bridge.inputs import check_prompts
-from bridge_jax.block import LOWEST, Grid, Layout, bucket, take
+from bridge_jax.block import LOWEST, Grid, Layout, take
+from bridge_jax.compiled import bucket, compiled
 from bridge_jax.linear import contract
 from bridge_jax.model import (
     STEPS,
@@ -105,6 +105,7 @@ class Decoder:
             self.layout.put(self.group),
             config=model.config,
             timesteps=bucket(self.steps, STEPS),
+            quick=model.quick,
         )
 
     def _settle(self, layout: Layout) -> None:
@@ -122,7 +123,9 @@ class Decoder:
     def sample(self, sampling: Sampling) -> Int[np.ndarray, " R"]:
         """Draw the next token of each row left: int64. Does not advance."""
         table, line = self.uniforms.at(self.step, sampling.seed)
-        self.drawn = sample(self.next_logits, table, line, Settings.of(sampling))
+        self.drawn = sample(
+            self.next_logits, table, line, Settings.of(sampling), quick=self.model.quick
+        )
         return jax.device_get(self.drawn)[self.places].astype(np.int64)
 
     def advance(self, tokens: np.ndarray | None = None, keep: np.ndarray | None = None) -> None:
@@ -152,6 +155,7 @@ class Decoder:
                 self.rows,
                 config=self.model.config,
                 reach=min(bucket(self.step + 1, REACH), self.own.k.shape[3]),
+                quick=self.model.quick,
             )
         self.step, self.drawn = self.step + 1, None
 
@@ -169,14 +173,16 @@ class Decoder:
         source = then.put(self.places.astype(np.int32))
         kept = np.zeros(then.grid.filled.shape[0], np.int32)
         kept[: len(prompts)] = prompts
-        self.own, self.prefix, fed = move(self.own, self.prefix, fed, source, kept)
+        self.own, self.prefix, fed = move(
+            self.own, self.prefix, fed, source, kept, quick=self.model.quick
+        )
         self.lengths, self.group = self.lengths[prompts], group.astype(np.int32)
         self.uniforms.move(source)
         self._settle(then)
         return fed
 
 
-@partial(jax.jit, static_argnames=("config", "timesteps"))
+@compiled(static_argnames=("config", "timesteps"))
 def prefill(
     params: Params,
     batch: Batch,
@@ -194,7 +200,7 @@ def prefill(
     return Cache(*kept), Cache(own, own), take(_padded(head(params, h[:, -1], config)), prompt)
 
 
-@partial(jax.jit, static_argnames=("config", "reach"), donate_argnames="own")
+@compiled(static_argnames=("config", "reach"), donate_argnames="own")
 def advance(
     params: Params,
     own: Cache,
@@ -271,7 +277,7 @@ def _padded(logits: Float[Array, "R V"]) -> Float[Array, "R V"]:
     return jnp.pad(logits, ((0, 0), (0, -logits.shape[-1] % LANES)), constant_values=-jnp.inf)
 
 
-@jax.jit
+@compiled()
 def move(
     own: Cache, prefix: Cache, fed: Int[Array, " R"], source: Array, prompts: Array
 ) -> tuple[Cache, Cache, Int[Array, " R"]]:

@@ -18,8 +18,20 @@ def contract(spec: str, a: Array, b: Array) -> Array:
 
     float32 operands are multiplied as float32: the default of TPUs, and of GPUs with TF32, is less.
     """
-    return jnp.einsum(
-        spec, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+
+    def product(a: Array, b: Array) -> Array:
+        return jnp.einsum(
+            spec, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        )
+
+    if a.dtype == jnp.float32:
+        return product(a, b)
+    # XLA's CPU compiler has no kernel for some products of narrow operands with a wide result.
+    return jax.lax.platform_dependent(
+        a,
+        b,
+        cpu=lambda a, b: product(a.astype(jnp.float32), b.astype(jnp.float32)),
+        default=product,
     )
 
 

@@ -8,7 +8,6 @@ once a config and bucket of sizes; the teacher-forced forward also serves prefil
 
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +17,8 @@ from jaxtyping import Bool, Float, Int
 
 from bridge.config import ModelConfig, tensor_shapes
 from bridge.rope import inverse_frequencies
-from bridge_jax.block import LOWEST, Grid, Layout, block, bucket, rms_norm, silu, take
+from bridge_jax.block import LOWEST, Grid, Layout, block, rms_norm, silu, take
+from bridge_jax.compiled import SMALL, bucket, compiled
 from bridge_jax.linear import contract, linear
 
 Array = jax.Array
@@ -27,7 +27,6 @@ Params = Mapping[str, Array]
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 LAYERS = "model.layers.*."
-SMALL = 2**20  # parameters below which a compilation takes longer than computing does
 STEPS = 16  # timesteps are padded at least to it
 
 
@@ -49,6 +48,8 @@ class Transformer:
             self.params[key] = put(_stack(config, names, get).astype(dtype))
         small = sum(array.size for array in self.params.values()) < SMALL
         self.floor = 4 if small else 1  # of groups in a batch and of rows in a group
+        on_cpu = next(iter(self.params["model.norm.weight"].devices())).platform == "cpu"
+        self.quick = small and on_cpu
         self.tables: dict[int, Array] = {}
 
     def rope(self, length: int) -> Float[Array, "two P d"]:
@@ -114,7 +115,7 @@ def _stack(config: ModelConfig, names: list[str], get: Callable[[str], np.ndarra
     return np.stack([np.zeros_like(blank) if layer is None else layer for layer in layers])
 
 
-@partial(jax.jit, static_argnames="config")
+@compiled(static_argnames="config")
 def logits(
     params: Params, batch: Batch, table: Float[Array, "two P d"], *, config: ModelConfig
 ) -> Float[Array, "R S V"]:

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from bridge.contract import Sampling
 from bridge.philox import uniforms
+from bridge_jax.compiled import compiled
 
 Array = jax.Array
 
@@ -68,7 +69,7 @@ class Settings(NamedTuple):
         return cls(sampling.temperature, top_k, top_p, min_p)
 
 
-@jax.jit
+@compiled()
 def sample(
     logits: Float[Array, "R V"], table: Float[Array, "steps R"], line: int, settings: Settings
 ) -> Int[Array, " R"]:

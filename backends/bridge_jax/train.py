@@ -7,7 +7,6 @@ flow across the rows of a group, so a group may not be split over two batches of
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -27,7 +26,8 @@ from bridge.inputs import (
     micro_batches,
 )
 from bridge_jax import model as transformer
-from bridge_jax.block import bucket, take
+from bridge_jax.block import take
+from bridge_jax.compiled import bucket, compiled
 from bridge_jax.model import Params, Transformer, forward, head, stacked, stacked_names
 
 Array = jax.Array
@@ -149,12 +149,13 @@ def loss_and_grads(
         chosen=chosen,
         objective=objective,
         checkpoint=checkpoint_activations,
+        quick=model.quick,
     )
     metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
     return {**metrics, "tokens": float(tokens)}, grads
 
 
-@partial(jax.jit, static_argnames=("config", "chosen", "objective", "checkpoint"))
+@compiled(static_argnames=("config", "chosen", "objective", "checkpoint"))
 def value_and_grads(
     leaves: Leaves,
     params: Params,
@@ -245,7 +246,7 @@ class Trainer:
         self.chosen = choose(model.config, trainable)
         self.checkpoint_activations = checkpoint_activations
         self.steps = 0
-        self.tensors = start(self._own(), chosen=self.chosen)
+        self.tensors = start(self._own(), chosen=self.chosen, quick=model.quick)
 
     def _own(self) -> Leaves:
         """The model's leaves of which some tensor is trained."""
@@ -267,7 +268,7 @@ class Trainer:
                 self.checkpoint_activations,
             )
             parts.append(metrics)
-            grads = new if grads is None else add(grads, new)
+            grads = new if grads is None else add(grads, new, quick=self.model.quick)
         self.steps += 1
         self.tensors, own, norm = update(
             self.tensors,
@@ -276,6 +277,7 @@ class Trainer:
             *(1 - beta**self.steps for beta in self.options.betas),
             options=self.options,
             chosen=self.chosen,
+            quick=self.model.quick,
         )
         self.model.params |= own
         return {**add_metrics(parts), "grad_norm": float(norm)}
@@ -321,23 +323,25 @@ class Trainer:
             )
         )
         self.steps = int(state["step"])
-        self.model.params |= publish(self._own(), self.tensors.master, chosen=self.chosen)
+        self.model.params |= publish(
+            self._own(), self.tensors.master, chosen=self.chosen, quick=self.model.quick
+        )
 
 
-@partial(jax.jit, static_argnames="chosen")
+@compiled(static_argnames="chosen")
 def start(own: Leaves, *, chosen: Chosen) -> State:
     """Clause 7.9: masters at the model's values, moments at 0."""
     master = take_leaves(own, chosen)
     return State(master, *({k: jnp.zeros_like(m) for k, m in master.items()} for _ in range(2)))
 
 
-@partial(jax.jit, donate_argnums=0)
+@compiled(donate_argnums=0)
 def add(total: Leaves, new: Leaves) -> Leaves:
     """The gradients of two batches of an update."""
     return jax.tree.map(jnp.add, total, new)
 
 
-@partial(jax.jit, static_argnames=("options", "chosen"), donate_argnums=(0, 1, 2))
+@compiled(static_argnames=("options", "chosen"), donate_argnums=(0, 2))
 def update(
     state: State,
     grads: Leaves,
@@ -370,7 +374,7 @@ def update(
     return State(master, m, v), _published(own, master, chosen), norm
 
 
-@partial(jax.jit, static_argnames="chosen", donate_argnums=0)
+@compiled(static_argnames="chosen", donate_argnums=0)
 def publish(own: Leaves, master: Leaves, *, chosen: Chosen) -> Leaves:
     """The model computes with the master weights rounded to its dtype."""
     return _published(own, master, chosen)

@@ -1,0 +1,44 @@
+"""What is compiled: for which sizes, and with how much effort. Only JAX has need of this file.
+
+Sizes come in buckets, so that few are compiled as batches grow, shrink and change. A model so small
+that compiling takes longer than it will ever compute is compiled with less effort.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+SMALL = 2**20  # parameters of a model below which compiling is most of the time
+# XLA's older emitters of CPU code, without LLVM's optimisations: a seventh of the time.
+QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 0}
+
+
+def bucket(n: int, floor: int = 1) -> int:
+    """The smallest size for which functions are compiled that holds n: a power of two or, from 8
+    on, one and a half of one; at least `floor`."""
+    size = 1 << max(n - 1, 0).bit_length()
+    size = size * 3 // 4 if size > 8 and n <= size * 3 // 4 else size
+    return max(size, floor)
+
+
+class Compiled:
+    """A jitted function; the keyword `quick` says with which effort it is compiled."""
+
+    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
+        """`options` are those of `jax.jit`."""
+        self.full = jax.jit(function, **options)
+        self.quick = jax.jit(function, compiler_options=QUICK, **options)
+        self.__doc__ = function.__doc__
+
+    def __call__(self, *arguments: Any, quick: bool, **keywords: Any) -> Any:
+        return (self.quick if quick else self.full)(*arguments, **keywords)
+
+    def count(self) -> int:
+        """How many times it was compiled."""
+        return self.full._cache_size() + self.quick._cache_size()
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Compiled]:
+    """Decorates a function of arrays; `options` are those of `jax.jit`."""
+    return lambda function: Compiled(function, **options)
