@@ -142,7 +142,8 @@ def test_only_tokens_go_to_the_host(monkeypatch, options):
         return read
 
     for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__"):
-        monkeypatch.setattr(mx.array, name, spy(getattr(mx.array, name)))
+        if hasattr(mx.array, name):  # not all in every version of MLX
+            monkeypatch.setattr(mx.array, name, spy(getattr(mx.array, name)))
     watched = {**vars(np), "array": spy(np.array), "asarray": spy(np.asarray)}
     for module in (block, decode, linear, model, sampling):
         if hasattr(module, "np"):

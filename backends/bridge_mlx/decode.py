@@ -57,7 +57,9 @@ class Decoder:
         with mx.stream(model.device):
             last = self._prefill(prompts)
             self.next_logits = mx.take(last, mx.array(self.group), axis=0)
-            self.own: list[KeysValues] = []  # [R, K, T, d] each, by layer
+            shape = (len(self.group), model.config.num_key_value_heads, 0, model.config.head_dim)
+            empty = mx.zeros(shape, model.dtype)
+            self.own = [(empty, empty) for _ in self.prefix]  # [R, K, T, d] each, by layer
             mx.eval(self.next_logits, self.prefix)
 
     def _prefill(self, prompts: Sequence[np.ndarray]) -> Float[mx.array, "G V"]:
@@ -86,6 +88,8 @@ class Decoder:
 
     def sample(self, sampling: Sampling) -> np.ndarray:
         """Draw the next token of each row left: `[R]` int64. Does not advance."""
+        if len(self.group) == 0:
+            return np.zeros(0, np.int64)
         with mx.stream(self.model.device):
             uniform = self.uniforms.at(self.step, sampling.seed)
             self.drawn = sample(self.next_logits, uniform, sampling)
@@ -100,25 +104,27 @@ class Decoder:
                 fed = self.drawn
             else:
                 raise BridgeError("advance: no tokens given and none drawn; call sample first")
-            if keep is not None and not np.all(keep):
-                rows = np.flatnonzero(keep)
-                fed = mx.take(fed, mx.array(rows), axis=0)
-                self._compact(rows)
-            if len(self.group) == 0:
-                self.next_logits = self.next_logits[:0]
-            elif self.step < self.limit:
-                self._reserve()
-                self.next_logits = self._forward(fed)
-            else:
+            rows = np.arange(len(self.group)) if keep is None else np.flatnonzero(keep)
+            if len(rows) and self.step >= self.limit:
                 raise BridgeError(
                     f"advance: step {self.step + 1} is past the max_new_tokens reserved"
                 )
+            if len(rows) < len(self.group):
+                fed = mx.take(fed, mx.array(rows), axis=0)
+                self._compact(rows)
+            if len(rows):
+                self._reserve()
+                self.next_logits = self._forward(fed)
+                # Starts on this step, so that no graph spans two.
+                mx.async_eval(self.next_logits, self.own)
             self.step, self.drawn = self.step + 1, None
-            # Starts on this step, so that no graph spans two.
-            mx.async_eval(self.next_logits, self.own)
 
     def _compact(self, rows: np.ndarray) -> None:
         """Only the rows at these places, ascending, stay; prompts without rows go too."""
+        if len(rows) == 0:
+            self.group, self.own, self.prefix = self.group[:0], [], []
+            self.next_logits = self.next_logits[:0]
+            return
         left = mx.array(rows)
         self.own = [(mx.take(k, left, axis=0), mx.take(v, left, axis=0)) for k, v in self.own]
         prompts, self.group = np.unique(self.group[rows], return_inverse=True)
@@ -136,21 +142,16 @@ class Decoder:
     def _reserve(self) -> None:
         """Room for this timestep in every row's cache."""
         config = self.model.config
-        room = self.own[0][0].shape[2] if self.own else 0
+        room = self.own[0][0].shape[2]
         if self.step < room:
             return
         more = min(TIMESTEPS, self.limit - room)
         shape = (len(self.group), config.num_key_value_heads, more, config.head_dim)
         zeros = mx.zeros(shape, self.model.dtype)
-        if room:
-            self.own = [
-                (mx.concatenate([k, zeros], axis=2), mx.concatenate([v, zeros], axis=2))
-                for k, v in self.own
-            ]
-        else:
-            self.own = [
-                (mx.zeros_like(zeros), mx.zeros_like(zeros)) for _ in range(len(self.prefix))
-            ]
+        self.own = [
+            (mx.concatenate([k, zeros], axis=2), mx.concatenate([v, zeros], axis=2))
+            for k, v in self.own
+        ]
 
     def _forward(self, tokens: mx.array) -> Float[mx.array, "R V"]:
         """One timestep of every row left: logits for the next."""

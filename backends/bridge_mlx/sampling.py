@@ -42,8 +42,6 @@ def sample(
     logits: Float[mx.array, "R V"], uniform: Float[mx.array, " R"], sampling: Sampling
 ) -> Int[mx.array, " R"]:
     """One token a row, on the device of the logits."""
-    if len(logits) == 0:  # which MLX's argmax refuses
-        return mx.zeros((0,), mx.uint32)
     if sampling.temperature == 0:  # clause 6.8; argmax takes the first of equals
         return mx.argmax(logits, axis=-1)
     w = weights(logits, sampling)
