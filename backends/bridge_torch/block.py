@@ -123,10 +123,12 @@ class Block:
         if grid.width == 1:  # a softmax over one row is 1 (clause 3.8)
             return qkv[..., 2 * E :]
         G, N = grid.groups, grid.width
-        cells = grid.spread(qkv).reshape(G, N, S, 3, H, -1)
-        q, k, v = cells.permute(3, 0, 2, 4, 1, 5).reshape(3, G * S, H, N, -1)
+        cells = grid.spread(qkv).view(G, N, S, 3, H, -1).permute(3, 0, 2, 4, 1, 5)
+        if S > 1:  # a decoding step has one timestep, and its views need no copy
+            cells = cells.contiguous()
+        q, k, v = cells.view(3, G * S, H, N, -1).unbind()
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self._allowed(grid, active, S))
-        mixed = mixed.reshape(G, S, H, N, -1).permute(0, 3, 1, 2, 4).reshape(G * N, S, E)
+        mixed = mixed.view(G, S, H, N, -1).permute(0, 3, 1, 2, 4).reshape(G * N, S, E)
         return grid.collect(mixed)
 
     def _allowed(self, grid: Grid, active: Tensor | None, S: int) -> Tensor | None:

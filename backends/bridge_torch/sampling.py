@@ -48,13 +48,14 @@ def sample(
     if sampling.temperature == 0:  # clause 6.8; argmax takes the first of equals
         return logits.argmax(-1)
     w = weights(logits.float(), sampling)
-    cumulative = w.cumsum(-1)
+    on_cpu = w.device.type == "cpu"
+    cumulative = w.cumsum_(-1) if on_cpu else w.cumsum(-1)
     total = cumulative[:, -1:]
     # Clause 6.7. The product may round up to the total, above which no token would be left.
     threshold = torch.minimum(uniform[:, None] * total, torch.nextafter(total, 0 * total))
-    if w.device.type == "cpu":  # summed in order there: ascending
+    if on_cpu:  # summed in order there: ascending
         found = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
-        return found.clamp_(max=w.shape[-1] - 1)  # an overflown model has NaN here
+        return found.clamp_(max=cumulative.shape[-1] - 1)  # an overflown model has NaN here
     # A parallel sum may dip by a rounding, so a token without weight is passed over.
     above = (cumulative > threshold).logical_and_(w > 0)
     return above.to(torch.uint8).argmax(-1)
@@ -62,11 +63,13 @@ def sample(
 
 def weights(z: Float[Tensor, "R V"], sampling: Sampling) -> Float[Tensor, "R V"]:
     """Unnormalised weights of the kept tokens, 0 elsewhere (clauses 6.3 to 6.6)."""
-    z = z - z.amax(-1, keepdim=True)
-    w = (z / max(sampling.temperature, torch.finfo(z.dtype).tiny)).exp_()
-    if sampling.top_k is not None and sampling.top_k < w.shape[-1]:
-        kth = z.topk(sampling.top_k, sorted=True).values[:, -1:]
-        w.masked_fill_(z < kth, 0)
+    cut = None
+    if sampling.top_k is not None and sampling.top_k < z.shape[-1]:
+        cut = z < z.topk(sampling.top_k, sorted=True).values[:, -1:]
+    w = z - z.amax(-1, keepdim=True)  # the one copy of the vocabulary; all else is in place
+    w.div_(max(sampling.temperature, torch.finfo(z.dtype).tiny)).exp_()
+    if cut is not None:
+        w.masked_fill_(cut, 0)
     if sampling.top_p is not None and sampling.top_p < 1:
         w.masked_fill_(w < nucleus_floor(w, sampling.top_p), 0)
     if sampling.min_p is not None:
