@@ -1,0 +1,173 @@
+"""The example for porters: installed like a third party's backend, it passes conformance unchanged.
+
+Everything runs in processes of its own, which alone see where the package was installed. What
+`docs/porting.md` says is tested too: its Python runs, and what it names is there.
+"""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bridge_conformance.checks import CHECKS
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "bridge_example_backend"
+PORTING = (ROOT / "docs" / "porting.md").read_text(encoding="utf-8")
+CLAUSES = re.findall(r"^### (\d+\.\d+) ", (ROOT / "spec" / "bridge-1.0.md").read_text(), re.M)
+
+# What a port may read of ours: the contract and the parts that are the same for every framework.
+SHARED = {f"bridge.{name}" for name in ("config", "contract", "errors", "inputs", "philox", "rope")}
+
+# One check, on the same examples each time. `FAULT` is code that breaks the backend first.
+EXAMINE = """
+import os
+from hypothesis import Phase, given, settings, strategies as st
+from bridge.registry import find_backend
+from bridge_conformance.checks import CHECKS
+from bridge_conformance.trial import Target
+
+exec(os.environ["FAULT"])
+check = CHECKS[os.environ["CHECK"]]
+target = Target(find_backend("example"), "cpu", "float32", check.clause)
+
+@settings(max_examples=60, phases=[Phase.generate], derandomize=True, database=None, deadline=None)
+@given(st.data())
+def run(data):
+    check.run(target, data.draw(check.cases))
+
+run()
+"""
+
+# By name: code that plants the fault, and the check that must then fail.
+FAULTS = {
+    "a mask by product lets NaN through": (
+        "import bridge_example.block as m\nm.where = lambda mask, x: x * mask.astype('float32')",
+        "blocked_rows_have_no_influence_on_the_block",
+    ),
+    "groups are ignored": (
+        "import bridge_example.model as m\ngrid = m.Grid\nm.Grid = lambda groups: grid(groups * 0)",
+        "other_groups_have_no_influence",
+    ),
+    "caches stay where they were": (
+        "from bridge_example.decode import Decoder as D\n"
+        "compact = D._compact\n"
+        "def wrong(self, rows):\n"
+        "    own = self.own\n"
+        "    compact(self, rows)\n"
+        "    self.own = [cache[:, : len(rows)] for cache in own]\n"
+        "D._compact = wrong",
+        "cached_decoding_equals_teacher_forcing",
+    ),
+    "rows are numbered anew when others end": (
+        "from bridge_example.decode import Decoder as D\n"
+        "compact = D._compact\n"
+        "def wrong(self, rows):\n"
+        "    compact(self, rows)\n"
+        "    self.row_number = self.row_number * 0\n"
+        "D._compact = wrong",
+        "sampled_tokens_follow_the_rule",
+    ),
+    "no gradient crosses rows": (
+        "import bridge_example.block as m\n"
+        "mix = m.mix\n"
+        "m.mix = lambda q, k, v, *rest: mix(q, m.Var(k.value), m.Var(v.value), *rest)",
+        "loss_and_gradients_are_within_the_numerics_rule",
+    ),
+    "each batch is divided by its own targets": (
+        "import bridge_example.train as m\n"
+        "loss = m.loss\n"
+        "m.loss = lambda logits, batch, objective, count: loss(logits, batch, objective)",
+        "accumulated_batches_are_one_update",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A fresh directory with the example in it, and nothing else."""
+    target = tmp_path_factory.mktemp("site")
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", target]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, EXAMPLE], check=True)
+    return target
+
+
+def python(site: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """What a Python process prints that has `site` on its path."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {**kept, "PYTHONPATH": str(site), **variables}
+    command = [sys.executable, "-W", "error::RuntimeWarning", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_it_registers_itself(installed):
+    code = "import bridge; print([i.name for i in bridge.backends() if i.dtypes], bridge.__file__)"
+    listed = python(installed, "-c", code).stdout
+    assert "'example'" in listed and str(installed) not in listed
+
+
+def test_it_is_written_against_the_contract_alone(installed):
+    files = sorted((installed / "bridge_example").glob("*.py"))
+    assert {f.name for f in files} > {
+        "block.py",
+        "model.py",
+        "decode.py",
+        "sampling.py",
+        "train.py",
+    }
+    imported = set()
+    for node in (node for f in files for node in ast.walk(ast.parse(f.read_text("utf-8")))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+    own = {f"bridge_example.{f.stem}" for f in files}
+    foreign = {name for name in imported if name.partition(".")[0] not in sys.stdlib_module_names}
+    assert foreign - own - SHARED == {"numpy"}
+
+    code = "import sys, bridge_example.backend; print(*sys.modules)"
+    loaded = python(installed, "-c", code).stdout.split()
+    assert "bridge_example.train" in loaded
+    assert not {"bridge_ref", "bridge_conformance", "torch", "jax", "mlx"} & set(loaded)
+
+
+def test_it_passes_conformance_unchanged(installed):
+    tests = ["tests/test_conformance.py", "-k", "example-cpu", "-p", "no:cacheprovider"]
+    result = python(installed, "-m", "pytest", "-q", "-n", "0", *tests)
+    assert result.returncode == 0, result.stdout[-5000:]
+    assert f"\n{len(CHECKS)} passed" in result.stdout
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_planted_in_it_is_caught(installed, fault):
+    code, check = FAULTS[fault]
+    result = python(installed, "-c", EXAMINE, FAULT=code, CHECK=check)
+    assert result.returncode == 1
+    assert f"Nonconformance: clause {CHECKS[check].clause}, backend example on cpu" in result.stderr
+
+
+def test_without_a_fault_the_same_check_passes(installed):
+    check = "accumulated_batches_are_one_update"
+    result = python(installed, "-c", EXAMINE, FAULT="", CHECK=check)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_python_of_the_guide_runs(installed):
+    blocks = re.findall(r"^```python\n(.*?)^```", PORTING, re.M | re.S)
+    assert blocks
+    result = python(installed, "-c", "\n".join(blocks))
+    assert result.returncode == 0, result.stderr
+
+
+def test_what_the_guide_names_is_there():
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", PORTING)
+    missing = [link for link in links if not (ROOT / "docs" / link).exists()]
+    assert links and missing == []
+    cited = set(re.findall(r"\b(\d{1,2}\.\d{1,2})\b", PORTING)) - {"1.0", "3.11"}
+    assert cited and cited <= set(CLAUSES)
+    named = set(re.findall(r"`([a-z_]+_[a-z_]+_[a-z_]+_[a-z_]+)`", PORTING))
+    assert named and named <= {*CHECKS, "bridge_example_backend"}
