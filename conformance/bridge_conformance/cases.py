@@ -4,6 +4,7 @@ A case is small and frozen: settings and seeds. Its arrays are computed from the
 a case tells how to build it again. Axes: B rows, S timesteps, D model width.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,6 +23,7 @@ class ModelCase:
 
     raw: dict[str, Any]
     seed: int
+    magnitudes: str = "plain"  # one of MAGNITUDES
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -31,16 +33,37 @@ class ModelCase:
     def tensors(self, dtype: str, *, fresh: bool = False) -> dict[str, np.ndarray]:
         """Random tensors in canonical order, float32 values rounded to `dtype`.
 
-        Magnitudes keep activations near 1. `fresh` zeroes the blocks' outputs, as `bridge init`
-        does (clause 8.2).
+        Plain magnitudes keep activations near 1. `fresh` zeroes the blocks' outputs, as
+        `bridge init` does (clause 8.2).
         """
-        return random_tensors(self.config, self.seed, dtype, fresh=fresh)
+        powers = MAGNITUDES[self.magnitudes]
+        return random_tensors(self.config, self.seed, dtype, fresh=fresh, powers=powers)
+
+
+# Powers of two by which tensors are multiplied, by the end of their names. Where a backend computes
+# in too narrow a dtype, these overflow or vanish: squares in a norm, exponentials in a softmax. In
+# float16 no tensor and no activation of the reference leaves its range.
+SCORES = ("q_proj.weight", "k_proj.weight")
+OUTPUTS = ("o_proj.weight", "down_proj.weight")
+MAGNITUDES: dict[str, dict[str, int]] = {
+    "plain": {},
+    "large embeddings": {"embed_tokens.weight": 9},
+    "tiny embeddings": {"embed_tokens.weight": -12},
+    "large scores": dict.fromkeys(SCORES, 4),
+    "large outputs": dict.fromkeys(OUTPUTS, 6),
+    "tiny outputs": dict.fromkeys(OUTPUTS, -10),
+}
 
 
 def random_tensors(
-    config: ModelConfig, seed: int, dtype: str, *, fresh: bool = False
+    config: ModelConfig,
+    seed: int,
+    dtype: str,
+    *,
+    fresh: bool = False,
+    powers: Mapping[str, int] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Every tensor of `config` by name; see `ModelCase.tensors`."""
+    """Every tensor of `config` by name; see `ModelCase.tensors`. `powers`: as in `MAGNITUDES`."""
     rng = np.random.default_rng(seed)
     tensors = {}
     for name, shape in tensor_shapes(config).items():
@@ -53,6 +76,9 @@ def random_tensors(
             values = values / np.sqrt(shape[-1])
         if fresh and name.endswith((".bridge.o_proj.weight", ".bridge.down_proj.weight")):
             values = np.zeros(shape)
+        for end, power in (powers or {}).items():
+            if name.endswith(end):
+                values = values * 2.0**power
         tensors[name] = values.astype(np.float32).astype(DTYPES[dtype])
     return tensors
 
@@ -198,21 +224,36 @@ class DecodeCase:
 
     def teacher_forced(self, left: int = 0) -> tuple[RowsCase, np.ndarray]:
         """The same tokens as one batch, and the timestep at which each row's step 0 lies, `[R]`.
+        `left` inactive timesteps come first."""
+        *arguments, first = teacher_forced(
+            self.prompts, self.row_prompt, self.forced, self.alive, left
+        )
+        return RowsCase(self.model, *arguments), first
 
-        A row's last token is a target, never an input: a row that lives for n steps is fed n - 1
-        of its tokens (clauses 2.3 and 7.2). `left` inactive timesteps come first.
-        """
-        starts = np.asarray(self.lengths)[self.row_prompt] + left
-        timesteps = max(self.lengths) + self.steps + left
-        tokens = np.zeros((len(starts), timesteps), dtype=np.int64)
-        active = np.zeros(tokens.shape, dtype=bool)
-        for row, start in enumerate(starts):
-            fed = self.alive[1:, row].sum()
-            tokens[row, left:start] = self.prompts[self.row_prompt[row]]
-            tokens[row, start : start + self.steps] = self.forced[:, row]
-            active[row, left : start + fed] = True
-        rows = RowsCase(self.model, tokens, self.row_prompt, active, default_positions(active))
-        return rows, starts - 1
+
+def teacher_forced(
+    prompts: Sequence[np.ndarray],
+    row_prompt: np.ndarray,
+    said: np.ndarray,
+    alive: np.ndarray,
+    left: int = 0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Rows that said `said [steps, R]` while they were `alive [steps, R]`, as a batch: tokens,
+    groups, active, positions; and the timestep at which each row's step 0 lies, `[R]`.
+
+    A row's last token is a target, never an input: a row that lives for n steps is fed n - 1 of its
+    tokens (clauses 2.3 and 7.2).
+    """
+    lengths = np.array([len(prompt) for prompt in prompts])
+    starts = lengths[row_prompt] + left
+    tokens = np.zeros((len(starts), lengths.max() + len(said) + left), dtype=np.int64)
+    active = np.zeros(tokens.shape, dtype=bool)
+    for row, start in enumerate(starts):
+        fed = alive[1:, row].sum()
+        tokens[row, left:start] = prompts[row_prompt[row]]
+        tokens[row, start : start + len(said)] = said[:, row]
+        active[row, left : start + fed] = True
+    return tokens, row_prompt, active, default_positions(active), starts - 1
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""All checks, with the clause that each holds a backend to and the cases that it runs on.
+"""All checks, with the clause and level that each holds a backend to and the cases it runs on.
 
 To run one on one case: `CHECKS[name].run(Target(backend, device, dtype, clause), case)`; it raises
 `Nonconformance` where the backend breaks the clause.
@@ -8,10 +8,44 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from bridge_conformance import checks_block, checks_decode, checks_model, checks_train, strategies
+from bridge_conformance import (
+    checks_block,
+    checks_checkpoint,
+    checks_decode,
+    checks_golden,
+    checks_model,
+    checks_train,
+    strategies,
+)
+from bridge_conformance.checks_golden import GoldenCase, golden_vector_is_met
 from bridge_conformance.trial import Target
+
+# What a level is about (clause 10.3); each includes those before it.
+LEVELS = {
+    1: "the block",
+    2: "the teacher-forced model",
+    3: "cached decoding and generation",
+    4: "gradients",
+    5: "the training step",
+    6: "checkpoint round trips",
+}
+_train = strategies.train_cases()
+# The cases that all checks of a level share; golden vectors have their own.
+CASES: dict[int, SearchStrategy[Any]] = {
+    1: strategies.block_cases(),
+    2: strategies.rows_cases(),
+    3: strategies.decode_cases(),
+    4: _train,
+    5: _train,
+    6: strategies.rows_cases(),
+}
+
+
+def _any(case: Any) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -20,47 +54,78 @@ class Check:
 
     run: Callable[[Target, Any], None]
     clause: str
+    level: int
     cases: SearchStrategy[Any]
+    applies: Callable[[Any], bool] = _any  # of the level's cases, to which ones
+    golden: str | None = None  # the name of the golden vector, which is then its one case
 
     @property
     def name(self) -> str:
         """The function's name, which says the property."""
-        return self.run.__name__
+        return f"golden-{self.golden}" if self.golden else self.run.__name__
+
+    @property
+    def property(self) -> str:
+        """The property in one line: the first of the function's docstring."""
+        first = (self.run.__doc__ or self.name).strip().partition("\n\n")[0]
+        return " ".join(first.split())
 
 
-_block, _rows = strategies.block_cases(), strategies.rows_cases()
-_decode, _train = strategies.decode_cases(), strategies.train_cases()
-_attention = strategies.block_cases(kinds=("attention",))
+def _check(
+    run: Callable[[Target, Any], None],
+    clause: str,
+    level: int,
+    applies: Callable[[Any], bool] | None = None,
+) -> Check:
+    cases = CASES[level] if applies is None else CASES[level].filter(applies)
+    return Check(run, clause, level, cases, applies or _any)
+
+
+def _golden(name: str) -> Check:
+    case = GoldenCase(name)
+    clause = name.partition("-")[0]
+    return Check(
+        golden_vector_is_met,
+        clause,
+        checks_golden.LEVELS[case.what],
+        st.just(case),
+        lambda other: other == case,
+        golden=name,
+    )
+
 
 CHECKS: dict[str, Check] = {
     check.name: check
     for check in (
-        Check(checks_block.block_is_within_the_numerics_rule, "3.6", _block),
-        Check(checks_block.permuting_rows_permutes_the_block, "3.8", _block),
-        Check(checks_block.blocked_rows_have_no_influence_on_the_block, "3.4", _block),
-        Check(checks_block.repeating_rows_changes_nothing, "3.8", _block),
-        Check(checks_block.width_one_adds_the_rows_own_value, "3.8", _attention),
-        Check(checks_block.identical_rows_give_the_width_one_result, "3.8", _block),
-        Check(checks_block.timesteps_do_not_mix_in_the_block, "3.3", _block),
-        Check(checks_model.logits_are_within_the_numerics_rule, "10.2", _rows),
-        Check(checks_model.fresh_blocks_are_the_identity, "3.8", _rows),
-        Check(checks_model.permuting_rows_permutes_the_logits, "3.8", _rows),
-        Check(checks_model.group_numbers_are_only_names, "2.2", _rows),
-        Check(checks_model.other_groups_have_no_influence, "3.8", _rows),
-        Check(checks_model.inactive_cells_have_no_influence, "2.3", _rows),
-        Check(checks_model.repeating_rows_changes_no_logits, "3.8", _rows),
-        Check(checks_model.no_future_timestep_influences_an_earlier_one, "3.8", _rows),
-        Check(checks_model.tensors_come_back_byte_for_byte, "9.3", strategies.models()),
-        Check(checks_decode.cached_decoding_equals_teacher_forcing, "4.1", _decode),
-        Check(checks_decode.a_prompt_is_prefilled_once_for_its_group, "4.2", _decode),
-        Check(checks_decode.ended_rows_leave_other_groups_unchanged, "4.3", _decode),
-        Check(checks_decode.what_was_sampled_is_what_is_fed, "10.1", _decode),
-        Check(checks_decode.sampled_tokens_follow_the_rule, "6.7", _decode),
-        Check(checks_train.loss_and_gradients_are_within_the_numerics_rule, "7.4", _train),
-        Check(checks_train.training_steps_are_within_the_numerics_rule, "7.8", _train),
-        Check(checks_train.accumulated_batches_are_one_update, "7.10", _train),
-        Check(checks_train.computing_layers_again_changes_no_update, "7.11", _train),
-        Check(checks_train.gradients_stay_within_a_group, "7.3", _train),
-        Check(checks_train.a_restored_trainer_goes_on_as_if_never_stopped, "7.9", _train),
+        _check(checks_block.block_is_within_the_numerics_rule, "3.6", 1),
+        _check(checks_block.permuting_rows_permutes_the_block, "3.8", 1),
+        _check(checks_block.blocked_rows_have_no_influence_on_the_block, "3.4", 1),
+        _check(checks_block.repeating_rows_changes_nothing, "3.8", 1),
+        _check(checks_block.width_one_adds_the_rows_own_value, "3.8", 1, checks_block.attends),
+        _check(checks_block.identical_rows_give_the_width_one_result, "3.8", 1),
+        _check(checks_block.timesteps_do_not_mix_in_the_block, "3.3", 1),
+        _check(checks_model.logits_are_within_the_numerics_rule, "10.2", 2),
+        _check(checks_model.fresh_blocks_are_the_identity, "3.8", 2),
+        _check(checks_model.permuting_rows_permutes_the_logits, "3.8", 2),
+        _check(checks_model.group_numbers_are_only_names, "2.2", 2),
+        _check(checks_model.other_groups_have_no_influence, "3.8", 2),
+        _check(checks_model.inactive_cells_have_no_influence, "2.3", 2),
+        _check(checks_model.repeating_rows_changes_no_logits, "3.8", 2),
+        _check(checks_model.no_future_timestep_influences_an_earlier_one, "3.8", 2),
+        _check(checks_decode.cached_decoding_equals_teacher_forcing, "4.1", 3),
+        _check(checks_decode.a_prompt_is_prefilled_once_for_its_group, "4.2", 3),
+        _check(checks_decode.ended_rows_leave_other_groups_unchanged, "4.3", 3),
+        _check(checks_decode.what_was_sampled_is_what_is_fed, "10.1", 3),
+        _check(checks_decode.sampled_tokens_follow_the_rule, "6.7", 3),
+        _check(checks_decode.generated_rows_follow_the_rule, "6.7", 3),
+        _check(checks_train.loss_and_gradients_are_within_the_numerics_rule, "7.4", 4),
+        _check(checks_train.gradients_stay_within_a_group, "7.3", 4),
+        _check(checks_train.training_steps_are_within_the_numerics_rule, "7.8", 5),
+        _check(checks_train.accumulated_batches_are_one_update, "7.10", 5),
+        _check(checks_train.computing_layers_again_changes_no_update, "7.11", 5),
+        _check(checks_train.a_restored_trainer_goes_on_as_if_never_stopped, "7.9", 5),
+        _check(checks_checkpoint.tensors_come_back_byte_for_byte, "9.3", 6),
+        _check(checks_checkpoint.a_checkpoint_gives_the_same_model, "9.6", 6),
+        *map(_golden, checks_golden.names()),
     )
 }

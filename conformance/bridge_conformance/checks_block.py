@@ -69,6 +69,12 @@ def repeating_rows_changes_nothing(target: Target, case: BlockCase) -> None:
         trial.same(got[where], straight[where], 2 * allowed, f"each row {k} times", case)
 
 
+def attends(case: BlockCase) -> bool:
+    """Whether the block is one of attention."""
+    bridge = case.rows.model.config.bridge
+    return bridge is not None and bridge.kind == "attention"
+
+
 def width_one_adds_the_rows_own_value(target: Target, case: BlockCase) -> None:
     """Clause 3.8: alone in its group, a row gets `h + (v W_O)`, whatever its query and key."""
     trial, hidden, _ = start(target, case)

@@ -4,16 +4,18 @@ Each drives a `Decoder` with forced tokens and rows that end at different times,
 logits with teacher forcing, or its draws with the reference's rule on those same logits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
+from typing import Any, cast
 
 import numpy as np
 
 from bridge.contract import BackendModel, Decoder, Sampling
 from bridge.philox import uniforms
-from bridge_conformance.cases import DecodeCase
+from bridge_conformance.cases import DecodeCase, teacher_forced
 from bridge_conformance.trial import Target, Trial
+from bridge_ref.generate import generate
 from bridge_ref.sampling import sample
 
 SAMPLINGS = (
@@ -133,6 +135,79 @@ def sampled_tokens_follow_the_rule(target: Target, case: DecodeCase) -> None:
                     f"not {accepted[0].tolist()}",
                     case,
                 )
+
+
+def generated_rows_follow_the_rule(target: Target, case: DecodeCase) -> None:
+    """Clauses 2.3, 4.1, 4.3 and 6.7: whole generation, on its own draws, to EOS or the limit.
+
+    Every token is what the rule draws from the decoder's logits, which are those of teacher forcing
+    on what the rows said in the end.
+    """
+    rng = np.random.default_rng([case.seed, 4])
+    V = case.model.config.vocab_size
+    eos = rng.choice(V, size=V // 4, replace=False).tolist()
+    sampling = SAMPLINGS[case.seed % len(SAMPLINGS)]
+    trial = Trial(target, case.model)
+    generation(trial, case.prompts, case.widths, case.steps, sampling, eos, case)
+
+
+def generation(
+    trial: Trial,
+    prompts: Sequence[np.ndarray],
+    widths: Sequence[int],
+    steps: int,
+    sampling: Sampling,
+    eos: Collection[int],
+    case: Any,
+) -> np.ndarray:
+    """What the rows say, `[steps, R]`, once it is seen to follow the rule; 0 after a row's end."""
+    spoken = Spoken(trial.model)
+    generate(cast(BackendModel, spoken), prompts, widths, steps, sampling, eos)
+    prompt_of = np.repeat(np.arange(len(widths)), widths)
+    number = np.concatenate([np.arange(width) for width in widths])
+    said = np.zeros((len(spoken.steps), len(prompt_of)), dtype=np.int64)
+    alive = np.zeros(said.shape, dtype=bool)
+    live = np.arange(len(prompt_of))
+    for step, (logits, tokens) in enumerate(spoken.steps):
+        u = uniforms(sampling.seed, step, number[live], prompt_of[live])
+        if not (acceptable_tokens(logits, u, sampling) == tokens).any(axis=0).all():
+            message = f"{sampling} at step {step}: rows {live.tolist()} drew {tokens.tolist()}"
+            raise trial.failure(message, case)
+        said[step, live], alive[step, live] = tokens, True
+        live = live[~np.isin(tokens, list(eos))]
+    *arguments, first = teacher_forced(prompts, prompt_of, said, alive)
+    timestep, every = first + np.arange(len(said))[:, None], np.arange(len(first))
+
+    def run(model: BackendModel) -> np.ndarray:
+        return model.logits(*arguments)[every, timestep]
+
+    _, allowed = trial.allowance(run, alive)
+    got = np.concatenate([logits for logits, _ in spoken.steps])
+    trial.same(got, run(trial.model)[alive], 2 * allowed, "logits while generating", case)
+    return said
+
+
+class Spoken:
+    """A model whose decoder notes its logits, and the tokens drawn from them, at every step."""
+
+    def __init__(self, model: BackendModel) -> None:
+        self.model = model
+        self.steps: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def prefill(self, *arguments: Any) -> "Spoken":
+        """As `BackendModel.prefill`; the decoder is this object."""
+        self.decoder = self.model.prefill(*arguments)
+        return self
+
+    def sample(self, sampling: Sampling) -> np.ndarray:
+        """As `Decoder.sample`."""
+        tokens = self.decoder.sample(sampling)
+        self.steps.append((self.decoder.logits(), tokens))
+        return tokens
+
+    def advance(self, tokens: np.ndarray, keep: np.ndarray) -> None:
+        """As `Decoder.advance`."""
+        self.decoder.advance(tokens, keep)
 
 
 def acceptable_tokens(logits: np.ndarray, u: np.ndarray, sampling: Sampling) -> np.ndarray:

@@ -22,6 +22,7 @@ Named = Mapping[str, np.ndarray]
 # A large eps keeps a step a smooth function of its gradients: without it the first step is their
 # sign, which rounding can flip where a gradient is nearly zero.
 OPTIMIZER = AdamW(lr=0.1, betas=(0.8, 0.95), eps=0.1, weight_decay=0.2, max_grad_norm=0.5)
+UPDATES = 2
 
 
 def start(target: Target, case: TrainCase) -> tuple[Trial, Batch]:
@@ -99,18 +100,14 @@ def same_updates(
 ) -> None:
     """Two updates of the backend by `batches` against two exact ones by `batch`: its state, and
     its model's tensors, which are the masters rounded."""
-    references = [
-        model.trainer(case.objective, OPTIMIZER, case.trainable)
-        for model in (trial.exact, trial.rounded, trial.nudged)
-    ]
     model = trial.load()
     trainer = model.trainer(case.objective, OPTIMIZER, case.trainable, **options)
-    for _ in range(2):
-        for reference in references:
-            reference.step(batch)
+    for _ in range(UPDATES):
         trainer.step(batches if len(batches) > 1 else batches[0])
-    exact, rounded, nudged = (reference.state() for reference in references)
     got = trainer.state()
+    exact, rounded, nudged = trial.memory.once(
+        ("updates", id(case)), lambda: reference_updates(trial, case, batch)
+    )
     if set(got) != set(exact):
         raise trial.failure(f"state has {sorted(set(got) ^ set(exact))[0]}, or lacks it", case)
     for kind in ("step", "master.", "exp_avg.", "exp_avg_sq."):
@@ -122,6 +119,17 @@ def same_updates(
     for name, tensor in model.tensors():
         rounded_master = got.get(f"master.{name}", trial.tensors[name]).astype(tensor.dtype)
         trial.same(tensor, rounded_master, 0, f"{name} of the model", case)
+
+
+def reference_updates(trial: Trial, case: TrainCase, batch: Batch) -> list[Named]:
+    """The states of the exact, the rounded and the nudged reference after the same updates."""
+    states = []
+    for model in trial.references():
+        trainer = model.trainer(case.objective, OPTIMIZER, case.trainable)
+        for _ in range(UPDATES):
+            trainer.step(batch)
+        states.append(trainer.state())
+    return states
 
 
 def gradients_stay_within_a_group(target: Target, case: TrainCase) -> None:

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from bridge.config import FAMILIES, SPEC_VERSION, bridge_shapes, tensor_shapes
 from bridge.contract import GRPO, SFT
-from bridge_conformance.cases import BlockCase, DecodeCase, ModelCase, RowsCase, TrainCase, rows_of
+from bridge_conformance.cases import (
+    MAGNITUDES,
+    BlockCase,
+    DecodeCase,
+    ModelCase,
+    RowsCase,
+    TrainCase,
+    rows_of,
+)
 
 SEEDS = st.integers(0, 2**32 - 1)
 MAX_POSITIONS = 64
@@ -88,7 +96,11 @@ def host_configs(draw, families: tuple[str, ...] = FAMILIES) -> dict[str, Any]:
 
 
 @st.composite
-def models(draw, kinds: tuple[str, ...] = ("attention", "mlp")) -> ModelCase:
+def models(
+    draw,
+    kinds: tuple[str, ...] = ("attention", "mlp"),
+    magnitudes: tuple[str, ...] = tuple(MAGNITUDES),
+) -> ModelCase:
     """A host with Bridge blocks of one of `kinds` after at least one layer (chapters 3 and 8)."""
     raw = draw(host_configs())
     layer_numbers = range(raw["num_hidden_layers"])
@@ -100,10 +112,12 @@ def models(draw, kinds: tuple[str, ...] = ("attention", "mlp")) -> ModelCase:
         "layers": sorted(draw(st.sets(st.sampled_from(layer_numbers), min_size=1))),
         "norm_eps": draw(st.sampled_from([1e-6, 1e-3])),
     }
-    return ModelCase(raw, draw(SEEDS))
+    # Half of the models are plain.
+    extreme = draw(st.booleans())
+    return ModelCase(raw, draw(SEEDS), draw(st.sampled_from(magnitudes)) if extreme else "plain")
 
 
-WIDTHS = st.lists(st.integers(1, 3), min_size=1, max_size=3)
+WIDTHS = st.lists(st.integers(1, 5), min_size=1, max_size=3)
 # How the active cells of a row may lie: all of them, padding on either side, gaps, none at all.
 PATTERNS = ("full", "left", "right", "both", "gaps", "none")
 
@@ -118,9 +132,13 @@ def row_batches(draw, model: ModelCase) -> RowsCase:
 
 
 @st.composite
-def rows_cases(draw, kinds: tuple[str, ...] = ("attention", "mlp")) -> RowsCase:
+def rows_cases(
+    draw,
+    kinds: tuple[str, ...] = ("attention", "mlp"),
+    magnitudes: tuple[str, ...] = tuple(MAGNITUDES),
+) -> RowsCase:
     """A model and a teacher-forced batch."""
-    return draw(row_batches(draw(models(kinds))))
+    return draw(row_batches(draw(models(kinds, magnitudes))))
 
 
 @st.composite
@@ -143,7 +161,9 @@ def decode_cases(draw) -> DecodeCase:
 @st.composite
 def train_cases(draw) -> TrainCase:
     """A batch with targets, an objective, and what is trained: the blocks alone, or everything."""
-    rows = draw(rows_cases().filter(lambda rows: rows.active.any()))
+    # Saturated probabilities have gradients that are all rounding.
+    magnitudes = ("plain", "tiny outputs")
+    rows = draw(rows_cases(magnitudes=magnitudes).filter(lambda rows: rows.active.any()))
     config = rows.model.config
     bridge = [n for i in range(config.num_hidden_layers) for n in bridge_shapes(config, i)]
     trainable = draw(st.sampled_from([tuple(bridge), tuple(tensor_shapes(config))]))

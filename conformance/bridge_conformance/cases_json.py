@@ -1,0 +1,147 @@
+"""Cases as compact text, from which exactly the same case is built again.
+
+`--case` of the command line takes what `to_text` gives: JSON, or where that is long the same
+compressed, which begins with `z:`. Nothing in it can run code.
+"""
+
+import base64
+import json
+import zlib
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from bridge.config import bridge_shapes, tensor_shapes
+from bridge.contract import GRPO, SFT
+from bridge.errors import BridgeError
+from bridge_conformance.cases import BlockCase, DecodeCase, ModelCase, RowsCase, TrainCase
+from bridge_conformance.checks_golden import GoldenCase
+
+LONG = 1500  # characters of JSON from which on it is compressed
+LARGEST = 1_000_000  # bytes that a compressed case may come to
+
+
+def to_json(case: Any) -> dict[str, Any]:
+    """A case as plain values; the key `is` says of what kind."""
+    match case:
+        case ModelCase():
+            return {"raw": case.raw, "seed": case.seed, "magnitudes": case.magnitudes}
+        case RowsCase():
+            return {
+                "is": "rows",
+                "model": to_json(case.model),
+                "tokens": case.tokens.tolist(),
+                "groups": case.groups.tolist(),
+                "active": ["".join("01"[int(a)] for a in row) for row in case.active],
+                "positions": case.positions.tolist(),
+            }
+        case BlockCase():
+            return {
+                "is": "block",
+                "rows": to_json(case.rows),
+                "layer": case.layer,
+                "seed": case.seed,
+            }
+        case DecodeCase():
+            return {
+                "is": "decode",
+                "model": to_json(case.model),
+                "widths": list(case.widths),
+                "lengths": list(case.lengths),
+                "steps": case.steps,
+                "seed": case.seed,
+                "ragged": case.ragged,
+            }
+        case TrainCase():
+            objective = case.objective
+            return {
+                "is": "train",
+                "rows": to_json(case.rows),
+                "objective": asdict(objective) if isinstance(objective, GRPO) else "sft",
+                "trainable": _short(case),
+                "seed": case.seed,
+            }
+        case GoldenCase():
+            return {"is": "golden", "name": case.name}
+    raise TypeError(f"no such case: {case!r}")
+
+
+def from_json(value: Any) -> Any:
+    """The case that `to_json` gave. Raises KeyError, TypeError or ValueError for anything else."""
+    kind = value["is"]
+    if kind == "rows":
+        active = np.array([[c == "1" for c in row] for row in value["active"]], dtype=bool)
+        tokens, positions = (
+            np.array(value[name], dtype=np.int64).reshape(active.shape)
+            for name in ("tokens", "positions")
+        )
+        groups = np.array(value["groups"], dtype=np.int64).reshape(len(active))
+        return RowsCase(_model(value["model"]), tokens, groups, active, positions)
+    if kind == "block":
+        return BlockCase(from_json(value["rows"]), value["layer"], value["seed"])
+    if kind == "decode":
+        return DecodeCase(
+            _model(value["model"]),
+            tuple(value["widths"]),
+            tuple(value["lengths"]),
+            value["steps"],
+            value["seed"],
+            value["ragged"],
+        )
+    if kind == "train":
+        rows, objective = from_json(value["rows"]), value["objective"]
+        given = SFT() if objective == "sft" else GRPO(**objective)
+        return TrainCase(rows, given, _names(rows, value["trainable"]), value["seed"])
+    if kind == "golden":
+        return GoldenCase(value["name"])
+    raise ValueError(f"no kind of case is called {kind!r}")
+
+
+def to_text(case: Any) -> str:
+    """One line, and short enough for a command line."""
+    text = readable(case)
+    if len(text) <= LONG:
+        return text
+    return "z:" + base64.urlsafe_b64encode(zlib.compress(text.encode(), 9)).decode()
+
+
+def readable(case: Any) -> str:
+    """One line of JSON, however long."""
+    return json.dumps(to_json(case), separators=(",", ":"))
+
+
+def from_text(text: str) -> Any:
+    """The case that `to_text` gave. Raises BridgeError for any other text."""
+    try:
+        if text.startswith("z:"):
+            packed = base64.urlsafe_b64decode(text[2:])
+            text = zlib.decompressobj().decompress(packed, LARGEST).decode()
+        return from_json(json.loads(text))
+    except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
+        reason = str(error).partition("\n")[0]
+        raise BridgeError(
+            f"--case: is not a case ({reason}); copy it whole, with its quotes"
+        ) from None
+
+
+def _model(value: Any) -> ModelCase:
+    return ModelCase(value["raw"], value["seed"], value["magnitudes"])
+
+
+def _short(case: TrainCase) -> str | list[str]:
+    """The two sets of tensors that are drawn have names; others are listed."""
+    for name in ("all", "bridge"):
+        if case.trainable == _names(case.rows, name):
+            return name
+    return list(case.trainable)
+
+
+def _names(rows: RowsCase, trainable: str | list[str]) -> tuple[str, ...]:
+    config = rows.model.config
+    if trainable == "all":
+        return tuple(tensor_shapes(config))
+    if trainable == "bridge":
+        layers = range(config.num_hidden_layers)
+        return tuple(name for layer in layers for name in bridge_shapes(config, layer))
+    return tuple(trainable)

@@ -1,0 +1,56 @@
+"""Checks of the round trip through tensors and checkpoints (chapter 9).
+
+Weights travel byte for byte, so a model that was written and read again is the same model, bit for
+bit.
+"""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from bridge.checkpoint import open_checkpoint
+from bridge.checkpoint_writer import write_checkpoint
+from bridge.config import tensor_shapes
+from bridge.safetensors_io import TensorSpec
+from bridge_conformance.cases import RowsCase
+from bridge_conformance.tolerance import DTYPES
+from bridge_conformance.trial import Target, Trial
+
+
+def tensors_come_back_byte_for_byte(target: Target, case: RowsCase) -> None:
+    """Clauses 9.3, 9.6 and 10.1: every tensor by name, in canonical order, in the model's dtype."""
+    trial = Trial(target, case.model)
+    back = list(trial.model.tensors())
+    names = [name for name, _ in back]
+    if names != list(tensor_shapes(trial.case.config)):
+        raise trial.failure(f"tensors() gives {names}", case)
+    for name, array in back:
+        want = trial.tensors[name]
+        if array.dtype != DTYPES[target.dtype] or array.shape != want.shape:
+            raise trial.failure(f"{name} comes back as {array.dtype} {array.shape}", case)
+        if array.tobytes() != want.tobytes():
+            raise trial.failure(f"{name} comes back changed", case)
+
+
+def a_checkpoint_gives_the_same_model(target: Target, case: RowsCase) -> None:
+    """Clauses 9.1 to 9.6: written, read and loaded, a model computes the same logits, bit for bit.
+
+    Half of the checkpoints are in shards.
+    """
+    trial = Trial(target, case.model)
+    specs = {
+        name: TensorSpec(DTYPES[target.dtype], shape)
+        for name, shape in tensor_shapes(trial.case.config).items()
+    }
+    size = 1000 if case.model.seed % 2 else 10**9
+    with TemporaryDirectory() as parent:
+        path = Path(parent) / "checkpoint"
+        write_checkpoint(path, case.model.raw, specs, trial.model.tensors(), shard_size=size)
+        opened = open_checkpoint(path)
+        read = {name: opened.tensors[name] for name in opened.tensors}
+        for name, array in read.items():
+            if array.tobytes() != trial.tensors[name].tobytes():
+                raise trial.failure(f"{name} is read from the checkpoint changed", case)
+        again = trial.load(opened.config, read)
+    want, got = (model.logits(*case.arguments) for model in (trial.model, again))
+    where = case.active
+    trial.same(got[where], want[where], 0, "logits of the model read again", case)

@@ -1,0 +1,170 @@
+"""Drawing cases, running checks on them, and shrinking what fails.
+
+`draw` is a function of its seed: the same seed gives the same cases. `examine` runs checks on one
+case and lets nothing that a backend raises escape. `shrink` lets Hypothesis look for the plainest
+case that one check fails on.
+"""
+
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import hypothesis
+from hypothesis import HealthCheck, Phase, Verbosity
+from hypothesis.errors import HypothesisException
+
+from bridge_conformance.cases_json import readable
+from bridge_conformance.checks import CASES, CHECKS, Check
+from bridge_conformance.memory import Memory
+from bridge_conformance.results import EDGES, Status, bin_of, plain
+from bridge_conformance.trial import Nonconformance, Target, Unsuited
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check on one case; `status` is None where the case was left out as ill-conditioned."""
+
+    check: str
+    status: Status | None
+    seconds: float = 0.0
+    worst: float = 0.0
+    message: str = ""
+    element: dict[str, Any] | None = None
+    errors: tuple[int, ...] = ()  # comparisons, by bin of `results.EDGES`
+    case: str = ""  # where shrinking found another
+
+
+def seed_of(seed: int, level: int, dtype: str) -> int:
+    """The seed of a level's cases in a dtype."""
+    return zlib.crc32(f"{seed} {level} {dtype}".encode())
+
+
+def draw(level: int, dtype: str, seed: int, count: int) -> list[Any]:
+    """`count` different cases of a level."""
+    cases: dict[str, Any] = {}
+
+    def note(case: Any) -> None:
+        cases.setdefault(readable(case), case)
+
+    # Hypothesis begins with the plainest case there is, which shows little.
+    run(note, level, dtype, seed, count + 1, phases=(Phase.generate,))
+    drawn = list(cases.values())[1:]
+    for check in CHECKS.values():  # each needs one that it applies to and that is not left out
+        if check.level == level and not check.golden and not any(_shows(check, c) for c in drawn):
+            cases.clear()
+            run(note, level, dtype, seed, 40, phases=(Phase.generate,))
+            drawn += [case for case in cases.values() if _shows(check, case)][-1:]
+    return drawn
+
+
+def _shows(check: Check, case: Any) -> bool:
+    rows = getattr(case, "rows", case)
+    return check.applies(case) and rows.model.magnitudes == "plain"
+
+
+def run(
+    function: Callable[[Any], None],
+    level: int,
+    dtype: str,
+    seed: int,
+    count: int,
+    phases: Sequence[Phase],
+) -> None:
+    """Hypothesis on the cases of a level, the same for the same seed; a failure is raised."""
+
+    @hypothesis.seed(seed_of(seed, level, dtype))
+    @hypothesis.settings(
+        max_examples=count,
+        phases=phases,
+        database=None,
+        deadline=None,
+        derandomize=False,
+        print_blob=False,
+        report_multiple_bugs=False,
+        verbosity=Verbosity.quiet,
+        suppress_health_check=list(HealthCheck),
+    )
+    @hypothesis.given(CASES[level])
+    def test(case: Any) -> None:
+        function(case)
+
+    test()
+
+
+def examine(target: Target, checks: Sequence[Check], case: Any) -> list[Finding]:
+    """What each check that applies finds on a case; they share models and the reference's work."""
+    target = replace(target, memory=Memory())
+    return [examine_one(target, check, case) for check in checks if check.applies(case)]
+
+
+def examine_one(target: Target, check: Check, case: Any) -> Finding:
+    """What one check finds on one case. Whatever the backend raises is a failure of the check;
+    NotImplementedError alone says that something is not offered."""
+    memory = target.memory or Memory()
+    before, start = len(memory.errors), time.perf_counter()
+    status: Status | None = "pass"
+    message, element = "", None
+    try:
+        check.run(replace(target, clause=check.clause, memory=memory), case)
+    except Unsuited:
+        status = None
+    except NotImplementedError as error:
+        status, message = "skip", f"not offered: {_last_line(error)}"
+    except Nonconformance as error:
+        status, message = "fail", error.message
+        element = None if error.worst is None else plain(asdict(error.worst))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # some frameworks' panics are no Exception
+        status, message = "fail", f"raises {_last_line(error)}"
+    errors = memory.errors[before:]
+    counts = [0] * len(EDGES)
+    for multiple in errors:
+        counts[bin_of(multiple)] += 1
+    worst = max(errors, default=0.0)
+    worst = max(worst, float(element["allowances"])) if element else worst
+    seconds = time.perf_counter() - start
+    return Finding(check.name, status, seconds, worst, message, element, tuple(counts))
+
+
+class _Found(Exception):
+    """Tells Hypothesis that a case fails."""
+
+
+def shrink(
+    target: Target, check: Check, seed: int, known: Sequence[tuple[Any, Finding]], budget: int
+) -> tuple[Any, Finding] | None:
+    """The plainest case that Hypothesis finds the check to fail on, with what it finds there.
+
+    `known`: the cases that `draw` gave, and what was found on each. At most `budget` others are
+    run, and those beyond count as passing. None where no failure is met again.
+    """
+    seen = {readable(case): finding for case, finding in known}
+    limit = len(seen) + budget
+    last: list[tuple[Any, Finding]] = []
+
+    def fails(case: Any) -> None:
+        text = readable(case)
+        if text not in seen:
+            able = check.applies(case) and len(seen) < limit
+            passed = Finding(check.name, "pass")
+            seen[text] = examine_one(target, check, case) if able else passed
+        if seen[text].status == "fail":
+            last.append((case, seen[text]))
+            raise _Found
+
+    for count in (len(known) + 1, budget):
+        try:
+            run(fails, check.level, target.dtype, seed, count, (Phase.generate, Phase.shrink))
+        except _Found:
+            return last[-1]  # Hypothesis ends with the plainest
+        except HypothesisException:  # it could not repeat what it saw
+            return last[-1] if last else None
+    return None
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__
