@@ -125,7 +125,7 @@ def test_it_is_written_against_the_contract_alone(installed):
             imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module)
-    own = {f"bridge_example.{f.stem}" for f in files}
+    own = {f"bridge_example.{name}" for name in names}
     foreign = {name for name in imported if name.partition(".")[0] not in sys.stdlib_module_names}
     assert foreign - own - SHARED == {"numpy"}
 
