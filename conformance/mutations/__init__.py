@@ -1,0 +1,13 @@
+"""Faults planted in a backend, each of which conformance must catch: the test of the tests.
+
+Not shipped. `python -m mutations`, from `conformance/`, runs them all; `fault.py` says what one is.
+"""
+
+from mutations import faults_block, faults_decode, faults_model, faults_sampling, faults_train
+from mutations.fault import Fault
+
+FAULTS: dict[str, Fault] = {
+    fault.name: fault
+    for module in (faults_block, faults_model, faults_decode, faults_sampling, faults_train)
+    for fault in module.FAULTS
+}

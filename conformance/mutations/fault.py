@@ -1,0 +1,110 @@
+"""What a fault is: a few characters changed in a package's source, and what then goes wrong.
+
+A planted fault is a second copy of the whole package, compiled from the changed source. The real
+package's modules are never touched, so nothing of one fault can be left over for the next. An edit
+must fit its file in exactly one place: a fault that no longer fits the code is an error.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import ModuleType
+from typing import NamedTuple
+
+
+class Edit(NamedTuple):
+    """`old`, which stands once in a module of the package, becomes `new`."""
+
+    module: str
+    old: str
+    new: str
+
+
+class Fault:
+    """One mistake that an implementer could make.
+
+    `harm`: what goes wrong, for whom. `clause`: that it breaks. `check`: that must catch it, a name
+    in CHECKS or a golden vector's; in `dtype`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        harm: str,
+        clause: str,
+        check: str,
+        *edits: Edit,
+        dtype: str = "float32",
+        package: str = "bridge_torch",
+    ) -> None:
+        self.name, self.harm, self.clause, self.check = name, harm, clause, check
+        self.edits, self.dtype, self.package = edits, dtype, package
+
+    def plant(self) -> dict[str, ModuleType]:
+        """The package's modules, by name within it, with this fault in them."""
+        return load_package(self.package, self.edits)
+
+
+class StaleFault(Exception):
+    """An edit does not fit the source: the code has changed since the fault was written."""
+
+
+def load_package(package: str, edits: Sequence[Edit] = ()) -> dict[str, ModuleType]:
+    """A copy of `package` of its own, with `edits` made. Raises StaleFault where one does not fit.
+
+    Its modules import each other, not the real ones, since they are imported under the same names
+    while the real ones are put aside. They must import each other at their tops, and only there.
+    """
+
+    def ours(name: str) -> bool:
+        return name == package or name.startswith(f"{package}.")
+
+    aside = {name: sys.modules.pop(name) for name in list(sys.modules) if ours(name)}
+    finder = _Finder(package, edits)
+    sys.meta_path.insert(0, finder)
+    try:
+        for module in ["backend", *(edit.module for edit in edits)]:
+            importlib.import_module(f"{package}.{module}")
+        loaded = {name: sys.modules[name] for name in list(sys.modules) if ours(name)}
+    finally:
+        sys.meta_path.remove(finder)
+        for name in list(sys.modules):
+            if ours(name):
+                del sys.modules[name]
+        sys.modules.update(aside)
+    return {name.removeprefix(f"{package}."): module for name, module in loaded.items()}
+
+
+class _Finder:
+    """Finds the modules of one package where they are, and loads them with edits."""
+
+    def __init__(self, package: str, edits: Sequence[Edit]) -> None:
+        self.package, self.edits = package, edits
+
+    def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
+        package, _, module = name.partition(".")
+        if package != self.package:
+            return None
+        spec = PathFinder.find_spec(name, path)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            edits = [edit for edit in self.edits if edit.module == module]
+            spec.loader = _Loader(name, spec.loader.path, edits)
+        return spec
+
+
+class _Loader(SourceFileLoader):
+    def __init__(self, name: str, path: str, edits: Sequence[Edit]) -> None:
+        super().__init__(name, path)
+        self.edits = edits
+
+    def path_stats(self, path: str):
+        raise OSError("edited source has no cached bytecode")
+
+    def get_data(self, path: str) -> bytes:
+        source = super().get_data(path).decode()
+        for edit in self.edits:
+            if source.count(edit.old) != 1:
+                raise StaleFault(f"{path} has {source.count(edit.old)} places for {edit.old!r}")
+            source = source.replace(edit.old, edit.new)
+        return source.encode()

@@ -1,0 +1,169 @@
+"""Faults of cached decoding (chapter 4): prefixes, caches, positions, and rows that end."""
+
+from mutations.fault import Edit, Fault
+
+CACHED = "cached_decoding_equals_teacher_forcing"
+SHARED = "a_prompt_is_prefilled_once_for_its_group"
+DRAWN = "what_was_sampled_is_what_is_fed"
+LEAVE = """\
+            fed = fed.index_select(0, torch.from_numpy(rows).to(device))
+            self._compact(rows)
+        if len(self.group) == 0:"""
+
+
+def decode(old: str, new: str) -> Edit:
+    """An edit of `decode.py`."""
+    return Edit("decode", old, new)
+
+
+FAULTS = (
+    Fault(
+        "EOS is fed",
+        "A row that ended is read by its group for one timestep more than training ever showed.",
+        "4.3",
+        CACHED,
+        decode(
+            LEAVE,
+            "            logits = self._forward(fed)\n"
+            "            self.step += 1\n"
+            "            self._compact(rows)\n"
+            "            self.step -= 1\n"
+            "            self.next_logits = logits[torch.from_numpy(rows)]\n"
+            "        elif len(self.group) == 0:",
+        ),
+    ),
+    Fault(
+        "the block is left out while decoding",
+        "Rows are trained to share, and answer alone.",
+        "4.1",
+        CACHED,
+        decode("if layer.block is not None:", "if False:"),
+    ),
+    Fault(
+        "prompts of a request are one group",
+        "One user's prompt is read into another's.",
+        "4.2",
+        SHARED,
+        decode("model.cells(np.arange(G), active", "model.cells(np.zeros(G, int), active"),
+    ),
+    Fault(
+        "caches stay where they were",
+        "After a row ends, those after it remember somebody else's text.",
+        "4.3",
+        CACHED,
+        decode("if new != old:", "if False:"),
+    ),
+    Fault(
+        "the latest timestep is not moved",
+        "After a row ends, those after it forget their last token but one.",
+        "4.3",
+        CACHED,
+        decode(
+            "self.own[:, :, new, :, : self.step] = self.own[:, :, old, :, : self.step]",
+            "n = max(self.step - 1, 0)\n"
+            "                self.own[:, :, new, :, :n] = self.own[:, :, old, :, :n]",
+        ),
+    ),
+    Fault(
+        "prefixes stay where they were",
+        "After a prompt's rows have all ended, others go on from its prompt.",
+        "4.3",
+        CACHED,
+        decode("self.prefix.index_select(2, left)", "self.prefix[:, :, : len(left)]"),
+    ),
+    Fault(
+        "lengths stay where they were",
+        "After a prompt's rows have all ended, others jump to its positions.",
+        "4.3",
+        CACHED,
+        decode(
+            "self.lengths, self.prefix = self.lengths[prompts]",
+            "self.lengths, self.prefix = self.lengths[: len(prompts)]",
+        ),
+    ),
+    Fault(
+        "padding stays where it was",
+        "After a prompt's rows have all ended, others lose the start of theirs, or read padding.",
+        "4.3",
+        CACHED,
+        decode("self.padding.index_select(0, left)", "self.padding[: len(left)]"),
+    ),
+    Fault(
+        "padding of prompts is read",
+        "A short prompt beside a long one is answered differently.",
+        "4.1",
+        CACHED,
+        decode("if self.padding is not None:\n            score", "if False:\n            score"),
+    ),
+    Fault(
+        "prompts are read at padded positions",
+        "A short prompt beside a long one leaves a gap before its answer.",
+        "2.4",
+        CACHED,
+        decode(
+            "np.maximum(np.arange(P) - (P - self.lengths[:, None]), 0)",
+            "np.broadcast_to(np.arange(P), (G, P))",
+        ),
+    ),
+    Fault(
+        "generated tokens are one position late",
+        "A gap between every prompt and its answer.",
+        "2.4",
+        CACHED,
+        decode(
+            "self.lengths[self.group] + self.step)", "self.lengths[self.group] + self.step + 1)"
+        ),
+    ),
+    Fault(
+        "positions stand still",
+        "Every generated token is read where the prompt ended.",
+        "2.4",
+        CACHED,
+        decode("self.lengths[self.group] + self.step)", "self.lengths[self.group])"),
+    ),
+    Fault(
+        "cached windows are one too wide",
+        "Decoding reads a token that training never let it see.",
+        "5.5",
+        CACHED,
+        decode("P + T - layer.window", "P + T - layer.window - 1"),
+    ),
+    Fault(
+        "windows do not reach the prompt",
+        "Long prompts are read in full for ever.",
+        "5.5",
+        CACHED,
+        decode("p0, t0 = min(lost, P), max(0, lost - P)", "p0, t0 = 0, max(0, lost - P)"),
+    ),
+    Fault(
+        "prompt and answer have softmaxes of their own",
+        "The two halves of a row's past weigh the same whatever they hold.",
+        "4.1",
+        CACHED,
+        decode(
+            "p = score.softmax(-1).to(q.dtype)",
+            "p = torch.cat([part.softmax(-1) for part in score.split([P - p0, T - t0], -1)], -1)\n"
+            "        p = p.to(q.dtype) / 2",
+        ),
+    ),
+    Fault(
+        "a draw advances",
+        "Drawing twice to choose between two tokens feeds one of them.",
+        "10.1",
+        DRAWN,
+        decode(
+            "return self.drawn.cpu().numpy().copy()",
+            "tokens = self.drawn.cpu().numpy().copy()\n"
+            "        if self.step < self.own.shape[4]:\n"
+            "            self.advance()\n"
+            "        return tokens",
+        ),
+    ),
+    Fault(
+        "the likeliest token is fed",
+        "The text that is shown is not the text that is read on.",
+        "10.1",
+        DRAWN,
+        decode("fed = self.drawn\n", "fed = self.next_logits.argmax(-1)\n"),
+    ),
+)

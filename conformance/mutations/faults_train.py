@@ -1,0 +1,367 @@
+"""Faults of losses, gradients and training steps (chapter 7)."""
+
+from mutations.fault import Edit, Fault
+
+GRADIENTS = "loss_and_gradients_are_within_the_numerics_rule"
+STEPS = "training_steps_are_within_the_numerics_rule"
+ACCUMULATED = "accumulated_batches_are_one_update"
+RECOMPUTED = "computing_layers_again_changes_no_update"
+RESTORED = "a_restored_trainer_goes_on_as_if_never_stopped"
+ADVANTAGES = "golden vector 7.6-advantages"
+GAIN = "gain = torch.where(rho * A <= clipped * A, rho * A, clipped.detach() * A)"
+CLIP = """\
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.master.values(), float("inf") if limit is None else limit
+        )
+"""
+
+
+def train(old: str, new: str) -> Edit:
+    """An edit of `train.py`."""
+    return Edit("train", old, new)
+
+
+FAULTS = (
+    Fault(
+        "losses are averaged by row",
+        "Long responses count less a token than short ones.",
+        "7.4",
+        GRADIENTS,
+        train(
+            "count = len(lp) if count is None else count",
+            "count = int(mask.any(-1).sum()) if count is None else count",
+        ),
+    ),
+    Fault(
+        "losses are divided by all cells",
+        "The learning rate depends on how much padding a batch has.",
+        "7.4",
+        GRADIENTS,
+        train("count = len(lp) if count is None else count", "count = mask.numel()"),
+    ),
+    Fault(
+        "targets are shifted once more",
+        "The model learns to say the token after next.",
+        "7.1",
+        GRADIENTS,
+        train(
+            "_at_targets(batch.targets, batch",
+            "_at_targets(np.roll(batch.targets, -1, 1) % logits.shape[-1], batch",
+        ),
+    ),
+    Fault(
+        "k1 in place of k3",
+        "The KL penalty is noisy, and negative as often as not.",
+        "7.5",
+        GRADIENTS,
+        train("kl = difference.exp() - difference - 1", "kl = -difference"),
+    ),
+    Fault(
+        "the KL term has the wrong sign",
+        "Training is paid for leaving the reference policy.",
+        "7.5",
+        GRADIENTS,
+        train("gain - objective.beta * kl", "gain + objective.beta * kl"),
+    ),
+    Fault(
+        "only large ratios are clipped",
+        "Nothing stops a policy from giving up tokens for good.",
+        "7.5",
+        GRADIENTS,
+        train("rho.clamp(1 - objective.eps_low, ", "rho.clamp(max="),
+    ),
+    Fault(
+        "both sides clip at eps_low",
+        "DAPO's higher ceiling has no effect: entropy collapses as before.",
+        "7.5",
+        GRADIENTS,
+        train("1 + objective.eps_high", "1 + objective.eps_low"),
+    ),
+    Fault(
+        "the objective does not clip",
+        "Policy gradients as of old: one lucky batch moves the policy anywhere.",
+        "7.5",
+        GRADIENTS,
+        train(GAIN, "gain = rho * A"),
+    ),
+    Fault(
+        "the objective clips without a minimum",
+        "A ratio outside the range has no gradient, even where it should come back.",
+        "7.5",
+        GRADIENTS,
+        train(GAIN, "gain = clipped * A"),
+    ),
+    Fault(
+        "clipped targets keep their gradient",
+        "The loss is right, and training does not clip.",
+        "7.5",
+        GRADIENTS,
+        train(
+            GAIN,
+            "stopped = clipped.detach() + rho - rho.detach()\n"
+            "    gain = torch.where(rho * A <= clipped * A, rho * A, stopped * A)",
+        ),
+    ),
+    Fault(
+        "the sampling policy is ignored",
+        "Every ratio is 1: nothing is off-policy, nothing is clipped.",
+        "7.5",
+        GRADIENTS,
+        train("if batch.old_logprobs is not None:", "if False:"),
+    ),
+    Fault(
+        "without old log-probabilities nothing is learnt",
+        "On-policy updates have a gradient of zero.",
+        "7.5",
+        GRADIENTS,
+        train("old = lp.detach()", "old = lp"),
+    ),
+    Fault(
+        "default positions count timesteps",
+        "Batches padded on the left, or with gaps, train at other positions than they decode at.",
+        "2.4",
+        GRADIENTS,
+        train(
+            "default_positions(batch.active) if",
+            "np.arange(batch.active.shape[1]) + 0 * batch.active if",
+        ),
+    ),
+    Fault(
+        "gradients are cut across rows",
+        "Rows learn to read and never to be read.",
+        "7.3",
+        GRADIENTS,
+        Edit(
+            "block",
+            "G, N = grid.groups, grid.width\n        cells",
+            "G, N = grid.groups, grid.width\n"
+            "        qkv = torch.cat([qkv[..., :E], qkv[..., E:].detach()], -1)\n        cells",
+        ),
+    ),
+    Fault(
+        "a tied head has no gradient",
+        "The embedding learns from its input side alone.",
+        "5.2",
+        GRADIENTS,
+        Edit(
+            "model",
+            "replace(self.head, weight=new.embed)",
+            "replace(self.head, weight=new.embed.detach())",
+        ),
+    ),
+    Fault(
+        "a tied head is a copy",
+        "After training the model says what it learnt, by the head that it had before.",
+        "7.9",
+        STEPS,
+        Edit("model", "            self.head.weight = self.embed", "            pass"),
+    ),
+    Fault(
+        "k of the block stays as it was",
+        "A part of a stacked weight misses every update of its master.",
+        "7.9",
+        STEPS,
+        train(
+            "            if name in self.master:\n                part",
+            "            if name in self.master and 'bridge.k_proj' not in name:\n"
+            "                part",
+        ),
+    ),
+    Fault(
+        "decay is coupled",
+        "Adam with L2: weights with large gradients hardly decay.",
+        "7.8",
+        STEPS,
+        train("torch.optim.AdamW(", "torch.optim.Adam("),
+    ),
+    Fault(
+        "no bias correction",
+        "The first updates are several times too large.",
+        "7.8",
+        STEPS,
+        train(
+            "        self.adamw.step()\n",
+            "        o = self.options\n"
+            "        for p in self.master.values():\n"
+            "            new = {'step': torch.zeros(()), 'exp_avg': 0 * p, 'exp_avg_sq': 0 * p}\n"
+            "            s = self.adamw.state[p] = self.adamw.state.get(p) or new\n"
+            "            s['step'] += 1\n"
+            "            s['exp_avg'].lerp_(p.grad, 1 - o.betas[0])\n"
+            "            s['exp_avg_sq'].lerp_(p.grad**2, 1 - o.betas[1])\n"
+            "            p.mul_(1 - o.lr * o.weight_decay)\n"
+            "            p.addcdiv_(s['exp_avg'], s['exp_avg_sq'].sqrt() + o.eps, value=-o.lr)\n",
+        ),
+    ),
+    Fault(
+        "eps stands inside the root",
+        "Tensors with small gradients hardly move.",
+        "7.8",
+        STEPS,
+        train("eps=optimizer.eps,", "eps=optimizer.eps**0.5,"),
+    ),
+    Fault(
+        "second moments in bfloat16",
+        "With beta2 at 0.999 a moment in bfloat16 never moves again.",
+        "7.9",
+        STEPS,
+        train(
+            "        self.adamw.step()\n",
+            "        self.adamw.step()\n"
+            "        for s in self.adamw.state.values():\n"
+            "            s['exp_avg_sq'] = s['exp_avg_sq'].bfloat16().float()\n",
+        ),
+        dtype="bfloat16",
+    ),
+    Fault(
+        "masters in bfloat16",
+        "Updates smaller than half a percent of a weight are lost.",
+        "7.9",
+        STEPS,
+        train(
+            "        self.adamw.step()\n",
+            "        self.adamw.step()\n"
+            "        for master in self.master.values():\n"
+            "            master.copy_(master.bfloat16())\n",
+        ),
+        dtype="bfloat16",
+    ),
+    Fault(
+        "gradients are clipped tensor by tensor",
+        "The direction of an update is no longer that of its gradient.",
+        "7.7",
+        STEPS,
+        train(
+            CLIP,
+            "        norm = torch.stack([torch.nn.utils.clip_grad_norm_([m], limit)\n"
+            "                            for m in self.master.values()]).norm()\n",
+        ),
+    ),
+    Fault(
+        "gradients are clipped after the moments",
+        "One outlier stays in the moments for a thousand steps.",
+        "7.7",
+        STEPS,
+        train(CLIP, ""),
+        train(
+            "        self.adamw.step()\n",
+            "        self.adamw.step()\n" + CLIP,
+        ),
+    ),
+    Fault(
+        "the norm is reported after clipping",
+        "Plots of the gradient norm are flat at the limit: no spike is ever seen.",
+        "7.7",
+        STEPS,
+        train('"grad_norm": float(norm)', '"grad_norm": min(float(norm), limit or float("inf"))'),
+    ),
+    Fault(
+        "accumulated gradients are averaged",
+        "Updates shrink with the number of micro-batches.",
+        "7.10",
+        ACCUMULATED,
+        train(
+            "        limit = self.options",
+            "        for master in self.master.values():\n"
+            "            master.grad /= len(batches)\n"
+            "        limit = self.options",
+        ),
+    ),
+    Fault(
+        "a micro-batch is divided by its own targets",
+        "Targets of short micro-batches count more than those of long ones.",
+        "7.10",
+        ACCUMULATED,
+        train("part, self.objective, count, self", "part, self.objective, None, self"),
+    ),
+    Fault(
+        "only the last micro-batch counts",
+        "The others are computed, paid for, and forgotten.",
+        "7.10",
+        ACCUMULATED,
+        train(
+            "grads[name] if master.grad is None else master.grad.add_(grads[name])", "grads[name]"
+        ),
+    ),
+    Fault(
+        "a split group is taken",
+        "Half of a group learns as if the other half were not there.",
+        "7.10",
+        ACCUMULATED,
+        train(
+            "batches, count = micro_batches(batch, self.objective, self.model.config.vocab_size)",
+            "batches = [batch] if isinstance(batch, Batch) else list(batch)\n"
+            "        count = sum(int(part.target_mask.sum()) for part in batches)",
+        ),
+    ),
+    Fault(
+        "layers computed again lose their input's gradient",
+        "With checkpointed activations only the last layer learns.",
+        "7.11",
+        RECOMPUTED,
+        Edit(
+            "model",
+            "layer, h, cells, keep, use_reentrant",
+            "layer, h.detach(), cells, keep, use_reentrant",
+        ),
+    ),
+    Fault(
+        "the step count is not restored",
+        "A resumed run corrects its bias once more: its first updates are far off.",
+        "7.9",
+        RESTORED,
+        train('torch.tensor(float(state["step"]))', "torch.tensor(0.0)"),
+    ),
+    Fault(
+        "second moments are not restored",
+        "A resumed run takes a leap at its first update.",
+        "7.9",
+        RESTORED,
+        train(
+            "moments = {key: given",
+            "given[f'exp_avg_sq.{name}'] = torch.zeros_like(master)\n"
+            "            moments = {key: given",
+        ),
+    ),
+    Fault(
+        "masters are restored from the model's weights",
+        "A resumed run loses what its masters hold beyond the compute dtype.",
+        "7.9",
+        RESTORED,
+        train(
+            'master.copy_(given[f"master.{name}"])',
+            'master.copy_(given[f"master.{name}"].to(self.model.dtype))',
+        ),
+        dtype="bfloat16",
+    ),
+    Fault(
+        "a restored trainer does not tell its model",
+        "Sampling after a resume, before the first update, is by the weights of the checkpoint.",
+        "7.9",
+        RESTORED,
+        train("**moments}\n        self._publish()", "**moments}"),
+    ),
+    Fault(
+        "advantages without std",
+        "Groups with large rewards outweigh all others.",
+        "7.6",
+        ADVANTAGES,
+        Edit("losses", "centred / r.std() if normalise_std else centred", "centred"),
+        package="bridge_ref",
+    ),
+    Fault(
+        "advantages by the sample's std",
+        "Small groups get smaller advantages.",
+        "7.6",
+        ADVANTAGES,
+        Edit("losses", "r.std()", "r.std(ddof=1)"),
+        package="bridge_ref",
+    ),
+    Fault(
+        "advantages with an eps",
+        "Advantages depend on the scale of rewards.",
+        "7.6",
+        ADVANTAGES,
+        Edit("losses", "r.std()", "(r.std() + 1e-4)"),
+        package="bridge_ref",
+    ),
+)
