@@ -134,13 +134,23 @@ class JaxModel:
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor by its Hugging Face name, in canonical order, in the model's dtype."""
+        params, ready, last = self.transformer.params, {}, None
         for name in tensor_shapes(self.config):
             key, layer = stacked(name)
-            leaf = self.transformer.params[key]
-            yield (
-                name,
-                np.array(jax.device_get(leaf) if layer is None else jax.device_get(leaf[layer])),
-            )
+            if layer is None:
+                yield name, np.array(jax.device_get(params[key]))
+                continue
+            if layer != last:  # one layer at a time is on the host
+                stacks = {key: p for key, p in params.items() if key.startswith(LAYERS)}
+                ready = jax.device_get(layer_of(stacks, layer, quick=self.transformer.quick))
+                last = layer
+            yield name, np.array(ready[key])
+
+
+@compiled()
+def layer_of(stacks: Params, layer: int) -> Params:
+    """One layer of every stack."""
+    return {key: stack[layer] for key, stack in stacks.items()}
 
 
 @compiled(static_argnames="bridge")

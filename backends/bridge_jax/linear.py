@@ -5,6 +5,9 @@ each can be sharded by heads, and XLA merges products of the same input where th
 stay in the model's dtype and sums are float32, on TPUs too.
 """
 
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
@@ -13,18 +16,19 @@ Array = jax.Array
 FEW = 64  # rows up to which a product is bound by reading the weight
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def contract(spec: str, a: Array, b: Array) -> Array:
-    """An einsum of two operands in one dtype, with a float32 result.
+    """An einsum of two operands in one dtype, with a float32 result. Every axis of an operand is
+    in the other one or in the result.
 
     float32 operands are multiplied as float32: the default of TPUs, and of GPUs with TF32, is less.
     """
+    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
 
     def product(a: Array, b: Array) -> Array:
-        return jnp.einsum(
-            spec, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-        )
+        return jnp.einsum(spec, a, b, precision=exact, preferred_element_type=jnp.float32)
 
-    if a.dtype == jnp.float32:
+    if exact:
         return product(a, b)
     # XLA's CPU compiler has no kernel for some products of narrow operands with a wide result.
     return jax.lax.platform_dependent(
@@ -33,6 +37,26 @@ def contract(spec: str, a: Array, b: Array) -> Array:
         cpu=lambda a, b: product(a.astype(jnp.float32), b.astype(jnp.float32)),
         default=product,
     )
+
+
+def _contract(spec: str, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+    return contract(spec, a, b), (a, b)
+
+
+def _contract_backward(
+    spec: str, operands: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    """The products of the backward pass have operands in the model's dtype too: JAX's own would
+    multiply a float32 gradient by a narrow operand, which accelerators do slowly."""
+    a, b = operands
+    of_a, of_b, of_product = re.split(",|->", spec)
+    g = gradient.astype(a.dtype)
+    to_a = contract(f"{of_product},{of_b}->{of_a}", g, b)
+    to_b = contract(f"{of_a},{of_product}->{of_b}", a, g)
+    return to_a.astype(a.dtype), to_b.astype(b.dtype)
+
+
+contract.defvjp(_contract, _contract_backward)
 
 
 def linear(
