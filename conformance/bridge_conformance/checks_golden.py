@@ -1,8 +1,8 @@
 """The golden vectors that the contract reaches, as checks of a backend in any dtype (clause 10.4).
 
-Where the dtype holds a vector's weights exactly, the backend must meet the file's own outputs; where
-it rounds them, what the float64 reference gives for the rounded ones. The allowance is the numerics
-rule's in both cases.
+Where the dtype holds a vector's weights exactly, the backend must meet the file's own outputs;
+where it rounds them, what the float64 reference gives for the rounded ones. The allowance is the
+numerics rule's in both cases.
 """
 
 from collections.abc import Callable, Mapping
@@ -148,8 +148,8 @@ def _allowed(
     if kind == "loss":
         return allowance(exact[kind], own[kind], dtype, max(1.0, abs(float(exact[kind]))))
     if kind in ("grad", "step", "master", "exp_avg", "exp_avg_sq"):
-        parts = ({name: outputs[name] for name in names} for outputs in (exact, own, moved))
-        return allowance_of_sums(*parts, dtype)
+        want, rounded, nudged = ({n: given[n] for n in names} for given in (exact, own, moved))
+        return allowance_of_sums(want, rounded, nudged, dtype)
     return allowance(exact[kind], own[kind], dtype)
 
 

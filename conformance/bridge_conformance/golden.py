@@ -121,9 +121,7 @@ def _generate(settings: Settings, x: Given, model: BackendModel) -> Arrays:
 
 
 def _train(settings: Settings, x: Given, model: BackendModel) -> Arrays:
-    trainer = model.trainer(
-        _objective(settings), AdamW(**settings["optimizer"]), settings["trainable"]
-    )
+    trainer = model.trainer(_objective(settings), _optimizer(settings), settings["trainable"])
     for _ in range(settings["updates"]):
         trainer.step(_batch(x))
     return trainer.state()
@@ -164,7 +162,7 @@ def _loss(settings: Settings, x: Given) -> Arrays:
 def _adamw(settings: Settings, x: Given) -> Arrays:
     state = AdamWState({"weight": x["weight"]})
     for gradient in x["gradients"]:
-        state.update({"weight": gradient}, AdamW(**settings["optimizer"]))
+        state.update({"weight": gradient}, _optimizer(settings))
     return state.state()
 
 
@@ -176,6 +174,11 @@ def _clip(settings: Settings, x: Given) -> Arrays:
 def _objective(settings: Settings) -> SFT | GRPO:
     given = settings["objective"]
     return SFT() if given is None else GRPO(**given)
+
+
+def _optimizer(settings: Settings) -> AdamW:
+    given = settings["optimizer"]
+    return AdamW(**{**given, "betas": tuple(given["betas"])})  # JSON has no tuples
 
 
 def _batch(x: Given) -> Batch:

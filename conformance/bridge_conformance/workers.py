@@ -90,9 +90,10 @@ def _together(
         futures: dict[Future[list[Finding]], Job] = {pool.submit(_work, j): j for j in jobs}
         for future in as_completed(futures):
             yield futures[future], future.result()
+        pool.shutdown()
     except BrokenProcessPool:
         pass
-    finally:
+    finally:  # which Ctrl-C comes to in the middle of the work
         pool.shutdown(wait=False, cancel_futures=True)
         for child in set(multiprocessing.active_children()) - before:
             child.terminate()
