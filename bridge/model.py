@@ -4,14 +4,14 @@ Checks what users pass, turns text into ids, and hands NumPy arrays to the backe
 """
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bridge.chat import Message
-from bridge.checkpoint import open_checkpoint
+from bridge.checkpoint import Checkpoint, open_checkpoint
 from bridge.config import ModelConfig, bridge_shapes, tensor_shapes
 from bridge.contract import AdamW, BackendModel, Objective, Trainer
 from bridge.errors import BridgeError
@@ -41,6 +41,19 @@ def load(
     if checkpoint is None:
         raise BridgeError("no checkpoint given; this version bundles none, name a directory")
     opened = open_checkpoint(Path(checkpoint), None if base is None else Path(base))
+    return build(opened, opened.config, opened.tensors, backend, device, dtype)
+
+
+def build(
+    opened: Checkpoint,
+    config: ModelConfig,
+    tensors: Mapping[str, np.ndarray],
+    backend: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> "Model":
+    """A model of an opened checkpoint, with a config and tensors that may differ from its own: the
+    plain host, for one, is `opened.config.without_bridge()` with the same tensors."""
     chosen = find_backend(backend)
     device = resolve_device(chosen, device)
     dtype = resolve_dtype(chosen, device, dtype, opened.dtype)
@@ -48,7 +61,7 @@ def load(
     eos_ids = read_eos_ids(opened.assets) or opened.config.eos_token_ids
     if not eos_ids and tokenizer and tokenizer.eos_token_id is not None:
         eos_ids = (tokenizer.eos_token_id,)
-    implementation = chosen.load(opened.config, opened.tensors, device=device, dtype=dtype)
+    implementation = chosen.load(config, tensors, device=device, dtype=dtype)
     return Model(implementation, chosen.name, tokenizer, eos_ids)
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from bridge_cli import backends, generate, init, inspect
+from bridge_cli import agree, backends, conformance, generate, init, inspect
 from bridge_cli.text import one_line
 
 
@@ -61,6 +61,8 @@ app.command()(init.init)
 app.command()(generate.generate)
 app.command()(inspect.inspect)
 app.command()(backends.backends)
+app.command()(conformance.conformance)
+app.command()(agree.agree)
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,148 @@
+"""Same seed, same answer: identical tokens on every backend, on the real model and on a tiny one."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_host import write_host
+from typer.testing import CliRunner
+
+from bridge.checkpoint import open_checkpoint
+from bridge.contract import Sampling
+from bridge.initialise import init
+from bridge.model import build
+from bridge.registry import backends
+from bridge_cli.main import app
+from bridge_conformance.agreement import Agreement, WithOutputs, compare, replay
+
+QUESTION = "There are 5 bags with 8 marbles in each bag. How many marbles are there in total?"
+HERE = [info.name for info in backends() if info.installed]
+FAST = [name for name in HERE if name != "numpy"]
+
+
+def load(path: Path, name: str, scale: float = 0.5, change=lambda tensors: tensors):
+    opened = open_checkpoint(path)
+    tensors = change(WithOutputs(opened.tensors, seed=0, scale=scale))
+    return build(opened, opened.config, tensors, name, dtype="float32")
+
+
+def run(models, prompt, width, steps, sampling, eos_ids=()) -> Agreement:
+    result = None
+    for result in compare(models, [prompt], [width], steps, sampling, eos_ids):
+        pass
+    assert result is not None
+    return result
+
+
+def test_the_real_model_says_the_same_on_every_backend(smollm2, tmp_path):
+    """SmolLM2 with blocks that are not zero, width 4, temperature 0.8, 48 tokens, float32."""
+    init(smollm2, tmp_path / "bridge", heads=2, head_dim=48)
+    sampling = Sampling(temperature=0.8, seed=0)
+    models, prompt, eos_ids = {}, None, ()
+    for name in FAST:
+        model = load(tmp_path / "bridge", name)
+        models[name] = model.implementation
+        prompt = model.tokenizer.encode_chat([{"role": "user", "content": QUESTION}])
+        eos_ids = model.eos_ids
+    prompts = [np.asarray(prompt)]
+    result = run(models, prompts[0], 4, 48, sampling, eos_ids)
+    reference = load(tmp_path / "bridge", "numpy").implementation
+    first = next(iter(models.values()))
+    replay("numpy", reference, first, prompts, [4], result, sampling)
+    assert result.backends == [*FAST, "numpy"]
+    assert result.draws == len(FAST) * sum(map(len, result.tokens)) > 100 * len(FAST)
+    assert result.flips == [], result.flips
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("tiny")
+    init(write_host(out / "host"), out / "bridge", heads=2, head_dim=4)
+    return out / "bridge"
+
+
+def test_the_blocks_that_are_filled_in_matter(tiny):
+    prompt, sampling = np.arange(1, 20), Sampling(temperature=0.8, seed=3)
+    with_blocks = load(tiny, "torch").implementation
+    without = load(tiny, "torch", scale=0.0).implementation
+    drawn = [run({"a": m, "b": m}, prompt, 4, 24, sampling).tokens for m in (with_blocks, without)]
+    assert drawn[0] != drawn[1]
+
+
+def test_a_wrong_weight_shows_in_the_logits(tiny):
+    """A change of 1 % in one tensor flips draws, by logits far further apart than by rounding."""
+
+    def off(tensors):
+        name = "model.layers.1.mlp.down_proj.weight"
+        return {**tensors, name: tensors[name] * np.float32(1.01)}
+
+    models = {
+        "right": load(tiny, "torch").implementation,
+        "wrong": load(tiny, "torch", change=off).implementation,
+    }
+    prompt, sampling = np.arange(1, 20), Sampling(temperature=0.8, seed=1)
+    result = run(models, prompt, 8, 100, sampling)
+    assert result.flips
+    for flip in result.flips:  # each is a border that moved past the uniform
+        assert flip.explained and flip.logits_apart > 1e-3
+
+
+def test_a_wrong_draw_is_not_explained(tiny):
+    class Wrong:
+        def __init__(self, decoder):
+            self.decoder, self.logits, self.advance = decoder, decoder.logits, decoder.advance
+
+        def sample(self, sampling):
+            return (self.decoder.sample(sampling) + 1) % 257
+
+    class Model:
+        def __init__(self, model):
+            self.model = model
+
+        def prefill(self, *arguments):
+            return Wrong(self.model.prefill(*arguments))
+
+    right = load(tiny, "torch").implementation
+    prompt, sampling = np.arange(1, 20), Sampling(temperature=0.8, seed=1)
+    result = run({"right": right, "wrong": Model(right)}, prompt, 4, 5, sampling)
+    assert len(result.flips) == 20 and len(result.unexplained) >= 18
+
+
+def test_replaying_finds_what_was_not_drawn(tiny):
+    model = load(tiny, "torch").implementation
+    prompt, sampling = np.arange(1, 20), Sampling(temperature=0.8, seed=1)
+    result = run({"a": model}, prompt, 3, 8, sampling)
+    replay("again", model, model, [prompt], [3], result, sampling)
+    assert result.draws == 24 and result.flips == []
+    result.tokens[1][7] = (result.tokens[1][7] + 1) % 257
+    replay("once more", model, model, [prompt], [3], result, sampling)
+    [flip] = result.flips
+    assert (flip.row, flip.step) == (1, 7) and not flip.explained
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["agree", *map(str, arguments)])
+
+
+def test_the_command(tiny):
+    options = ("--max-new-tokens", 6, "--width", 2, "--fill-blocks", 0.5, "--json")
+    done = invoke(tiny, "hello", "--backends", "torch,numpy", *options)
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert said["backends"] == ["torch", "numpy"] and said["flips"] == []
+    assert [len(row) for row in said["tokens"]] == [6, 6] and said["draws"] == 12
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (("--backends", "torch"), "torch is one alone; name two or more"),
+        (("--backends", "torch,abacus"), "backend 'abacus' is not known"),
+        (("--backends", "torch,numpy", "--width", "0"), "width must be 1 or above"),
+        (("--backends", "torch,numpy", "--max-new-tokens", "0"), "max_new_tokens must be 1"),
+    ],
+)
+def test_the_command_says_what_to_mend(tiny, arguments, message):
+    done = invoke(tiny, "hello", *arguments)
+    assert done.exit_code == 2 and message in done.stderr
