@@ -46,13 +46,6 @@ def run(data):
 run()
 """
 
-CONFORMANCE = """
-import json
-from bridge_conformance.runner import run
-
-print(json.dumps(run("example", profile="ci").to_json()))
-"""
-
 # By name: code that plants the fault, and the check that must then fail.
 FAULTS = {
     "a mask by product lets NaN through": (
@@ -142,8 +135,9 @@ def test_it_is_written_against_the_contract_alone(installed):
 
 def test_it_passes_conformance_unchanged(installed):
     """All six levels, as `bridge conformance` runs them on anybody's backend."""
-    result = python(installed, "-c", CONFORMANCE)
-    assert result.returncode == 0, result.stderr
+    options = ("--backend", "example", "--profile", "ci", "--json")
+    result = python(installed, "-m", "bridge_cli.main", "conformance", *options)
+    assert result.returncode == 0, result.stderr or result.stdout[-3000:]
     report = json.loads(result.stdout)
     assert report["verdict"] == {"level": "L6", "asked": "L6", "dtype": "float32", "passed": True}
     outcomes = {o["check"]: o for o in report["outcomes"] if o["dtype"] == "float32"}
