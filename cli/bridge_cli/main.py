@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from bridge_cli import agree, backends, conformance, generate, init, inspect
+from bridge_cli import agree, backends, bench, conformance, generate, init, inspect
 from bridge_cli.text import one_line
 
 
@@ -63,6 +63,7 @@ app.command()(inspect.inspect)
 app.command()(backends.backends)
 app.command()(conformance.conformance)
 app.command()(agree.agree)
+app.command()(bench.bench)
 
 
 def _version(wanted: bool) -> None:
