@@ -11,6 +11,8 @@ from bridge_conformance.cases import BlockCase
 from bridge_conformance.tolerance import DTYPES
 from bridge_conformance.trial import Target, Trial
 
+MANY = 600
+
 
 def start(target: Target, case: BlockCase) -> tuple[Trial, np.ndarray, float]:
     """The trial, the residual stream, and the allowance of the block's active cells."""
@@ -98,7 +100,7 @@ def width_one_adds_the_rows_own_value(target: Target, case: BlockCase) -> None:
 
 
 def identical_rows_give_the_width_one_result(target: Target, case: BlockCase) -> None:
-    """Clause 3.8: what makes a shared prefill exact (clause 4.2)."""
+    """Clauses 3.5 and 3.8: what makes a shared prefill exact (clause 4.2), at any width."""
     trial, hidden, _ = start(target, case)
     B, S, _ = hidden.shape
     same, active = np.repeat(hidden[:1], B, axis=0), np.ones((B, S), dtype=bool)
@@ -111,6 +113,11 @@ def identical_rows_give_the_width_one_result(target: Target, case: BlockCase) ->
     alone = np.repeat(run(trial.model), B, axis=0)
     together = trial.model.block(case.layer, same, np.zeros(B, np.int64), active)
     trial.same(together, alone, 2 * allowed, "identical rows", case)
+    # So many weights of 1 have a sum that bfloat16 does not reach by adding them up.
+    many, active = np.repeat(hidden[:1, :1], MANY, axis=0), np.ones((MANY, 1), dtype=bool)
+    together = trial.model.block(case.layer, many, np.zeros(MANY, np.int64), active)
+    alone = np.repeat(alone[:1, :1], MANY, axis=0)
+    trial.same(together, alone, 2 * allowed, f"{MANY} identical rows", case)
 
 
 def timesteps_do_not_mix_in_the_block(target: Target, case: BlockCase) -> None:
