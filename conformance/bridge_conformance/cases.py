@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bridge.config import ModelConfig, parse_config, tensor_shapes
-from bridge.contract import Batch, Objective
+from bridge.contract import GRPO, Batch, Objective
 from bridge.inputs import default_positions
 from bridge_conformance.tolerance import DTYPES
 
@@ -140,7 +140,8 @@ def rows_of(
     active = np.stack([_activity(pattern, timesteps, rng) for pattern in patterns])
     positions = default_positions(active)
     if shifted:
-        positions = positions + rng.integers(0, 20, size=(len(groups), 1))
+        largest = model.config.max_position_embeddings - timesteps
+        positions = positions + rng.integers(0, largest, size=(len(groups), 1))
     tokens = rng.integers(0, model.config.vocab_size, size=active.shape)
     return RowsCase(model, tokens, groups, active, positions)
 
@@ -269,7 +270,8 @@ class TrainCase:
         """Targets at some active cells; what GRPO reads lies around the policy of `logits`.
 
         Ratios are far from where clipping begins, so that no rounding crosses it. What is not to be
-        read holds NaN.
+        read holds NaN. One batch in three leaves out all that may be left out: positions, the
+        sampling policy, and, unless beta weighs it, the reference policy.
         """
         rng = np.random.default_rng([self.seed, 3])
         rows = self.rows
@@ -280,14 +282,18 @@ class TrainCase:
         logp = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
         lp = np.take_along_axis(logp, targets[..., None], -1)[..., 0]
         ratio = rng.choice([0.5, 0.95, 1.05, 1.6], size=mask.shape)
+        bare = self.seed % 3 == 0
+        beta = self.objective.beta if isinstance(self.objective, GRPO) else 0.0
+        old = np.where(mask, lp - np.log(ratio), np.nan)
+        ref = np.where(mask, lp + rng.normal(0, 0.3, size=mask.shape), np.nan)
         return Batch(
             tokens=rows.tokens,
             groups=rows.groups,
             active=rows.active,
             targets=np.where(mask, targets, -100),
             target_mask=mask,
-            positions=rows.positions,
+            positions=None if bare else rows.positions,
             advantages=rng.choice([-1.0, 0.5, 2.0], size=len(mask)),
-            old_logprobs=np.where(mask, lp - np.log(ratio), np.nan),
-            ref_logprobs=np.where(mask, lp + rng.normal(0, 0.3, size=mask.shape), np.nan),
+            old_logprobs=None if bare else old,
+            ref_logprobs=None if bare and not beta else ref,
         )

@@ -124,6 +124,7 @@ CHECKS: dict[str, Check] = {
         _check(checks_train.accumulated_batches_are_one_update, "7.10", 5),
         _check(checks_train.computing_layers_again_changes_no_update, "7.11", 5),
         _check(checks_train.a_restored_trainer_goes_on_as_if_never_stopped, "7.9", 5),
+        _check(checks_train.a_model_computes_with_what_it_learnt, "7.9", 5),
         _check(checks_checkpoint.tensors_come_back_byte_for_byte, "9.3", 6),
         _check(checks_checkpoint.a_checkpoint_gives_the_same_model, "9.6", 6),
         *map(_golden, checks_golden.names()),

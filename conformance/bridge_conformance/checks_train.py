@@ -14,10 +14,11 @@ import numpy as np
 
 from bridge.contract import AdamW, Batch
 from bridge_conformance.cases import TrainCase
-from bridge_conformance.tolerance import FACTOR, FLOOR_ULPS, allowance, error, ulp
+from bridge_conformance.tolerance import DTYPES, FACTOR, FLOOR_ULPS, allowance, error, ulp
 from bridge_conformance.trial import Target, Trial
 
 Named = Mapping[str, np.ndarray]
+Metrics = Mapping[str, float]
 
 # A large eps keeps a step a smooth function of its gradients: without it the first step is their
 # sign, which rounding can flip where a gradient is nearly zero.
@@ -39,19 +40,26 @@ def loss_and_gradients_are_within_the_numerics_rule(target: Target, case: TrainC
     metrics_T, rounded = trial.rounded.loss_and_grads(*arguments)
     _, nudged = trial.nudged.loss_and_grads(*arguments)
     metrics, grads = trial.model.loss_and_grads(*arguments)
+    same_metrics(trial, case, metrics, metrics64, metrics_T)
+    if set(grads) != set(case.trainable):
+        raise trial.failure(f"gradients of {sorted(grads)}, not of {case.trainable}", case)
+    allowed = allowance_of_sums(exact, rounded, nudged, target.dtype)
+    for name, want in exact.items():
+        trial.same(grads[name], want, allowed, f"gradient of {name}", case)
+
+
+def same_metrics(
+    trial: Trial, case: TrainCase, metrics: Metrics, metrics64: Metrics, metrics_T: Metrics
+) -> None:
+    """The metrics of a loss against the exact ones, whose error in the dtype `metrics_T` show."""
     if set(metrics) != set(metrics64):
         raise trial.failure(f"metrics {sorted(metrics)}, not {sorted(metrics64)}", case)
     for name, value in metrics64.items():
         scalars = (np.array([m[name]]) for m in (metrics, metrics64, metrics_T))
         got, want, own = scalars
         # A log-probability is a difference of logits and a logarithm: near 1 at least.
-        allowed = allowance(want, own, target.dtype, max(1.0, abs(value)))
+        allowed = allowance(want, own, trial.dtype, max(1.0, abs(value)))
         trial.same(got, want, allowed, f"metric {name}", case)
-    if set(grads) != set(case.trainable):
-        raise trial.failure(f"gradients of {sorted(grads)}, not of {case.trainable}", case)
-    allowed = allowance_of_sums(exact, rounded, nudged, target.dtype)
-    for name, want in exact.items():
-        trial.same(grads[name], want, allowed, f"gradient of {name}", case)
 
 
 def allowance_of_sums(exact: Named, rounded: Named, nudged: Named, dtype: str) -> float:
@@ -98,12 +106,14 @@ def take_rows(batch: Batch, rows: np.ndarray) -> Batch:
 def same_updates(
     trial: Trial, case: TrainCase, batch: Batch, batches: Sequence[Batch], **options: bool
 ) -> None:
-    """Two updates of the backend by `batches` against two exact ones by `batch`: its state, and
-    its model's tensors, which are the masters rounded."""
+    """Two updates of the backend by `batches` against two exact ones by `batch`: the first one's
+    metrics, the state, and the model's tensors, which are the masters rounded."""
     model = trial.load()
     trainer = model.trainer(case.objective, OPTIMIZER, case.trainable, **options)
-    for _ in range(UPDATES):
-        trainer.step(batches if len(batches) > 1 else batches[0])
+    for update in range(UPDATES):
+        metrics = trainer.step(batches if len(batches) > 1 else batches[0])
+        if update == 0:
+            same_first_metrics(trial, case, batch, metrics)
     got = trainer.state()
     exact, rounded, nudged = trial.memory.once(
         ("updates", id(case)), lambda: reference_updates(trial, case, batch)
@@ -116,9 +126,37 @@ def same_updates(
         allowed = allowance_of_sums(want, own, moved, trial.dtype)
         for name in names:
             trial.same(got[name], exact[name], allowed, name, case)
+        # Even where rounding to the dtype is within the allowance, it is not what a state is for.
+        if fits({n: got[n] for n in names}, trial.dtype) > fits(own, trial.dtype):
+            raise trial.failure(f"{kind}* hold nothing that {trial.dtype} does not", case)
     for name, tensor in model.tensors():
         rounded_master = got.get(f"master.{name}", trial.tensors[name]).astype(tensor.dtype)
         trial.same(tensor, rounded_master, 0, f"{name} of the model", case)
+
+
+def same_first_metrics(trial: Trial, case: TrainCase, batch: Batch, metrics: Metrics) -> None:
+    """Clauses 7.7 and 7.10: those of the loss of all rows, and the norm of the whole gradient."""
+    arguments = (batch, case.objective, case.trainable)
+    references = (trial.exact, trial.rounded, trial.nudged)
+    (metrics64, exact), (metrics_T, rounded), (_, nudged) = (
+        reference.loss_and_grads(*arguments) for reference in references
+    )
+    of_loss = {name: value for name, value in metrics.items() if name != "grad_norm"}
+    same_metrics(trial, case, of_loss, metrics64, metrics_T)
+    want, own, moved = (
+        np.concatenate([grads[name].astype(np.float64).ravel() for name in exact])
+        for grads in (exact, rounded, nudged)
+    )
+    # A norm moves by no more than the norm of what moves.
+    norm = np.linalg.norm(want, keepdims=True)
+    allowed = allowance(norm, norm + np.linalg.norm(own - want), trial.dtype)
+    allowed = max(allowed, FACTOR * float(np.linalg.norm(moved - want)))
+    trial.same(np.array([metrics["grad_norm"]]), norm, allowed, "metric grad_norm", case)
+
+
+def fits(tensors: Named, dtype: str) -> bool:
+    """Whether every number is one of `dtype`, as masters and moments are not (clause 7.9)."""
+    return all(np.array_equal(array, array.astype(DTYPES[dtype])) for array in tensors.values())
 
 
 def reference_updates(trial: Trial, case: TrainCase, batch: Batch) -> list[Named]:
@@ -152,12 +190,30 @@ def gradients_stay_within_a_group(target: Target, case: TrainCase) -> None:
 def a_restored_trainer_goes_on_as_if_never_stopped(target: Target, case: TrainCase) -> None:
     """Clause 7.9: the state is all that a training step depends on beside the model's weights."""
     trial, batch = start(target, case)
-    through = trial.load().trainer(case.objective, OPTIMIZER, case.trainable)
+    model = trial.load()
+    through = model.trainer(case.objective, OPTIMIZER, case.trainable)
     through.step(batch)
-    resumed = trial.load().trainer(case.objective, OPTIMIZER, case.trainable)
+    other = trial.load()
+    resumed = other.trainer(case.objective, OPTIMIZER, case.trainable)
     resumed.restore(through.state())
+    for (name, want), (_, got) in zip(model.tensors(), other.tensors(), strict=True):
+        trial.same(got, want, 0, f"{name} of the restored model", case)
     for trainer in (through, resumed):
         trainer.step(batch)
     want, got = through.state(), resumed.state()
     for name, array in want.items():
         trial.same(got[name], array, 0, name, case)
+
+
+def a_model_computes_with_what_it_learnt(target: Target, case: TrainCase) -> None:
+    """Clause 7.9: after an update, a model is the one that its tensors give when loaded anew."""
+    trial, batch = start(target, case)
+    model = trial.load()
+    model.logits(*case.rows.arguments)  # what it keeps from this must not outlive the update
+    model.trainer(case.objective, OPTIMIZER, case.trainable).step(batch)
+    got = model.logits(*case.rows.arguments)
+    want = trial.load(tensors=dict(model.tensors())).logits(*case.rows.arguments)
+    where = case.rows.active
+    # The two may lay weights out differently; a rounding of logits is all that may come of it.
+    allowed = FACTOR * FLOOR_ULPS * ulp(target.dtype) * float(np.abs(want[where]).max())
+    trial.same(got[where], want[where], allowed, "logits after an update", case)

@@ -22,7 +22,7 @@ from bridge_conformance.cases import (
 )
 
 SEEDS = st.integers(0, 2**32 - 1)
-MAX_POSITIONS = 64
+MAX_POSITIONS = (64, 32768)
 
 
 @st.composite
@@ -69,7 +69,7 @@ def host_configs(draw, families: tuple[str, ...] = FAMILIES) -> dict[str, Any]:
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "max_position_embeddings": MAX_POSITIONS,
+        "max_position_embeddings": draw(st.sampled_from(MAX_POSITIONS)),
         "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-3])),
         "tie_word_embeddings": draw(st.booleans()),
         "hidden_act": "silu",
