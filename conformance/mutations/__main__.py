@@ -28,7 +28,7 @@ def main() -> int:
     def say(name: str, caught: list[harness.Catch]) -> None:
         named = any(c.check == FAULTS[name].check for c in caught)
         how = "caught" if named else "caught elsewhere" if caught else "MISSED"
-        print(f"{how:16} {name}: " + "; ".join(f"{c.check} {c.cases}" for c in caught), flush=True)
+        print(f"{how:16} {name}: " + "; ".join(f"{c.check} {c.number}" for c in caught), flush=True)
 
     results = harness.run_faults(names, say)
     if not options.only:

@@ -1,8 +1,8 @@
 """Runs faults, and the backend without any, through profile `ci`; and writes what comes of it.
 
 A fault is examined on the cases that `bridge conformance --profile ci --seed 0` draws in the
-fault's dtype, by every check, without shrinking: what catches it here catches it there. The
-results stand in the README beside this package, between markers.
+fault's dtype, by every check of the level where it belongs, without shrinking: what catches it here
+catches it there. The results stand in `conformance/README.md`, between markers.
 """
 
 import re
@@ -18,9 +18,9 @@ import numpy as np
 
 from bridge.contract import Backend
 from bridge_conformance import spec_files
-from bridge_conformance.checks import CHECKS, LEVELS, Check
+from bridge_conformance.checks import CHECKS, Check
 from bridge_conformance.checks_golden import GoldenCase
-from bridge_conformance.examine import Finding, draw, examine
+from bridge_conformance.examine import draw, examine
 from bridge_conformance.golden import Vector
 from bridge_conformance.runner import PROFILES, run
 from bridge_conformance.trial import Target
@@ -33,10 +33,10 @@ PROFILE, SEED = "ci", 0
 
 @dataclass(frozen=True)
 class Catch:
-    """A check that caught a fault: on which of its cases, counted from 1, and what it said."""
+    """A check that caught a fault, on the n-th case of the profile, and what it said."""
 
     check: str
-    cases: int
+    number: int
     message: str
 
     @property
@@ -51,33 +51,32 @@ def cases_of(level: int, dtype: str) -> Sequence[Any]:
     return draw(level, dtype, SEED, PROFILES[PROFILE].cases[level])
 
 
-def catches(fault: Fault, only: Sequence[str] | None = None) -> list[Catch]:
-    """The checks (of all, or of `only`) that a backend with this fault fails, in their order."""
+def catches(fault: Fault) -> list[Catch]:
+    """The checks of the fault's level that a backend with this fault fails, in their order."""
     modules = fault.plant()
     if fault.package == "bridge_ref":
         return _advantages(modules["losses"].group_advantages)
-    found: dict[str, Catch] = {}
-    checks = [CHECKS[name] for name in (CHECKS if only is None else only)]
-    for check, number, finding in findings(modules["backend"].TorchBackend(), fault.dtype, checks):
-        if finding.status == "fail":
-            found.setdefault(check, Catch(check, number, finding.message))
+    level = CHECKS[fault.check].level
+    checks = [check for check in CHECKS.values() if check.level == level]
+    failures = failing(modules["backend"].TorchBackend(), fault.dtype, checks)
+    found = {catch.check: catch for catch in failures}
     return [found[check.name] for check in checks if check.name in found]
 
 
-def findings(
-    backend: Backend, dtype: str, checks: Sequence[Check]
-) -> Iterator[tuple[str, int, Finding]]:
-    """What each check finds on each of the profile's cases; cases count from 1 for each check."""
-    for level in LEVELS:
-        here = [check for check in checks if check.level == level]
-        drawn = [check for check in here if not check.golden]
-        seen = dict.fromkeys((check.name for check in here), 0)
-        jobs = [(drawn, case) for case in (cases_of(level, dtype) if drawn else ())]
-        jobs += [([check], GoldenCase(check.golden)) for check in here if check.golden]
-        for together, case in jobs:
-            for finding in examine(Target(backend, "cpu", dtype), together, case):
-                seen[finding.check] += 1
-                yield finding.check, seen[finding.check], finding
+def failing(backend: Backend, dtype: str, checks: Sequence[Check]) -> Iterator[Catch]:
+    """Each check that fails on a case of the profile, with the first on which it does."""
+    target = Target(backend, "cpu", dtype)
+    for level in sorted({check.level for check in checks}):
+        left = [check for check in checks if check.level == level and not check.golden]
+        for number, case in enumerate(cases_of(level, dtype) if left else (), 1):
+            failed = [f for f in examine(target, left, case) if f.status == "fail"]
+            yield from (Catch(finding.check, number, finding.message) for finding in failed)
+            left = [check for check in left if check.name not in {f.check for f in failed}]
+    for check in checks:
+        if check.golden:
+            for finding in examine(target, [check], GoldenCase(check.golden)):
+                if finding.status == "fail":
+                    yield Catch(check.name, 1, finding.message)
 
 
 def _advantages(group_advantages: Callable[..., np.ndarray]) -> list[Catch]:
@@ -142,9 +141,9 @@ def fault_table(results: dict[str, list[Catch]]) -> str:
         fault = FAULTS[name]
         level = f"L{CHECKS[fault.check].level}" if fault.check in CHECKS else "bridge"
         named = [c for c in caught if c.check == fault.check]
-        others = sorted((c for c in caught if c.check != fault.check), key=lambda c: c.cases)
+        others = sorted((c for c in caught if c.check != fault.check), key=lambda c: c.number)
         by = ", ".join(
-            f"`{c.check}` {c.cases}{' (refused)' if c.refused else ''}" for c in named + others[:1]
+            f"`{c.check}` {c.number}{' (refused)' if c.refused else ''}" for c in named + others[:1]
         )
         more = len(caught) - len(named + others[:1])
         by += f" and {more} more" if more > 0 else ""
