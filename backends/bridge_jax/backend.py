@@ -6,6 +6,7 @@ names as in the other backends.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -19,7 +20,8 @@ from bridge.inputs import take_tensor
 from bridge_jax.block import Grid, Layout, block
 from bridge_jax.compiled import bucket, compiled
 from bridge_jax.decode import Decoder
-from bridge_jax.model import LAYERS, STEPS, Params, Transformer, logits, stacked
+from bridge_jax.linear import LAYERS, stacked
+from bridge_jax.model import STEPS, Params, Transformer, logits
 from bridge_jax.train import Trainer, by_name, choose, loss_and_grads, start
 
 DTYPES: dict[str, np.dtype] = {
@@ -162,12 +164,12 @@ def block_of_layer(
     return block(own, hidden, grid, active, bridge)
 
 
-def _devices() -> dict[str, jax.Device]:
+def _devices() -> dict[str, Any]:
     """This process's devices by name, accelerators first. JAX calls a CUDA device gpu."""
     found = {}
-    for device in jax.local_devices():
+    for number, device in enumerate(jax.local_devices()):
         kind = "cuda" if device.platform == "gpu" else device.platform
-        found["cpu" if kind == "cpu" else f"{kind}:{device.local_hardware_id or device.id}"] = (
-            device
-        )
-    return {**found, "cpu": jax.local_devices(backend="cpu")[0]}
+        found.setdefault("cpu" if kind == "cpu" else f"{kind}:{number}", device)
+    with suppress(RuntimeError):  # JAX_PLATFORMS may leave it out
+        found.setdefault("cpu", jax.local_devices(backend="cpu")[0])
+    return found

@@ -7,7 +7,7 @@ block: the RMS norm.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,11 @@ def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float) -
 
 
 class Grid(NamedTuple):
-    """Where each of R places for rows lies in `[G, N]`. Made on the host, once a batch."""
+    """Where each of R places for rows lies in `[G, N]`. Made with NumPy, once a batch."""
 
-    filled: Bool[Array | np.ndarray, "G N"]  # which cells hold a row
-    to_grid: Int[Array | np.ndarray, " G_N"] | None = None  # None: the places are the grid
-    to_rows: Int[Array | np.ndarray, " R"] | None = None
+    filled: Bool[Any, "G N"]  # which cells hold a row
+    to_grid: Int[Any, " G_N"] | None = None  # None: the places are the grid
+    to_rows: Int[Any, " R"] | None = None
 
     def spread(self, rows: Float[Array, "R ..."]) -> Float[Array, "G N ..."]:
         """Rows to cells; empty cells hold 0."""

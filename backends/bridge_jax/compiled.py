@@ -34,10 +34,6 @@ class Compiled:
     def __call__(self, *arguments: Any, quick: bool, **keywords: Any) -> Any:
         return (self.quick if quick else self.full)(*arguments, **keywords)
 
-    def count(self) -> int:
-        """How many times it was compiled."""
-        return self.full._cache_size() + self.quick._cache_size()
-
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Compiled]:
     """Decorates a function of arrays; `options` are those of `jax.jit`."""

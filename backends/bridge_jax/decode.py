@@ -10,7 +10,7 @@ timesteps, K key heads, M query heads that share one, d head width, V vocabulary
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,9 +52,9 @@ class Rows(NamedTuple):
     """What a step must know of its places beside their caches. Made on the host as rows leave."""
 
     grid: Grid
-    alive: Bool[np.ndarray, " R"]
-    length: Int[np.ndarray, " R"]  # of the row's prompt
-    padding: Int[np.ndarray, " G"]  # slots before the prompt's first
+    alive: Bool[Any, " R"]
+    length: Int[Any, " R"]  # of the row's prompt
+    padding: Int[Any, " G"]  # slots before the prompt's first
 
 
 class Decoder:

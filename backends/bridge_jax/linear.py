@@ -1,8 +1,8 @@
-"""Linear layers: their product, and how their weights lie on a mesh of devices.
+"""Linear layers: their product, and how weights are stored and lie on a mesh of devices.
 
-A weight is `[out, in]` as in a checkpoint, one leaf a matrix: q, k and v are not joined, so that
-each can be sharded by heads, and XLA merges products of the same input where that pays. Operands
-stay in the model's dtype and sums are float32, on TPUs too.
+A weight is `[out, in]` as in a checkpoint. The layers' are stacked under one name, with `*` for the
+layer's number. q, k and v are not joined, so that each can be sharded by heads. Operands of a
+product stay in the model's dtype and sums are float32, on TPUs too.
 """
 
 import re
@@ -10,19 +10,29 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Float
 
+from bridge.config import ModelConfig, tensor_shapes
+
 Array = jax.Array
+LAYERS = "model.layers.*."
 FEW = 64  # rows up to which a product is bound by reading the weight
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def contract(spec: str, a: Array, b: Array) -> Array:
     """An einsum of two operands in one dtype, with a float32 result. Every axis of an operand is
     in the other one or in the result.
 
     float32 operands are multiplied as float32: the default of TPUs, and of GPUs with TF32, is less.
+    The products of the backward pass have operands in the model's dtype too: JAX's own would
+    multiply a float32 gradient by a narrow operand, which accelerators do slowly.
     """
+    return jnp.asarray(_contract(spec, a, b))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _contract(spec: str, a: Array, b: Array) -> Array:
     exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
 
     def product(a: Array, b: Array) -> Array:
@@ -39,15 +49,13 @@ def contract(spec: str, a: Array, b: Array) -> Array:
     )
 
 
-def _contract(spec: str, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+def _contract_forward(spec: str, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
     return contract(spec, a, b), (a, b)
 
 
 def _contract_backward(
     spec: str, operands: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
-    """The products of the backward pass have operands in the model's dtype too: JAX's own would
-    multiply a float32 gradient by a narrow operand, which accelerators do slowly."""
     a, b = operands
     of_a, of_b, of_product = re.split(",|->", spec)
     g = gradient.astype(a.dtype)
@@ -56,7 +64,7 @@ def _contract_backward(
     return to_a.astype(a.dtype), to_b.astype(b.dtype)
 
 
-contract.defvjp(_contract, _contract_backward)
+_contract.defvjp(_contract_forward, _contract_backward)
 
 
 def linear(
@@ -69,3 +77,50 @@ def linear(
     y = contract("oi,ni->on", weight, rows).T if few else contract("ni,oi->no", rows, weight)
     y = y if bias is None else y + bias.astype(y.dtype)
     return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def stacked(name: str) -> tuple[str, int | None]:
+    """A checkpoint tensor's key among the parameters, and its layer."""
+    found = re.match(r"model\.layers\.(\d+)\.(.*)", name)
+    return (LAYERS + found[2], int(found[1])) if found else (name, None)
+
+
+def stacked_names(config: ModelConfig) -> dict[str, list[str]]:
+    """The checkpoint names that lie under each key, in canonical order."""
+    names: dict[str, list[str]] = {}
+    for name in tensor_shapes(config):
+        names.setdefault(stacked(name)[0], []).append(name)
+    return names
+
+
+def partition_specs(
+    config: ModelConfig, devices: int, axis: str = "model"
+) -> dict[str, PartitionSpec]:
+    """How each parameter lies on a mesh axis of so many devices (tensor parallelism).
+
+    What reads the residual stream is split by its outputs, whole heads together, and what writes to
+    it by its inputs, so that a layer adds up across devices three times: after attention, FFN and
+    block. Embedding and head are split by tokens. What does not divide evenly is on every device.
+    """
+    bridge = config.bridge
+    of_block = 0 if bridge is None else bridge.num_heads if bridge.kind == "attention" else 1
+    q, kv, ffn = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
+    # The number of pieces that a matrix may be split into, by its name.
+    outward = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
+    outward |= {"mlp.gate_proj": ffn, "mlp.up_proj": ffn}
+    outward |= {f"bridge.{part}_proj": of_block for part in "qkv"}
+    inward = {"self_attn.o_proj": q, "mlp.down_proj": ffn, "bridge.o_proj": of_block}
+    if bridge is not None and bridge.kind == "mlp":
+        outward["bridge.up_proj"] = inward["bridge.down_proj"] = 2 * bridge.inner
+
+    def spec(key: str) -> PartitionSpec:
+        name, _, kind = key.removeprefix(LAYERS).rpartition(".")
+        if name in ("model.embed_tokens", "lm_head") and config.vocab_size % devices == 0:
+            return PartitionSpec(axis, None)
+        if name in outward and outward[name] % devices == 0:
+            return PartitionSpec(None, axis, *([None] if kind == "weight" else []))
+        if name in inward and inward[name] % devices == 0 and kind == "weight":
+            return PartitionSpec(None, None, axis)
+        return PartitionSpec()
+
+    return {key: spec(key) for key in stacked_names(config)}

@@ -6,27 +6,33 @@ differs by layer (window, block or none) is data of the scan. Functions are pure
 once a config and bucket of sizes; the teacher-forced forward also serves prefill and training.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
-from bridge.config import ModelConfig, tensor_shapes
+from bridge.config import ModelConfig
 from bridge.rope import inverse_frequencies
 from bridge_jax.block import LOWEST, Grid, Layout, block, rms_norm, silu, take
 from bridge_jax.compiled import SMALL, bucket, compiled
-from bridge_jax.linear import contract, linear
+from bridge_jax.linear import (
+    LAYERS,
+    contract,
+    linear,
+    partition_specs,
+    stacked,
+    stacked_names,
+)
 
 Array = jax.Array
 Params = Mapping[str, Array]
 # `attend(q, k, v) -> y, kept`: q `[R, S, kv, M, d]`, k and v `[R, S, kv, d]`, y as q.
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
-LAYERS = "model.layers.*."
 STEPS = 16  # timesteps are padded at least to it
 
 
@@ -52,6 +58,15 @@ class Transformer:
         self.quick = small and on_cpu
         self.tables: dict[int, Array] = {}
 
+    def shard(self, mesh: Mesh, axis: str = "model") -> None:
+        """Spread the parameters over a mesh, as `partition_specs` says; all else follows them."""
+        specs = partition_specs(self.config, mesh.shape[axis], axis)
+        for key, spec in specs.items():
+            self.params[key] = jax.device_put(self.params[key], NamedSharding(mesh, spec))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self.put = lambda array: jax.device_put(array, everywhere)
+        self.tables.clear()
+
     def rope(self, length: int) -> Float[Array, "two P d"]:
         """cos and sin of the positions below `length` or more, from float64 on the host (clause
         5.6). The sign of rotate_half is in the table."""
@@ -75,33 +90,19 @@ class Transformer:
         def padded(array: np.ndarray) -> np.ndarray:
             return np.pad(layout.put(array), ((0, 0), (0, short)))
 
-        cells = (np.where(active, array, 0).astype(np.int32) for array in (tokens, positions))
-        on = np.asarray(active)
-        table = self.rope(int(np.max(positions, initial=0)) + 1)
-        return Batch(*map(padded, cells), padded(on), layout.grid), layout, table
+        fed, place = (np.where(active, x, 0).astype(np.int32) for x in (tokens, positions))
+        table = self.rope(int(place.max(initial=0)) + 1)
+        batch = Batch(padded(fed), padded(place), padded(np.asarray(active)), layout.grid)
+        return batch, layout, table
 
 
 class Batch(NamedTuple):
     """Cells `[R, S]` to compute, teacher-forced."""
 
-    tokens: Int[Array | np.ndarray, "R S"]
-    positions: Int[Array | np.ndarray, "R S"]
-    active: Bool[Array | np.ndarray, "R S"]
+    tokens: Int[Any, "R S"]
+    positions: Int[Any, "R S"]
+    active: Bool[Any, "R S"]
     grid: Grid
-
-
-def stacked(name: str) -> tuple[str, int | None]:
-    """A checkpoint tensor's key among the parameters, and its layer."""
-    found = re.match(r"model\.layers\.(\d+)\.(.*)", name)
-    return (LAYERS + found[2], int(found[1])) if found else (name, None)
-
-
-def stacked_names(config: ModelConfig) -> dict[str, list[str]]:
-    """The checkpoint names that lie under each key, in canonical order."""
-    names: dict[str, list[str]] = {}
-    for name in tensor_shapes(config):
-        names.setdefault(stacked(name)[0], []).append(name)
-    return names
 
 
 def _stack(config: ModelConfig, names: list[str], get: Callable[[str], np.ndarray]) -> np.ndarray:

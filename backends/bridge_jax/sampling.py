@@ -106,7 +106,7 @@ def weights(logits: Float[Array, "R V"], settings: Settings) -> Float[Array, "R 
 
 
 def smallest(
-    holds: Callable[[Array], Array], end: int, like: Float[Array, "R V"], wanted: Array
+    holds: Callable[[Array], Array], end: int, like: Float[Array, "R V"], wanted: bool
 ) -> Int[Array, "R one"]:
     """By row, the smallest bits in 0..end where `holds`, which must hold at `end` and from its
     first place on; `end` itself unless `wanted`."""

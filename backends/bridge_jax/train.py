@@ -1,4 +1,4 @@
-"""Losses and a whole training step (chapter 7), with `jax.value_and_grad` and optax.
+"""Gradients and a whole training step (chapter 7), with `jax.value_and_grad` and optax.
 
 Trained tensors are leaves that stand in for the model's own, stacked over their layers as those
 are; whatever else the model holds is frozen, shared and not differentiated. Master weights and
@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 
 from bridge.config import ModelConfig
-from bridge.contract import SFT, AdamW, Batch, Objective
+from bridge.contract import AdamW, Batch, Objective
 from bridge.errors import BridgeError
 from bridge.inputs import (
     add_metrics,
@@ -27,15 +27,16 @@ from bridge.inputs import (
 )
 from bridge_jax import model as transformer
 from bridge_jax.block import take
-from bridge_jax.compiled import bucket, compiled
-from bridge_jax.model import Params, Transformer, forward, head, stacked, stacked_names
+from bridge_jax.compiled import compiled
+from bridge_jax.linear import stacked, stacked_names
+from bridge_jax.losses import Targets, loss
+from bridge_jax.model import Params, Transformer, forward, head
 
 Array = jax.Array
 Leaves = dict[str, Array]
 Metrics = dict[str, float]
 # What is trained: keys of the parameters, each with the layers of its stack; None: the whole leaf.
 Chosen = tuple[tuple[str, tuple[int, ...] | None], ...]
-TARGETS = 64  # targets are padded at least to it
 
 
 def choose(config: ModelConfig, trainable: Sequence[str]) -> Chosen:
@@ -70,7 +71,9 @@ def substitute(params: Params, leaves: Leaves, chosen: Chosen) -> dict[str, Arra
     return new
 
 
-def by_name(leaves: Mapping[str, Array], config: ModelConfig, chosen: Chosen) -> Params:
+def by_name(
+    leaves: Mapping[str, Array], config: ModelConfig, chosen: Chosen
+) -> dict[str, np.ndarray]:
     """Leaves as arrays on the host, by the names of their tensors."""
     tensors, names = {}, stacked_names(config)
     for key, layers in chosen:
@@ -81,42 +84,6 @@ def by_name(leaves: Mapping[str, Array], config: ModelConfig, chosen: Chosen) ->
         for row, layer in zip(leaf, range(len(leaf)) if layers is None else layers, strict=True):
             tensors[key.replace("*", str(layer), 1)] = row
     return tensors
-
-
-class Targets(NamedTuple):
-    """What a loss reads at each target, padded."""
-
-    cells: Int[np.ndarray, " n"]  # place in the flat batch
-    targets: Int[np.ndarray, " n"]
-    real: Bool[np.ndarray, " n"]
-    advantages: Float[np.ndarray, " n"] | None
-    old_logprobs: Float[np.ndarray, " n"] | None
-    ref_logprobs: Float[np.ndarray, " n"] | None
-
-    @classmethod
-    def of(cls, batch: Batch, places: Int[np.ndarray, " B"], width: int) -> "Targets":
-        """Of rows that lie at `places` of a batch with `width` timesteps."""
-        mask = batch.target_mask
-        row, timestep = np.nonzero(mask)
-        short = bucket(len(row), TARGETS) - len(row)
-
-        def padded(values: np.ndarray, dtype: type) -> np.ndarray:
-            return np.pad(values.astype(dtype), (0, short))
-
-        def read(values: np.ndarray | None) -> np.ndarray | None:
-            return None if values is None else padded(values[mask], np.float32)
-
-        advantages = batch.advantages
-        if advantages is not None:
-            advantages = np.broadcast_to(advantages[:, None], mask.shape)
-        return cls(
-            padded(places[row] * width + timestep, np.int32),
-            padded(batch.targets[mask], np.int32),
-            padded(np.ones(len(row)), bool),
-            read(advantages),
-            read(batch.old_logprobs),
-            read(batch.ref_logprobs),
-        )
 
 
 def loss_and_grads(
@@ -179,47 +146,6 @@ def value_and_grads(
 
     (_, metrics), grads = jax.value_and_grad(value, has_aux=True)(leaves)
     return metrics, grads
-
-
-def loss(
-    logits: Float[Array, "n V"], targets: Targets, objective: Objective, count: float
-) -> tuple[Array, dict[str, Array]]:
-    """The loss over target tokens, and its metrics, `loss` among them.
-
-    `count` is the number of targets that sums are divided by: of the whole update, where the batch
-    is one of several (clause 7.10). SFT is clause 7.4: `loss = -sum(lp) / count` with lp =
-    log p(target). GRPO is clause 7.5, with advantage A by row:
-
-        rho  = exp(lp - old)
-        gain = min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)
-        kl   = exp(ref - lp) - (ref - lp) - 1
-        loss = -sum(gain - beta kl) / count
-    """
-    logp = jax.nn.log_softmax(logits, -1)
-    lp = jnp.take_along_axis(logp, targets.targets[:, None], -1, mode="clip")[:, 0]
-
-    def mean(values: Array) -> Array:
-        return jnp.where(targets.real, values, 0).sum() / count
-
-    if isinstance(objective, SFT):
-        value = -mean(lp)
-        return value, {"loss": value}
-    A = targets.advantages
-    old = jax.lax.stop_gradient(lp) if targets.old_logprobs is None else targets.old_logprobs
-    rho = jnp.exp(lp - old)
-    clipped = jax.lax.stop_gradient(rho).clip(1 - objective.eps_low, 1 + objective.eps_high)
-    gain = jnp.where(rho * A <= clipped * A, rho * A, clipped * A)
-    metrics = {
-        "clip_fraction": mean((rho * A > clipped * A).astype(jnp.float32)),
-        "entropy": -mean((jnp.exp(logp) * logp).sum(-1)),
-    }
-    if targets.ref_logprobs is not None:
-        difference = targets.ref_logprobs - lp
-        kl = jnp.exp(difference) - difference - 1
-        gain = gain - objective.beta * kl
-        metrics["kl"] = mean(kl)
-    value = -mean(gain)
-    return value, {"loss": value, **metrics}
 
 
 class State(NamedTuple):
