@@ -1,15 +1,21 @@
 """Every property of the contract, for every backend that is here, in every dtype (chapter 10).
 
-The checks are `bridge_conformance`'s; the reference itself must pass them too.
+The checks are `bridge_conformance`'s, run as `bridge conformance` runs them, a level a test; the
+reference itself must pass them too. HYPOTHESIS_PROFILE=thorough runs many cases.
 """
 
-import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import os
 
-from bridge.registry import backends, find_backend
-from bridge_conformance.checks import CHECKS
-from bridge_conformance.trial import Target
+# Test processes whose threads outnumber the cores wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+from rich.console import Console
+
+from bridge.registry import backends
+from bridge_conformance.card import card
+from bridge_conformance.checks import CHECKS, LEVELS
+from bridge_conformance.runner import run
 
 TARGETS = [
     (info.name, device, dtype)
@@ -17,21 +23,23 @@ TARGETS = [
     for device in info.devices
     for dtype in info.dtypes[device]
 ]
-# The reference runs in Python, and its low dtypes are what others are measured by.
-EXAMPLES = {"numpy": 6, "torch": 12}
+PROFILE = "thorough" if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else "ci"
+SLOW = {"jax": "quick"}  # which compiles every model anew
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("level", LEVELS, ids=lambda level: f"L{level}")
 @pytest.mark.parametrize("backend,device,dtype", TARGETS)
-def test_conformance(backend, device, dtype, name):
-    check = CHECKS[name]
-    target = Target(find_backend(backend), device, dtype, check.clause)
-    quick = settings.default is settings.get_profile("ci")
-    examples = EXAMPLES.get(backend, 12) if quick else settings.default.max_examples
-
-    @settings(max_examples=examples)
-    @given(st.data())
-    def run(data):
-        check.run(target, data.draw(check.cases))
-
-    run()
+def test_conformance(backend, device, dtype, level):
+    report = run(
+        backend,
+        device=device,
+        dtypes=[dtype],
+        profile=SLOW.get(backend, PROFILE) if PROFILE == "ci" else PROFILE,
+        checks=[check.name for check in CHECKS.values() if check.level == level],
+        workers=1,
+    )
+    if not report.ok:
+        console = Console(width=100, highlight=False)
+        for part in card(report, str):
+            console.print(part, soft_wrap=True)
+    assert report.ok, report.failures[0].message if report.failures else "checks were skipped"

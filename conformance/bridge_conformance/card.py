@@ -6,7 +6,6 @@ Text of a backend, such as what its exceptions say, is passed through `clean` be
 from collections.abc import Callable, Iterator
 
 from rich.console import RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -119,7 +118,7 @@ def failure(found: list[Failure], clean: Callable[[str], str]) -> Iterator[Rende
         lines.append(f"also fails in {', '.join(f.dtype for f in others)}")
     lines.append(("" if first.shrunk else "not shrunk; ") + f"case: {first.case}")
     for line in lines:
-        yield Padding(Text(clean(line)), (0, 0, 0, 2))
+        yield Text("  " + clean(line))
     yield Text("  again with:")
     yield Text(clean(first.command), no_wrap=True, overflow="ignore")
 

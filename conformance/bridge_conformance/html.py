@@ -43,7 +43,7 @@ th { text-align: left; font-weight: 600; font-size: 0.87rem; color: var(--soft);
 th, td { padding: 0.4rem 0.75rem 0.4rem 0; border-bottom: 1px solid var(--line); }
 td.num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .matrix td.status { padding: 0.25rem; border: 0; min-width: 7rem; }
-.matrix th, .matrix td { border: 0; }
+.matrix th, .matrix td { border: 0; } .matrix th { text-align: center; padding: 0.25rem; }
 .status span { display: block; padding: 0.45rem 0.5rem; border-radius: 7px; text-align: center;
   font-size: 0.87rem; white-space: nowrap; }
 .none { color: var(--soft); background: var(--code); }
@@ -80,8 +80,9 @@ def page(report: Report) -> str:
         "<h2>How near results come to what is allowed</h2>",
         _plots(report),
         '<p class="note">Each comparison of a run gives one error, in multiples of what the '
-        "numerics rule allows (clause 10.2): 4 times the error of the float64-checked reference in "
-        "the same dtype. Comparisons that must agree bit for bit are not among them.</p>",
+        "numerics rule allows (clause 10.2), which is a small multiple of the error that the "
+        "reference itself makes in that dtype. The scale is of powers of two, exact results are "
+        "on the left, and what must agree bit for bit is not counted.</p>",
         "<h2>Worst error by clause</h2>",
         _clauses(report),
         "<h2>The same run again</h2>",
@@ -181,7 +182,7 @@ def _plot(dtype: str, counts: list[int], largest: int) -> str:
             f'height="{tall:.1f}" rx="2" fill="{colour}"><title>{n} {edge}</title></rect>'
         )
     limit = (len(counts) - 1) * step
-    for x, text in ((step, "1/1024"), (limit - 2 * step, "1/4"), (limit, "1")):
+    for x, text in ((1.5 * step, "1/1024"), (limit - 2 * step, "1/4"), (limit, "1")):
         labels.append(
             f'<text x="{x:.0f}" y="96" font-size="10" text-anchor="middle" '
             f'fill="var(--soft)">{text}</text>'

@@ -45,7 +45,7 @@ class Failure:
     property: str
     message: str
     case: str  # JSON
-    shrunk: bool
+    shrunk: bool  # or the one that was asked for
     command: str  # which fails again
     worst: dict[str, Any] | None = None  # the fields of `trial.Worst`, where numbers were compared
 
@@ -101,15 +101,14 @@ class Report:
 
     def _passed(self, level: int, dtype: str) -> bool:
         outcomes = self.at(level)
-        here = [o for o in outcomes if o.dtype == dtype]
-        whole = bool(here) and all(o.status == "pass" and o.cases for o in here)
-        return whole and not any(o.status == "fail" for o in outcomes)
+        failed = any(o.status == "fail" for o in outcomes)
+        return not failed and _whole([o for o in outcomes if o.dtype == dtype])
 
     @property
     def ok(self) -> bool:
         """Whether all that was asked for passes: exit code 0."""
         if self.checks_alone:
-            return self.complete and all(o.status == "pass" for o in self.outcomes)
+            return self.complete and _whole(self.outcomes)
         return self.verdict.passed
 
     def at(self, level: int, dtype: str | None = None) -> list[Outcome]:
@@ -136,6 +135,11 @@ class Report:
             "edges": list(EDGES),
         }
         return plain(whole)
+
+
+def _whole(outcomes: list[Outcome]) -> bool:
+    """Whether there are checks, and every one passes on a case at least."""
+    return bool(outcomes) and all(o.status == "pass" and o.cases for o in outcomes)
 
 
 def plain(value: Any) -> Any:

@@ -103,7 +103,8 @@ def run(
     session = Session(report, PROFILES[profile], chosen, workers, worker, progress)
     try:
         session.examine([dtype for dtype in asked if dtype in offered], case)
-        session.shrink()
+        if case is None:
+            session.shrink()
         report.complete = True
     except KeyboardInterrupt:
         pass
@@ -138,10 +139,11 @@ class Session:
         # By dtype and check: each case in the order drawn, with what was found on it.
         self.found: dict[tuple[str, str], dict[int, tuple[str, Finding]]] = {}
         self.plainest: dict[tuple[str, str], tuple[str, Finding]] = {}
-        self.done, self.total = 0, 0
+        self.done, self.total, self.given = 0, 0, False
 
     def examine(self, dtypes: Sequence[str], case: str | None) -> None:
-        """Run all checks on all their cases."""
+        """Run all checks on all their cases, or on the case given."""
+        self.given = case is not None
         jobs = list(self._jobs(dtypes, case))
         self.total = len(jobs)
         for job, findings in self._carry_out(jobs, "examining"):
@@ -174,7 +176,8 @@ class Session:
     def _carry_out(
         self, jobs: Sequence[Job], doing: str
     ) -> Iterator[tuple[Job, Sequence[Finding]]]:
-        self.progress(Progress(self.done, self.total, len(self._failing()), doing))
+        if jobs:
+            self.progress(Progress(self.done, self.total, len(self._failing()), doing))
         for job, findings in carry_out(self.worker, jobs, self.workers):
             yield job, findings
             self.done += 1
@@ -223,7 +226,7 @@ class Session:
             check.property,
             finding.message,
             text,
-            (dtype, check.name) in self.plainest or bool(check.golden),
+            (dtype, check.name) in self.plainest or bool(check.golden) or self.given,
             reproduce(self.report, dtype, check, to_text(from_text(text))),
             finding.element,
         )

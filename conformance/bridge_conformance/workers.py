@@ -21,9 +21,10 @@ from bridge_conformance.examine import Finding, examine, shrink
 from bridge_conformance.trial import Target
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
-    """Checks to run on a case; or, with a `budget`, one check to shrink from what is known."""
+    """Checks to run on a case; or, with a `budget`, one check to shrink from what is known. Equal
+    to itself alone."""
 
     dtype: str
     checks: tuple[str, ...]
