@@ -80,18 +80,21 @@ class Decoder(Protocol):
     """Cached decoding of R rows, in the order of their prompts; `step` counts from 0."""
 
     def logits(self) -> np.ndarray:
-        """Next-token logits `[R, V]` of the rows left, float32 or wider."""
+        """Next-token logits `[R, V]` of the rows left, float32 or wider; `[0, V]` when none is."""
         ...
 
     def sample(self, sampling: Sampling) -> np.ndarray:
-        """Draw the next token of each row left: `[R]` int64. Does not advance."""
+        """Draw the next token of each row left: `[R]` int64. Does not advance, and may be called
+        again at the same step."""
         ...
 
     def advance(self, tokens: np.ndarray | None = None, keep: np.ndarray | None = None) -> None:
         """Feed the rows where `keep [R]` (None: all) their next token and drop the others for good.
 
-        `tokens [R]`: what to feed; None feeds what `sample` last drew. Dropped rows are inactive
-        from this timestep on, and R shrinks to the number kept.
+        `tokens [R]`: what to feed; None feeds what `sample` last drew at this step. Both arrays
+        have an entry for every row before the call; what stands for a dropped row is not read.
+        Dropped rows are inactive from this timestep on, and R shrinks to the number kept. Raises
+        BridgeError with neither tokens nor a draw, and past the `max_new_tokens` of the prefill.
         """
         ...
 
@@ -108,11 +111,13 @@ class Trainer(Protocol):
         ...
 
     def state(self) -> dict[str, np.ndarray]:
-        """All that resuming needs, by name."""
+        """All that resuming needs: `step` (int64), and for each trained tensor `master.NAME`,
+        `exp_avg.NAME` and `exp_avg_sq.NAME` (clause 7.9)."""
         ...
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from what `state` gave."""
+        """Go on from what `state` gave. Raises BridgeError, and changes nothing, where an array is
+        missing, left over or has another shape."""
         ...
 
 
@@ -126,7 +131,8 @@ class BackendModel(Protocol):
     def block(
         self, layer: int, hidden: np.ndarray, groups: np.ndarray, active: np.ndarray
     ) -> np.ndarray:
-        """The Bridge block of one layer: `hidden [B, S, D]` in, updated residual out."""
+        """The Bridge block of one layer: `hidden [B, S, D]` in, updated residual out, both in the
+        model's dtype. Raises BridgeError for a layer without a block."""
         ...
 
     def logits(
@@ -155,7 +161,12 @@ class BackendModel(Protocol):
     def loss_and_grads(
         self, batch: Batch, objective: Objective, trainable: Sequence[str]
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Metrics with `loss`, and the gradient of each tensor named in `trainable`."""
+        """Metrics, and the gradient of each tensor named in `trainable`, float32 or wider; zeros
+        for a tensor that the loss does not read.
+
+        Metrics are sums over targets divided by their number: `loss`; for GRPO `entropy`,
+        `clip_fraction`, and `kl` wherever `ref_logprobs` are given; and `tokens`, the number.
+        """
         ...
 
     def trainer(
@@ -185,7 +196,8 @@ class Backend(Protocol):
     name: str
 
     def devices(self) -> list[str]:
-        """Devices present, best first; never empty."""
+        """Devices present, best first; never empty. Named `kind` or `kind:number`, such as `cpu` or
+        `cuda:0`: who asks for a kind gets the first of it."""
         ...
 
     def dtypes(self, device: str) -> list[str]:
