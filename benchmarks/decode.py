@@ -1,6 +1,6 @@
 """Decoding figures, as ratios within one run, on a real model: SmolLM2-135M in float32.
 
-    python benchmarks/decode.py [--device cpu] [--rounds 7] [--out benchmarks/results]
+    python benchmarks/decode.py [--backend torch] [--device cpu] [--rounds 5]
 
 Four comparisons, alternating, medians of rounds: our engine with Bridge against transformers'
 `generate` of the plain host; Bridge on against off; prefill at width 16 against width 1; peak
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import files, version
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,9 @@ def against_transformers(
     host: Path, model: bridge.Model, width: int, rounds: int, steps: int
 ) -> Any:
     """Whole calls, prompt included: tokens a second of both."""
-    theirs = load_transformers(host, model.device)
+    theirs = load_transformers(host, _torch_device(model.device))
     ids = model.tokenizer.encode_chat([{"role": "user", "content": QUESTION}])  # type: ignore
-    prompt = torch.tensor([ids], device=model.device)
+    prompt = torch.tensor([ids], device=theirs.device)
 
     def generate() -> None:
         out = theirs.generate(
@@ -133,16 +134,18 @@ def prefill(model: bridge.Model, width: int, tokens: int, rounds: int) -> Any:
     return {"tokens": tokens, "seconds": seconds, "ratio": seconds["many"] / seconds["one"]}
 
 
-def memory(host: Path, checkpoint: Path, device: str, width: int, tokens: int, steps: int) -> Any:
+def memory(
+    backend: str, host: Path, checkpoint: Path, device: str, width: int, tokens: int, steps: int
+) -> Any:
     """Peak bytes of a process each: resident on a CPU, allocated on a GPU."""
     peak = {}
-    for name, path in (("transformers", host), ("bridge", checkpoint)):
+    for name, path in (("transformers", host), (backend, checkpoint)):
         command = [sys.executable, __file__, "--peak", name, str(path), device]
         command += [str(width), str(tokens), str(steps)]
         peak[name] = int(
             subprocess.run(command, capture_output=True, check=True).stdout.split()[-1]
         )
-    return {"prompt": tokens, "bytes": peak, "ratio": peak["bridge"] / peak["transformers"]}
+    return {"prompt": tokens, "bytes": peak, "ratio": peak[backend] / peak["transformers"]}
 
 
 def measure_peak(name: str, path: str, device: str, width: str, tokens: str, steps: str) -> None:
@@ -150,17 +153,18 @@ def measure_peak(name: str, path: str, device: str, width: str, tokens: str, ste
     import resource
 
     ids = np.random.default_rng(0).integers(100, 40000, int(tokens)).tolist()
-    if name == "bridge":
+    if name != "transformers":
         decode(
-            bridge.load(path, backend="torch", device=device, dtype="float32"),
+            bridge.load(path, backend=name, device=device, dtype="float32"),
             ids,
             int(width),
             int(steps),
         )
     else:
-        prompt = torch.tensor([ids], device=device)
+        theirs = load_transformers(Path(path), _torch_device(device))
+        prompt = torch.tensor([ids], device=theirs.device)
         with torch.inference_mode():
-            load_transformers(Path(path), device).generate(
+            theirs.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 do_sample=True,
@@ -186,7 +190,12 @@ def load_transformers(host: Path, device: str) -> Any:
     return model.to(device).eval()
 
 
-def machine(device: str) -> dict[str, Any]:
+def _torch_device(device: str) -> str:
+    """Where transformers runs, so that both have the same hardware."""
+    return device if device == "cpu" or device.startswith("cuda") else "cpu"
+
+
+def machine(backend: str, device: str) -> dict[str, Any]:
     """Where the figures are from."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
@@ -194,13 +203,14 @@ def machine(device: str) -> dict[str, Any]:
         name = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name()
-    packages = {package: version(package) for package in ("torch", "transformers", "numpy")}
-    return {"device": name, "threads": torch.get_num_threads(), **packages}
+    packages = {package: version(package) for package in (backend, "torch", "transformers")}
+    return {"backend": backend, "device": name, "threads": torch.get_num_threads(), **packages}
 
 
 def report(results: dict[str, Any]) -> str:
     """The figures as a table."""
-    lines = [f"{results['machine']['device']}, {results['machine']['threads']} threads", ""]
+    where = results["machine"]
+    lines = [f"{where['backend']} on {where['device']}, {where['threads']} threads", ""]
     lines += [
         "| figure | " + " | ".join(results["blocks"]) + " |",
         "|---" * (1 + len(results["blocks"])) + "|",
@@ -214,6 +224,7 @@ def report(results: dict[str, Any]) -> str:
 def main() -> None:
     """Measure, print the ratios, and keep all of it as JSON."""
     parser = argparse.ArgumentParser(description="Decoding figures on SmolLM2-135M.")
+    parser.add_argument("--backend", default="torch")
     parser.add_argument("--device", default=None)
     parser.add_argument("--width", type=int, default=8)
     parser.add_argument("--steps", type=int, default=64)
@@ -228,9 +239,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         host = Path(directory) / "host"
         export_gguf(Path(str(found.locate())), host)
-        off = bridge.load(host, backend="torch", device=options.device, dtype="float32")
+        load = partial(bridge.load, backend=options.backend, device=options.device, dtype="float32")
+        off = load(host)
         results: dict[str, Any] = {
-            "machine": machine(off.device),
+            "machine": machine(options.backend, off.device),
             "width": options.width,
             "steps": options.steps,
             "blocks": {},
@@ -239,7 +251,7 @@ def main() -> None:
             heads, head_dim = map(int, size.split("x"))
             out = Path(directory) / size
             made = init(host, out, heads=heads, head_dim=head_dim)
-            on = bridge.load(out, backend="torch", device=options.device, dtype="float32")
+            on = load(out)
             rounds, steps = options.rounds, options.steps
             results["blocks"][f"{size} ({made.share:.1%} new)"] = {
                 "against transformers": against_transformers(
@@ -247,11 +259,12 @@ def main() -> None:
                 ),
                 "on against off": on_against_off(on, off, options.width, rounds, steps),
                 "prefill": prefill(on, 16, 512, rounds),
-                "memory": memory(host, out, on.device, 16, 512, steps),
+                "memory": memory(options.backend, host, out, on.device, 16, 512, steps),
             }
     print(report(results))
     options.out.mkdir(parents=True, exist_ok=True)
-    name = "decode-" + "-".join(results["machine"]["device"].lower().split()) + ".json"
+    place = "-".join(results["machine"]["device"].lower().split())
+    name = f"decode-{options.backend}-{place}.json"
     (options.out / name).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
