@@ -36,27 +36,31 @@ class Finding:
     case: str = ""  # where shrinking found another
 
 
-def seed_of(seed: int, level: int, dtype: str) -> int:
-    """The seed of a level's cases in a dtype."""
-    return zlib.crc32(f"{seed} {level} {dtype}".encode())
+SPARE = 40  # numbers of cases beyond those asked for, where a check that nothing showed looks
+
+
+def seed_of(seed: int, level: int, dtype: str, number: int) -> int:
+    """The seed of a level's case of that number in a dtype."""
+    return zlib.crc32(f"{seed} {level} {dtype} {number}".encode())
 
 
 def draw(level: int, dtype: str, seed: int, count: int) -> list[Any]:
-    """`count` different cases of a level."""
-    cases: dict[str, Any] = {}
-
-    def note(case: Any) -> None:
-        cases.setdefault(readable(case), case)
-
-    # Hypothesis begins with the plainest case there is, which shows little.
-    run(note, level, dtype, seed, count + 1, phases=(Phase.generate,))
-    drawn = list(cases.values())[1:]
+    """Up to `count` different cases of a level, and more where a check would have none."""
+    cases = {readable(case): case for case in (_one(level, dtype, seed, n) for n in range(count))}
+    drawn = list(cases.values())
     for check in CHECKS.values():  # each needs one that it applies to and that is not left out
         if check.level == level and not check.golden and not any(_shows(check, c) for c in drawn):
-            cases.clear()
-            run(note, level, dtype, seed, 40, phases=(Phase.generate,))
-            drawn += [case for case in cases.values() if _shows(check, case)][-1:]
+            spare = (_one(level, dtype, seed, n) for n in range(count, count + SPARE))
+            drawn += [case for case in spare if _shows(check, case)][:1]
     return drawn
+
+
+def _one(level: int, dtype: str, seed: int, number: int) -> Any:
+    """The case of one number, drawn by itself: of many that Hypothesis draws in a row, most are
+    variations of a few, and few cases show much only if they are independent."""
+    cases: list[Any] = []
+    run(cases.append, level, dtype, seed, number, phases=(Phase.generate,))
+    return cases[-1]
 
 
 def _shows(check: Check, case: Any) -> bool:
@@ -69,14 +73,15 @@ def run(
     level: int,
     dtype: str,
     seed: int,
-    count: int,
+    number: int,
     phases: Sequence[Phase],
 ) -> None:
-    """Hypothesis on the cases of a level, the same for the same seed; a failure is raised."""
+    """Hypothesis on the plainest case of a level and on the one of a number; a failure is raised,
+    once it is shrunk where `phases` say so."""
 
-    @hypothesis.seed(seed_of(seed, level, dtype))
+    @hypothesis.seed(seed_of(seed, level, dtype, number))
     @hypothesis.settings(
-        max_examples=count,
+        max_examples=2,
         phases=phases,
         database=None,
         deadline=None,
@@ -160,9 +165,13 @@ def shrink(
             last.append((case, seen[text]))
             raise _Found
 
-    for count in (len(known) + 1, budget):
+    failing = next((readable(case) for case, finding in known if finding.status == "fail"), "")
+    for number in range(len(known) + SPARE):
+        if readable(_one(check.level, target.dtype, seed, number)) != failing:
+            continue
         try:
-            run(fails, check.level, target.dtype, seed, count, (Phase.generate, Phase.shrink))
+            phases = (Phase.generate, Phase.shrink)
+            run(fails, check.level, target.dtype, seed, number, phases)
         except _Found:
             return last[-1]  # Hypothesis ends with the plainest
         except HypothesisException:  # it could not repeat what it saw
