@@ -270,7 +270,7 @@ class TrainCase:
         """Targets at some active cells; what GRPO reads lies around the policy of `logits`.
 
         Ratios are far from where clipping begins, so that no rounding crosses it. What is not to be
-        read holds NaN. One batch in three leaves out all that may be left out: positions, the
+        read holds NaN. Every other batch leaves out all that may be left out: positions, the
         sampling policy, and, unless beta weighs it, the reference policy.
         """
         rng = np.random.default_rng([self.seed, 3])
@@ -282,7 +282,7 @@ class TrainCase:
         logp = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
         lp = np.take_along_axis(logp, targets[..., None], -1)[..., 0]
         ratio = rng.choice([0.5, 0.95, 1.05, 1.6], size=mask.shape)
-        bare = self.seed % 3 == 0
+        bare = self.seed % 2 == 0
         beta = self.objective.beta if isinstance(self.objective, GRPO) else 0.0
         old = np.where(mask, lp - np.log(ratio), np.nan)
         ref = np.where(mask, lp + rng.normal(0, 0.3, size=mask.shape), np.nan)

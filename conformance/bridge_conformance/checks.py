@@ -114,6 +114,7 @@ CHECKS: dict[str, Check] = {
         _check(checks_model.no_future_timestep_influences_an_earlier_one, "3.8", 2),
         _check(checks_decode.cached_decoding_equals_teacher_forcing, "4.1", 3),
         _check(checks_decode.a_prompt_is_prefilled_once_for_its_group, "4.2", 3),
+        _check(checks_decode.what_is_out_of_bounds_is_refused, "4.4", 3),
         _check(checks_decode.ended_rows_leave_other_groups_unchanged, "4.3", 3),
         _check(checks_decode.what_was_sampled_is_what_is_fed, "10.1", 3),
         _check(checks_decode.sampled_tokens_follow_the_rule, "6.7", 3),

@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from bridge.contract import BackendModel, Decoder, Sampling
+from bridge.errors import BridgeError
 from bridge.philox import uniforms
 from bridge_conformance.cases import DecodeCase, teacher_forced
 from bridge_conformance.trial import Target, Trial
@@ -76,6 +77,22 @@ def a_prompt_is_prefilled_once_for_its_group(target: Target, case: DecodeCase) -
         rows = got[case.row_prompt == number]
         same = np.repeat(alone, len(rows), axis=0)
         trial.same(rows, same, 2 * allowed, f"prompt {number} at width 1", case)
+
+
+def what_is_out_of_bounds_is_refused(target: Target, case: DecodeCase) -> None:
+    """Clause 4.4: no empty prompt, no width of 0, nothing past the context."""
+    trial = Trial(target, case.model)
+    left = case.model.config.max_position_embeddings - len(case.prompts[-1])
+    for what, prompt, width, new in (
+        ("an empty prompt", case.prompts[-1][:0], 1, 1),
+        ("a width of 0", case.prompts[-1], 0, 1),
+        ("a text past the context", case.prompts[-1], 1, left + 1),
+    ):
+        try:
+            trial.model.prefill([*case.prompts, prompt], [*case.widths, width], new)
+        except BridgeError:
+            continue
+        raise trial.failure(f"{what} is taken", case)
 
 
 def ended_rows_leave_other_groups_unchanged(target: Target, case: DecodeCase) -> None:

@@ -60,7 +60,7 @@ def host_configs(draw, families: tuple[str, ...] = FAMILIES) -> dict[str, Any]:
     kv_heads = draw(st.integers(1, 2))
     heads = kv_heads * draw(st.integers(1, 3))
     head_dim = draw(st.sampled_from([4, 2, 8]))
-    layers = draw(st.integers(1, 3))
+    layers = draw(st.sampled_from([2, 1, 3]))
     raw: dict[str, Any] = {
         "model_type": family,
         "vocab_size": draw(st.integers(8, 24)),
@@ -85,13 +85,14 @@ def host_configs(draw, families: tuple[str, ...] = FAMILIES) -> dict[str, Any]:
         raw["mlp_bias"] = draw(st.booleans())
     if family == "mistral":
         raw["sliding_window"] = draw(st.sampled_from([None, 3, 2, 5]))
-    if family in ("qwen2", "qwen3") and draw(st.booleans()):
-        raw |= {"use_sliding_window": True, "sliding_window": draw(st.integers(2, 5))}
-        if draw(st.booleans()):
-            raw["max_window_layers"] = draw(st.integers(0, layers))
+    given = draw(st.sampled_from([None, "max_window_layers", "layer_types"]))
+    if family in ("qwen2", "qwen3") and given is not None:
+        raw |= {"use_sliding_window": True, "sliding_window": draw(st.integers(2, 4))}
+        if given == "max_window_layers":
+            raw[given] = draw(st.integers(0, layers))
         else:
             kinds = st.sampled_from(["full_attention", "sliding_attention"])
-            raw["layer_types"] = draw(st.lists(kinds, min_size=layers, max_size=layers))
+            raw[given] = draw(st.lists(kinds, min_size=layers, max_size=layers))
     return raw
 
 
@@ -104,11 +105,15 @@ def models(
     """A host with Bridge blocks of one of `kinds` after at least one layer (chapters 3 and 8)."""
     raw = draw(host_configs())
     layer_numbers = range(raw["num_hidden_layers"])
+    heads, head_dim = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    if draw(st.booleans()):  # as wide as the model: square weights, which hide a transposition
+        heads = raw["num_attention_heads"]
+        head_dim = raw["hidden_size"] // heads
     raw["bridge"] = {
         "spec_version": SPEC_VERSION,
         "kind": draw(st.sampled_from(kinds)),
-        "num_heads": draw(st.integers(1, 3)),
-        "head_dim": draw(st.integers(1, 5)),
+        "num_heads": heads,
+        "head_dim": head_dim,
         "layers": sorted(draw(st.sets(st.sampled_from(layer_numbers), min_size=1))),
         "norm_eps": draw(st.sampled_from([1e-6, 1e-3])),
     }
@@ -126,7 +131,7 @@ PATTERNS = ("full", "left", "right", "both", "gaps", "none")
 def row_batches(draw, model: ModelCase) -> RowsCase:
     """A teacher-forced batch: groups of different widths, their rows interleaved (chapter 2)."""
     widths = draw(WIDTHS)
-    timesteps = draw(st.integers(1, 7))
+    timesteps = draw(st.sampled_from([4, 1, 2, 3, 6, 8]))
     patterns = draw(st.lists(st.sampled_from(PATTERNS), min_size=sum(widths), max_size=sum(widths)))
     return rows_of(model, widths, timesteps, patterns, draw(st.booleans()), draw(SEEDS))
 
