@@ -166,4 +166,11 @@ FAULTS = (
         DRAWN,
         decode("fed = self.drawn\n", "fed = self.next_logits.argmax(-1)\n"),
     ),
+    Fault(
+        "prompts past the context are taken",
+        "Positions that the model was never trained on are read without a word.",
+        "4.4",
+        "what_is_out_of_bounds_is_refused",
+        decode("check_prompts(config, prompts, widths, max_new_tokens)", "pass"),
+    ),
 )

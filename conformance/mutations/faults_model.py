@@ -159,14 +159,19 @@ FAULTS = (
         model(FREQUENCIES, f"{FREQUENCIES}[0], 1.0"),
     ),
     Fault(
-        "angles in float32",
-        "Far into a long context rope turns by wrong angles.",
+        "angles in the compute dtype",
+        "In bfloat16, positions from 257 on are rounded: long texts lose their order.",
         "5.6",
         LOGITS,
         model(
-            "np.arange(length)[:, None] * self.frequencies",
-            "np.arange(length, dtype=np.float32)[:, None] * self.frequencies.astype(np.float32)",
+            "self.device, self.dtype = device", "self.n, self.device, self.dtype = dtype, device"
         ),
+        model(
+            "np.arange(length)[:, None] * self.frequencies",
+            "(torch.arange(length).to(self.n)[:, None]\n"
+            "                  * torch.from_numpy(self.frequencies).to(self.n)).double().numpy()",
+        ),
+        dtype="bfloat16",
     ),
     Fault(
         "embeddings are scaled",

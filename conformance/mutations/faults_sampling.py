@@ -57,13 +57,6 @@ FAULTS = (
         sampling(UNIFORMS, "uniforms(seed & 0xFFFFFFFF, steps, self.rows, self.prompts)"),
     ),
     Fault(
-        "numbers repeat after a table",
-        "From the 64th token on every draw is one that was made before.",
-        "6.2",
-        SAMPLED,
-        sampling(UNIFORMS, "uniforms(seed, steps % STEPS, self.rows, self.prompts)"),
-    ),
-    Fault(
         "numbers start with the first draw",
         "A text that goes on from given tokens differs from one drawn from the start.",
         "6.2",

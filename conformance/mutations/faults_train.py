@@ -6,6 +6,7 @@ GRADIENTS = "loss_and_gradients_are_within_the_numerics_rule"
 STEPS = "training_steps_are_within_the_numerics_rule"
 ACCUMULATED = "accumulated_batches_are_one_update"
 RECOMPUTED = "computing_layers_again_changes_no_update"
+LEARNT = "a_model_computes_with_what_it_learnt"
 RESTORED = "a_restored_trainer_goes_on_as_if_never_stopped"
 ADVANTAGES = "golden vector 7.6-advantages"
 GAIN = "gain = torch.where(rho * A <= clipped * A, rho * A, clipped.detach() * A)"
@@ -153,7 +154,7 @@ FAULTS = (
         "a tied head is a copy",
         "After training the model says what it learnt, by the head that it had before.",
         "7.9",
-        STEPS,
+        LEARNT,
         Edit("model", "            self.head.weight = self.embed", "            pass"),
     ),
     Fault(
