@@ -61,7 +61,8 @@ class Grid:
         first = np.concatenate([[0], np.cumsum(widths)[:-1]])
         cells = np.empty(R, np.int64)
         cells[order] = group[order] * N + np.arange(R) - first[group[order]]
-        rows = np.zeros(G * N, np.int64)  # an empty cell reads row 0, and is masked
+        # An empty cell is masked, and reads its own group: 0 times another's NaN would be NaN.
+        rows = np.repeat(order[first], N)
         rows[cells] = np.arange(R)
         filled = np.zeros(G * N, bool)
         filled[cells] = True

@@ -54,9 +54,14 @@ def blocked_rows_have_no_influence_on_the_block(target: Target, case: BlockCase)
     mine = rows.groups == rows.groups[0]
     changed = np.where(mine[:, None, None], hidden, 1 - 2 * hidden).astype(hidden.dtype)
     changed[~rows.active] = np.nan
-    got = trial.model.block(case.layer, changed, rows.groups, rows.active)
     where = rows.active & mine[:, None]
-    trial.same(got[where], straight[where], 0, "rows of the first row's group", case)
+    for other, what in (
+        (changed, "another residual"),
+        (np.where(where[..., None], hidden, np.nan), "NaN"),
+    ):
+        got = trial.model.block(case.layer, other.astype(hidden.dtype), rows.groups, rows.active)
+        what = f"rows of the first row's group, with {what} in the others"
+        trial.same(got[where], straight[where], 0, what, case)
 
 
 def repeating_rows_changes_nothing(target: Target, case: BlockCase) -> None:
