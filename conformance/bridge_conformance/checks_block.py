@@ -51,17 +51,13 @@ def blocked_rows_have_no_influence_on_the_block(target: Target, case: BlockCase)
     trial, hidden, _ = start(target, case)
     rows = case.rows
     straight = trial.model.block(case.layer, hidden, rows.groups, rows.active)
-    mine = rows.groups == rows.groups[0]
-    changed = np.where(mine[:, None, None], hidden, 1 - 2 * hidden).astype(hidden.dtype)
-    changed[~rows.active] = np.nan
-    where = rows.active & mine[:, None]
-    for other, what in (
-        (changed, "another residual"),
-        (np.where(where[..., None], hidden, np.nan), "NaN"),
-    ):
-        got = trial.model.block(case.layer, other.astype(hidden.dtype), rows.groups, rows.active)
-        what = f"rows of the first row's group, with {what} in the others"
-        trial.same(got[where], straight[where], 0, what, case)
+    for group in np.unique(rows.groups):
+        mine = rows.active & (rows.groups == group)[:, None]
+        for other in (1 - 2 * hidden, np.full_like(hidden, np.nan)):
+            changed = np.where(mine[..., None], hidden, other).astype(hidden.dtype)
+            got = trial.model.block(case.layer, changed, rows.groups, rows.active)
+            what = f"rows of group {group}, with {other.flat[0]} and the like in all other cells"
+            trial.same(got[mine], straight[mine], 0, what, case)
 
 
 def repeating_rows_changes_nothing(target: Target, case: BlockCase) -> None:
