@@ -88,9 +88,10 @@ class Decoder:
     def _prefill(self, prompts: Sequence[np.ndarray]) -> None:
         """Read each prompt once, at width 1. Shorter ones are padded on the left, so that a slot's
         distance from the end is the same for all."""
-        model, longest = self.model, int(self.lengths.max())
-        self.slots = bucket(longest, STEPS)
-        self.table = model.rope(longest + self.steps)
+        model = self.model
+        self.slots = bucket(int(self.lengths.max()), STEPS)
+        timesteps = bucket(self.steps, STEPS)
+        self.table = model.rope(self.slots + timesteps)
         alone = Layout.of(np.arange(len(prompts)), model.floor)
         tokens = np.zeros((alone.size, self.slots), np.int32)
         active = np.zeros(tokens.shape, bool)
@@ -104,13 +105,13 @@ class Decoder:
             self.table,
             self.layout.put(self.group),
             config=model.config,
-            timesteps=bucket(self.steps, STEPS),
+            timesteps=timesteps,
             quick=model.quick,
         )
 
     def _settle(self, layout: Layout) -> None:
         """Rows lie as in `layout` from now on."""
-        self.layout, self.places = layout, layout.places
+        self.layout = layout
         padding = np.full(layout.grid.filled.shape[0], self.slots, np.int32)
         padding[: len(self.lengths)] -= self.lengths
         alive = layout.put(np.ones(len(self.group), bool))
@@ -118,7 +119,7 @@ class Decoder:
 
     def logits(self) -> Float[np.ndarray, "R V"]:
         """Next-token logits of the rows left, float32."""
-        return jax.device_get(self.next_logits)[self.places, : self.model.config.vocab_size]
+        return jax.device_get(self.next_logits)[self.layout.places, : self.model.config.vocab_size]
 
     def sample(self, sampling: Sampling) -> Int[np.ndarray, " R"]:
         """Draw the next token of each row left: int64. Does not advance."""
@@ -126,14 +127,13 @@ class Decoder:
         self.drawn = sample(
             self.next_logits, table, line, Settings.of(sampling), quick=self.model.quick
         )
-        return jax.device_get(self.drawn)[self.places].astype(np.int64)
+        return jax.device_get(self.drawn)[self.layout.places].astype(np.int64)
 
     def advance(self, tokens: np.ndarray | None = None, keep: np.ndarray | None = None) -> None:
         """Feed the rows where `keep [R]` one token each, and drop the others (clause 4.3)."""
-        fed: Array | np.ndarray
         if tokens is not None:
-            fed = np.zeros(self.layout.size, np.int32)
-            fed[self.places] = tokens
+            # On the device, as drawn ones are: or a step would be compiled once for either.
+            fed = self.model.put(self.layout.put(np.asarray(tokens, np.int32)))
         elif self.drawn is not None:
             fed = self.drawn
         else:
@@ -159,18 +159,17 @@ class Decoder:
             )
         self.step, self.drawn = self.step + 1, None
 
-    def _leave(self, rows: np.ndarray, fed: Array | np.ndarray) -> Array | np.ndarray:
+    def _leave(self, rows: np.ndarray, fed: Array) -> Array:
         """Only the rows at these numbers, ascending, stay; prompts without rows go too. Gives
         `fed` by the places that are then computed."""
-        self.group, self.places = self.group[rows], self.places[rows]
+        now = self.layout._replace(places=self.layout.places[rows])
+        self.layout, self.group = now, self.group[rows]
         prompts, group = np.unique(self.group, return_inverse=True)
-        now, then = self.layout, Layout.of(group, self.model.floor, self.model.floor)
+        then = Layout.of(group, self.model.floor, self.model.floor)
         if not len(rows) or (then.size, then.grid.filled.size) >= (now.size, now.grid.filled.size):
-            alive = np.zeros(now.size, bool)
-            alive[self.places] = True
-            self.rows = self.rows._replace(alive=alive)
+            self.rows = self.rows._replace(alive=now.put(np.ones(len(rows), bool)))
             return fed
-        source = then.put(self.places.astype(np.int32))
+        source = then.put(now.places.astype(np.int32))
         kept = np.zeros(then.grid.filled.shape[0], np.int32)
         kept[: len(prompts)] = prompts
         self.own, self.prefix, fed = move(

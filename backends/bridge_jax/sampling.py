@@ -66,7 +66,7 @@ class Settings(NamedTuple):
         top_k = 2**31 - 1 if sampling.top_k is None else min(sampling.top_k, 2**31 - 1)
         top_p = 1.0 if sampling.top_p is None else sampling.top_p
         min_p = 0.0 if sampling.min_p is None else sampling.min_p
-        return cls(sampling.temperature, top_k, top_p, min_p)
+        return cls(float(sampling.temperature), int(top_k), float(top_p), float(min_p))
 
 
 @compiled()

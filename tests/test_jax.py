@@ -1,0 +1,374 @@
+"""What the JAX backend promises beyond the contract: compilations, costs, and rows that leave."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bridge.config import parse_config
+from bridge.contract import GRPO, SFT, AdamW, Batch, Sampling
+from bridge.errors import BridgeError
+from bridge_conformance import strategies
+from bridge_conformance.cases import ModelCase, random_tensors
+from bridge_conformance.checks import CHECKS
+from bridge_conformance.trial import Target
+from bridge_jax import backend, decode, train
+from bridge_jax import model as transformer
+from bridge_jax.backend import JaxBackend
+from bridge_jax.block import Layout
+from bridge_jax.compiled import bucket
+from bridge_jax.sampling import Settings, inverse, sample
+from bridge_ref.sampling import sample as reference_sample
+
+RAW = {
+    "model_type": "llama",
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+    "bridge": {
+        "spec_version": "1.0",
+        "kind": "attention",
+        "num_heads": 2,
+        "head_dim": 8,
+        "layers": [0, 1],
+        "norm_eps": 1e-6,
+    },
+}
+PROMPT = np.arange(10)
+
+
+@pytest.fixture(autouse=True)
+def as_large_models(monkeypatch):
+    """Small models too are compiled with full effort, for the sizes of large ones."""
+    monkeypatch.setattr(transformer, "SMALL", 0)
+
+
+def load(dtype="float32", **changes):
+    config = parse_config({**RAW, **changes})
+    return JaxBackend().load(config, random_tensors(config, 0, dtype), device="cpu", dtype=dtype)
+
+
+@pytest.fixture
+def compilations():
+    """One entry for whatever XLA compiles meanwhile, be it a function or a stray operation."""
+    compiled = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield compiled
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def flops(function, *arguments, **keywords):
+    """Of the whole function, as XLA counts them after its optimisations."""
+    return function.full.lower(*arguments, **keywords).compile().cost_analysis()["flops"]
+
+
+def called(monkeypatch, module, name, run):
+    """The arguments of the calls of `module.name` that `run` makes."""
+    calls, original = [], getattr(module, name)
+
+    class Spy:
+        def __call__(self, *arguments, quick, **keywords):
+            calls.append((arguments, keywords))
+            return original(*arguments, quick=quick, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, Spy())
+        run()
+    return calls
+
+
+def test_a_growing_sequence_another_prompt_and_fewer_rows_compile_nothing(compilations):
+    model = load()
+    decoder = model.prefill([PROMPT], [8], 60)
+    decoder.sample(Sampling(top_k=3, seed=1))
+    decoder.advance()
+    assert compilations
+    compilations.clear()
+    for step in range(40):
+        decoder.sample(Sampling(temperature=1 + step / 7, top_p=0.5 + step / 100, seed=step))
+        decoder.advance()
+    decoder.sample(Sampling(temperature=0))
+    decoder.advance(np.zeros(8, int), np.arange(8) != 2)
+    decoder.advance(np.zeros(7, int), np.arange(7) > 1)
+    assert decoder.logits().shape == (5, 40)
+    other = load().prefill([np.arange(3)], [8], 60)  # the same config, loaded again
+    other.sample(Sampling())
+    other.advance()
+    assert not compilations
+    decoder.advance(np.zeros(5, int), np.arange(5) > 0)  # four fit a smaller bucket
+    assert len(compilations) == 2  # one to move the caches there, one of the step
+
+
+@pytest.mark.parametrize("layers", [[0, 1], [1]])
+def test_depth_is_a_loop_and_not_a_longer_function(layers):
+    def lines(depth):
+        blocks = {**RAW["bridge"], "layers": [i for n in range(0, depth, 2) for i in layers]}
+        blocks["layers"] = sorted({i + n for n in range(0, depth, 2) for i in layers})
+        model = load(num_hidden_layers=depth, bridge=blocks)
+        arguments = model.transformer.batch(*teacher_forced(model.config))
+        batch, _, table = arguments
+        lowered = transformer.logits.full.lower(
+            model.transformer.params, batch, table, config=model.config
+        )
+        return len(lowered.as_text().splitlines())
+
+    assert lines(2) == lines(12)
+
+
+def teacher_forced(config, rows=4, timesteps=12, groups=None):
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (rows, timesteps))
+    groups = np.repeat(np.arange(rows // 2), 2) if groups is None else groups
+    positions = np.broadcast_to(np.arange(timesteps), tokens.shape)
+    return tokens, groups, np.ones(tokens.shape, bool), positions
+
+
+def test_a_prompt_is_read_once_whatever_the_width(monkeypatch):
+    model = load()
+
+    def cost(width):
+        run = lambda: model.prefill([PROMPT], [width], 4)  # noqa: E731
+        [(arguments, keywords)] = called(monkeypatch, decode, "prefill", run)
+        assert arguments[1].tokens.shape == (1, 16)
+        return flops(decode.prefill, *arguments, **keywords)
+
+    assert cost(1) == cost(16)
+
+
+def step_cost(monkeypatch, widths):
+    """Of a decoding step with so many rows in each group."""
+    decoder = load().prefill([PROMPT] * len(widths), widths, 8)
+    run = lambda: decoder.advance(np.zeros(sum(widths), int))  # noqa: E731
+    [(arguments, keywords)] = called(monkeypatch, decode, "advance", run)
+    return flops(decode.advance, *shapes(arguments), **keywords)
+
+
+def shapes(arguments):
+    """In place of arrays, some of which have been given away."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x, arguments
+    )
+
+
+def block_cost(monkeypatch, widths):
+    model = load()
+    groups = np.repeat(np.arange(len(widths)), widths)
+    stream, on = np.zeros((len(groups), 1, 16), np.float32), np.ones((len(groups), 1), bool)
+    run = lambda: model.block(0, stream, groups, on)  # noqa: E731
+    [(arguments, keywords)] = called(monkeypatch, backend, "block_of_layer", run)
+    return flops(backend.block_of_layer, *arguments, **keywords)
+
+
+def test_groups_cost_their_number_times_the_square_of_their_width(monkeypatch):
+    single = block_cost(monkeypatch, [4])
+    double, eight = (block_cost(monkeypatch, [4] * groups) for groups in (2, 8))
+    assert double <= 2 * single and eight <= 8 * single
+    # What is linear in the rows is the same in both; pairs are 32^2 against 8 * 4^2.
+    whole, pairs = block_cost(monkeypatch, [32]), 32**2 - 8 * 4**2
+    assert whole - eight > pairs * 2 * 2 * 16  # scores and values of E = 16
+
+
+def test_ragged_groups_do_not_pad_the_linear_layers(monkeypatch):
+    ragged = step_cost(monkeypatch, [8, 1, 1, 1, 1, 1, 1, 1])  # 15 rows, in a grid of 64 cells
+    assert ragged < step_cost(monkeypatch, [8] * 8) / 2
+
+
+def test_rows_that_end_leave_the_computation(monkeypatch):
+    decoder = load().prefill([PROMPT, PROMPT[:4]], [16, 16], 8)
+    decoder.advance(np.zeros(32, int))
+    full = called(monkeypatch, decode, "advance", lambda: decoder.advance(np.zeros(32, int)))
+    keep = np.isin(np.arange(32), [0, 3, 5])
+    fewer = called(monkeypatch, decode, "advance", lambda: decoder.advance(np.zeros(32, int), keep))
+    costs = [flops(decode.advance, *shapes(a), **k) for [(a, k)] in (full, fewer)]
+    assert costs[1] < costs[0] / 6
+    assert decoder.logits().shape == (3, 40) and decoder.next_logits.shape[0] == 4
+    assert decoder.prefix.k.shape[1] == 1 and decoder.own.k.shape[1] == 4
+    decoder.advance(np.zeros(3, int), np.zeros(3, bool))
+    assert decoder.sample(Sampling()).shape == (0,) and decoder.logits().shape == (0, 40)
+
+
+def test_only_tokens_go_to_the_host_and_caches_stay_where_they_are(monkeypatch):
+    decoder = load().prefill([PROMPT], [4], 8)
+    decoder.sample(Sampling(top_k=5))
+    decoder.advance()
+    moved, original = [], jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda x: moved.append(x.shape) or original(x))
+    place = decoder.own.k.unsafe_buffer_pointer()
+    with jax.transfer_guard_device_to_host("disallow"):
+        for _ in range(4):
+            decoder.sample(Sampling(top_k=5))
+            decoder.advance()
+    assert moved == [(4,)] * 4
+    assert decoder.own.k.unsafe_buffer_pointer() == place  # updated in place, not copied
+
+
+def test_a_decoder_says_when_it_is_misused():
+    decoder = load().prefill([PROMPT], [2], 2)
+    with pytest.raises(BridgeError, match="call sample first"):
+        decoder.advance()
+    decoder.advance(np.zeros(2, np.int64))
+    with pytest.raises(BridgeError, match="past the max_new_tokens reserved"):
+        decoder.advance(np.zeros(2, np.int64))
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=20), st.sampled_from([1, 4]))
+def test_a_layout_holds_every_row_once(groups, floor):
+    grid, places, size = Layout.of(groups, floor, floor)
+    assert len(set(places.tolist())) == len(groups) and size <= bucket(len(groups), floor**2)
+    rows = np.zeros((size, 1), np.float32)
+    rows[places, 0] = 1 + np.arange(len(groups))
+    cells = np.asarray(grid.spread(jnp.asarray(rows)))
+    assert (np.asarray(grid.collect(jnp.asarray(cells)))[places] == rows[places]).all()
+    held = [[groups[int(x) - 1] for x in line.ravel() if x] for line in cells]
+    assert sorted(g for line in held for g in line) == sorted(groups)
+    assert all(len(set(line)) <= 1 for line in held)
+    assert ((cells[..., 0] > 0) == grid.filled).all()
+
+
+@pytest.mark.parametrize("n", range(1, 200))
+def test_a_bucket_is_at_most_half_as_large_again(n):
+    assert n <= bucket(n) < max(2 * n, 2) and (n < 8 or bucket(n) <= 1.5 * n)
+    assert bucket(bucket(n)) == bucket(n)
+
+
+FULLY = (
+    "permuting_rows_permutes_the_block",
+    "inactive_cells_have_no_influence",
+    "repeating_rows_changes_no_logits",
+    "cached_decoding_equals_teacher_forcing",
+    "ended_rows_leave_other_groups_unchanged",
+    "sampled_tokens_follow_the_rule",
+    "accumulated_batches_are_one_update",
+)
+
+
+@pytest.mark.parametrize("name", FULLY)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_large_models_run_conforms_too(name, dtype):
+    """Full effort of the compiler, buckets from 1 on, layouts that gather: on a few cases."""
+    check = CHECKS[name]
+
+    @settings(max_examples=3, report_multiple_bugs=False)
+    @given(check.cases)
+    def run(case):
+        check.run(Target(JaxBackend(), "cpu", dtype, check.clause), case)
+
+    run()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_training_and_decoding_take_turns(tied):
+    """The model must see each update, and only that, and so must a decoder already under way."""
+    model = load(tie_word_embeddings=tied)
+    tokens, groups, active, positions = arguments = teacher_forced(model.config)
+    batch = Batch(tokens, groups, active, np.roll(tokens, -1, 1), active)
+    names = [name for name, _ in model.tensors()]
+    trainer = model.trainer(SFT(), AdamW(lr=0.01), names)
+    before = model.logits(*arguments)
+    under_way = model.prefill([tokens[0]], [1], 3)
+    trainer.step(batch)
+    after = model.logits(*arguments)
+    assert np.abs(after - before).max() > 1e-3
+    fresh = JaxBackend().load(model.config, dict(model.tensors()), device="cpu", dtype="float32")
+    np.testing.assert_array_equal(fresh.logits(*arguments), after)
+    decoder = model.prefill([tokens[0]], [1], 1)
+    alone = model.logits(tokens[:1], [0], active[:1], positions[:1])
+    np.testing.assert_allclose(decoder.logits()[0], alone[0, -1], atol=1e-5)
+    under_way.sample(Sampling())
+    under_way.advance()
+    trainer.step(batch)
+    under_way.advance(np.zeros(1, int))
+    assert np.isfinite(under_way.logits()).all()
+
+
+def gradient_of(model, trainable, checkpoint=False):
+    """The compiled gradient of some of a model's tensors."""
+    tokens, groups, active, positions = teacher_forced(model.config, 8, 64)
+    cells, layout, table = model.transformer.batch(tokens, groups, active, positions)
+    batch = Batch(tokens, groups, active, tokens, active, positions, np.ones(len(tokens)))
+    chosen = train.choose(model.config, trainable)
+    return train.value_and_grads.full.lower(
+        train.take_leaves(model.transformer.params, chosen),
+        model.transformer.params,
+        cells,
+        table,
+        train.Targets.of(batch, layout.places, cells.tokens.shape[1]),
+        float(tokens.size),
+        config=model.config,
+        chosen=chosen,
+        objective=GRPO(),
+        checkpoint=checkpoint,
+    ).compile()
+
+
+def test_what_is_frozen_has_no_gradient_computed():
+    model = load(intermediate_size=256)
+    names = [name for name, _ in model.tensors()]
+    few, all_ = ([n for n in names if want in n] for want in (".bridge.", ""))
+    cost = [gradient_of(model, which).cost_analysis()["flops"] for which in (few, all_)]
+    # Two products a weight for what flows through it, a third for its gradient.
+    assert cost[0] < 0.8 * cost[1]
+
+
+def test_checkpointed_activations_take_less_memory():
+    model = load(num_hidden_layers=12, bridge={**RAW["bridge"], "layers": list(range(12))})
+    names = [name for name, _ in model.tensors()]
+    plain, again = (
+        gradient_of(model, names, checkpoint).memory_analysis().temp_size_in_bytes
+        for checkpoint in (False, True)
+    )
+    assert again < plain / 2
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0.3, 1.0, 5.0]),
+    st.sampled_from([None, 1, 7, 10_000]),
+    st.sampled_from([None, 0.05, 0.9, 0.9999]),
+    st.sampled_from([None, 0.01, 0.5]),
+)
+def test_draws_from_a_real_vocabulary_follow_the_rule(seed, spread, top_k, top_p, min_p):
+    """Large nuclei and ties, among 6016 tokens; one compilation for all settings."""
+    rng = np.random.default_rng(seed)
+    logits = np.round(rng.normal(size=(4, 6016)) * spread * 8).astype(np.float32) / 8
+    uniform = rng.random((1, 4), dtype=np.float32)
+    options = Sampling(temperature=0.8, top_k=top_k, top_p=top_p, min_p=min_p)
+    got = np.asarray(sample(logits, uniform, 0, Settings.of(options), quick=False))
+    filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "temperature": 0.8}
+    nearby = [reference_sample(logits, uniform[0] + d, **filters) for d in (0, -1e-4, 1e-4)]
+    # Sums of 6016 weights differ in their last places: a draw may fall to a neighbour.
+    assert all(nearby[1][i] <= got[i] <= nearby[2][i] or got[i] == nearby[0][i] for i in range(4))
+
+
+def test_a_draw_at_the_very_end_has_weight():
+    """The largest uniform, and weights that end long before the vocabulary does."""
+    w = np.zeros((2, 1024), np.float32)
+    w[0, :300], w[1, 5] = 0.1, 1e-30
+    got = np.asarray(inverse(jnp.asarray(w), np.float32([1 - 2**-24, 1 - 2**-24])))
+    assert got.tolist() == [299, 5]
+
+
+@given(strategies.models())
+@settings(max_examples=10)
+def test_a_missing_or_misshapen_tensor_is_named(case: ModelCase):
+    tensors = case.tensors("float32")
+    name = sorted(tensors)[case.seed % len(tensors)]
+    lacking = {n: a for n, a in tensors.items() if n != name}
+    with pytest.raises(BridgeError, match="is missing") as caught:
+        JaxBackend().load(case.config, lacking, device="cpu", dtype="float32")
+    assert name in str(caught.value)
+    wrong = {**tensors, name: tensors[name][:-1]}
+    with pytest.raises(BridgeError, match=", need "):
+        JaxBackend().load(case.config, wrong, device="cpu", dtype="float32")
