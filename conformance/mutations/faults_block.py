@@ -84,7 +84,7 @@ FAULTS = (
     ),
     Fault(
         "empty places of a short group are read",
-        "With groups of unequal width, the short ones read the first row of the batch.",
+        "With groups of unequal width, the short ones read their first row several times.",
         "3.4",
         BLOCK,
         block(

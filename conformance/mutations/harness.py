@@ -52,15 +52,24 @@ def cases_of(level: int, dtype: str) -> Sequence[Any]:
 
 
 def catches(fault: Fault) -> list[Catch]:
-    """The checks of the fault's level that a backend with this fault fails, in their order."""
+    """The checks of the fault's level that a backend with this fault fails."""
+    if fault.check not in CHECKS:
+        return list(_of(fault, []))
+    level = CHECKS[fault.check].level
+    return list(_of(fault, [check for check in CHECKS.values() if check.level == level]))
+
+
+def first_catch(fault: Fault) -> Catch | None:
+    """Where the check that the fault names catches it first; None where it does not."""
+    named = [CHECKS[fault.check]] if fault.check in CHECKS else []
+    return next(_of(fault, named), None)
+
+
+def _of(fault: Fault, checks: Sequence[Check]) -> Iterator[Catch]:
     modules = fault.plant()
     if fault.package == "bridge_ref":
-        return _advantages(modules["losses"].group_advantages)
-    level = CHECKS[fault.check].level
-    checks = [check for check in CHECKS.values() if check.level == level]
-    failures = failing(modules["backend"].TorchBackend(), fault.dtype, checks)
-    found = {catch.check: catch for catch in failures}
-    return [found[check.name] for check in checks if check.name in found]
+        return iter(of_advantages(modules["losses"].group_advantages))
+    return failing(modules["backend"].TorchBackend(), fault.dtype, checks)
 
 
 def failing(backend: Backend, dtype: str, checks: Sequence[Check]) -> Iterator[Catch]:
@@ -79,7 +88,7 @@ def failing(backend: Backend, dtype: str, checks: Sequence[Check]) -> Iterator[C
                     yield Catch(check.name, 1, finding.message)
 
 
-def _advantages(group_advantages: Callable[..., np.ndarray]) -> list[Catch]:
+def of_advantages(group_advantages: Callable[..., np.ndarray]) -> list[Catch]:
     """Advantages are the training loop's, not a backend's: their golden vector holds them."""
     vector = Vector.read(spec_files.directory() / "golden" / "7.6-advantages.safetensors")
     rewards, groups = vector.inputs["rewards"], vector.inputs["groups"]
