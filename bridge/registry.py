@@ -124,6 +124,6 @@ def _first_line(error: Exception) -> str:
 
 def _preference(info: BackendInfo) -> tuple:
     on_cpu = not info.devices or info.devices[0].startswith("cpu")
-    order = ("torch", "mlx", "jax")
+    order = ("torch", "jax", "mlx")  # as fast as they are on CPUs
     rank = order.index(info.name) if info.name in order else len(order)
     return (not info.installed, on_cpu, info.name == "numpy", rank, info.name)
