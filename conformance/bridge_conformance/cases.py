@@ -210,7 +210,8 @@ class DecodeCase:
             return np.ones((self.steps, sum(self.widths)), dtype=bool)
         rng = np.random.default_rng([self.seed, 2])
         ends = rng.integers(1, self.steps + 1, size=sum(self.widths))
-        ends[rng.integers(len(ends))] = self.steps  # one row lives to the end
+        ends[self.row_prompt < rng.integers(len(self.widths))] = 1  # whole prompts leave, or none
+        ends[-1 - rng.integers(self.widths[-1])] = self.steps  # one row lives to the end
         return np.arange(self.steps)[:, None] < ends
 
     @cached_property

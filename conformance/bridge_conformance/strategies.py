@@ -89,7 +89,7 @@ def host_configs(draw, families: tuple[str, ...] = FAMILIES) -> dict[str, Any]:
     if family in ("qwen2", "qwen3") and given is not None:
         raw |= {"use_sliding_window": True, "sliding_window": draw(st.integers(2, 3))}
         if given == "max_window_layers":
-            raw[given] = draw(st.integers(0, layers))
+            raw[given] = draw(st.integers(0, layers - 1))
         else:
             kinds = ["full_attention", "sliding_attention"] * layers
             first = draw(st.integers(0, 1))
@@ -123,7 +123,10 @@ def models(
     return ModelCase(raw, draw(SEEDS), draw(st.sampled_from(magnitudes)) if extreme else "plain")
 
 
-WIDTHS = st.lists(st.integers(1, 5), min_size=1, max_size=3)
+# By number of groups first: a list would mostly be short.
+WIDTHS = st.integers(1, 3).flatmap(
+    lambda groups: st.lists(st.integers(1, 5), min_size=groups, max_size=groups)
+)
 # How the active cells of a row may lie: all of them, padding on either side, gaps, none at all.
 PATTERNS = ("full", "left", "right", "both", "gaps", "none")
 
@@ -132,7 +135,7 @@ PATTERNS = ("full", "left", "right", "both", "gaps", "none")
 def row_batches(draw, model: ModelCase) -> RowsCase:
     """A teacher-forced batch: groups of different widths, their rows interleaved (chapter 2)."""
     widths = draw(WIDTHS)
-    timesteps = draw(st.sampled_from([1, 2, 3, 5, 6, 8]))
+    timesteps = draw(st.integers(1, 9))
     patterns = draw(st.lists(st.sampled_from(PATTERNS), min_size=sum(widths), max_size=sum(widths)))
     return rows_of(model, widths, timesteps, patterns, draw(st.booleans()), draw(SEEDS))
 
@@ -173,5 +176,5 @@ def train_cases(draw) -> TrainCase:
     config = rows.model.config
     bridge = [n for i in range(config.num_hidden_layers) for n in bridge_shapes(config, i)]
     trainable = draw(st.sampled_from([tuple(bridge), tuple(tensor_shapes(config))]))
-    objective = draw(st.sampled_from([SFT(), GRPO(), GRPO(0.2, 0.28, 0.1)]))
+    objective = draw(st.sampled_from([SFT(), GRPO(0.2, 0.28), GRPO(0.2, 0.28, 0.1)]))
     return TrainCase(rows, objective, trainable, draw(SEEDS))
