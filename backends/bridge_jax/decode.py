@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Bool, Float, Int
 
 from bridge.config import ModelConfig
@@ -106,6 +107,7 @@ class Decoder:
             self.layout.put(self.group),
             config=model.config,
             timesteps=timesteps,
+            sharding=model.of_cache,
             quick=model.quick,
         )
 
@@ -181,7 +183,7 @@ class Decoder:
         return fed
 
 
-@compiled(static_argnames=("config", "timesteps"))
+@compiled(static_argnames=("config", "timesteps", "sharding"))
 def prefill(
     params: Params,
     batch: Batch,
@@ -190,12 +192,15 @@ def prefill(
     *,
     config: ModelConfig,
     timesteps: int,
+    sharding: NamedSharding | None = None,
 ) -> tuple[Cache, Cache, Float[Array, "R V"]]:
     """Prompts `[G, P]` that end with the last slot: their cache, an empty one for the R rows that
     answer `prompt`, and the rows' first logits."""
     h, kept = forward(params, batch, table, config, keep=True)
     shape = (config.num_hidden_layers, len(prompt), config.num_key_value_heads, timesteps)
     own = jnp.zeros((*shape, config.head_dim), h.dtype)
+    if sharding is not None:
+        own, *kept = (jax.lax.with_sharding_constraint(x, sharding) for x in (own, *kept))
     return Cache(*kept), Cache(own, own), take(_padded(head(params, h[:, -1], config)), prompt)
 
 

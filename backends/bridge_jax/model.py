@@ -57,12 +57,15 @@ class Transformer:
         on_cpu = next(iter(self.params["model.norm.weight"].devices())).platform == "cpu"
         self.quick = small and on_cpu
         self.tables: dict[int, Array] = {}
+        self.of_cache: NamedSharding | None = None  # how caches `[L, R, kv, T, d]` lie on a mesh
 
     def shard(self, mesh: Mesh, axis: str = "model") -> None:
         """Spread the parameters over a mesh, as `partition_specs` says; all else follows them."""
         specs = partition_specs(self.config, mesh.shape[axis], axis)
         for key, spec in specs.items():
             self.params[key] = jax.device_put(self.params[key], NamedSharding(mesh, spec))
+        keys = specs[f"{LAYERS}self_attn.k_proj.weight"]
+        self.of_cache = NamedSharding(mesh, PartitionSpec(None, *keys[:2]))
         everywhere = NamedSharding(mesh, PartitionSpec())
         self.put = lambda array: jax.device_put(array, everywhere)
         self.tables.clear()
