@@ -177,7 +177,8 @@ def test_graphs_do_not_grow_over_steps(monkeypatch):
         decoder.logits()
         memory.append(mx.get_active_memory())
     assert len(set(sizes[1:])) == 1 and sizes[-1] > 10
-    assert len(set(memory[2:60])) == len(set(memory[70:])) == 1  # uniforms: a table every 64 steps
+    later = memory[70:]  # after the second table of uniforms; no step may leave its logits behind
+    assert max(later) - min(later) < decoder.logits().nbytes
     assert memory[-1] <= memory[2]
 
 
