@@ -24,7 +24,6 @@ TARGETS = [
     for dtype in info.dtypes[device]
 ]
 PROFILE = "thorough" if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else "ci"
-SLOW = {"jax": "quick"}  # which compiles every model anew
 
 
 @pytest.mark.parametrize("level", LEVELS, ids=lambda level: f"L{level}")
@@ -34,7 +33,7 @@ def test_conformance(backend, device, dtype, level):
         backend,
         device=device,
         dtypes=[dtype],
-        profile=SLOW.get(backend, PROFILE) if PROFILE == "ci" else PROFILE,
+        profile=PROFILE,
         checks=[check.name for check in CHECKS.values() if check.level == level],
         workers=1,
     )

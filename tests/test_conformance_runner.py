@@ -210,7 +210,8 @@ def test_a_fault_is_a_failure_with_clause_case_and_figures(faulty):
     assert (failure["clause"], failure["title"], failure["level"]) == ("3.6", "Output", 1)
     assert failure["shrunk"] and failure["dtype"] == "float32"
     rows = json.loads(failure["case"])["rows"]
-    assert len(rows["groups"]) == 2 and len(rows["active"][0]) == 1  # the plainest that shows it
+    # The plainest that shows it.
+    assert len(rows["groups"]) == 2 and rows["model"]["raw"]["num_hidden_layers"] == 1
     worst = failure["worst"]
     # The fault is a hundredth of the value.
     assert worst["got"] == pytest.approx(1.01 * worst["want"], rel=1e-5)

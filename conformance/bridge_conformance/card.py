@@ -81,7 +81,7 @@ def worst_errors(report: Report) -> Table:
     """The worst error by clause, of the clauses whose results are compared with an allowance."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("clause")
-    table.add_column("worst error, of what is allowed", justify="right")
+    table.add_column("worst error / allowed", justify="right")
     table.add_column("")
     for clause, worst in report.worst_by_clause().items():
         if worst:

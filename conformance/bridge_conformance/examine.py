@@ -166,9 +166,14 @@ def shrink(
             raise _Found
 
     failing = next((readable(case) for case, finding in known if finding.status == "fail"), "")
-    for number in range(len(known) + SPARE):
-        if readable(_one(check.level, target.dtype, seed, number)) != failing:
-            continue
+    numbers = range(len(known) + SPARE)
+    drawn = (readable(_one(check.level, target.dtype, seed, number)) for number in numbers)
+    # In a checkout Hypothesis draws constants of all modules loaded, so a worker may draw others
+    # than the process that drew `known`: then any case that fails will do.
+    matching = [number for number, text in zip(numbers, drawn, strict=True) if text == failing]
+    for number in matching or numbers:
+        if len(seen) >= limit:
+            return None
         try:
             phases = (Phase.generate, Phase.shrink)
             run(fails, check.level, target.dtype, seed, number, phases)

@@ -36,7 +36,7 @@ class Profile:
 
 
 PROFILES = {
-    "quick": Profile({1: 6, 2: 2, 3: 2, 4: 2, 5: 1, 6: 2}, shrunk=6, budget=60),
+    "quick": Profile({1: 4, 2: 2, 3: 2, 4: 2, 5: 1, 6: 2}, shrunk=6, budget=60),
     "ci": Profile({1: 24, 2: 24, 3: 16, 4: 8, 5: 5, 6: 8}, shrunk=12, budget=120),
     "thorough": Profile({1: 300, 2: 200, 3: 150, 4: 150, 5: 100, 6: 60}, shrunk=99, budget=500),
 }
