@@ -6,6 +6,7 @@ names contain it, and writes nothing. Exit code 1: a fault was not caught, or a 
 
 import argparse
 import sys
+from typing import Any
 
 from mutations import FAULTS, harness
 
@@ -17,12 +18,15 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, help="run the unmutated backend on this many seeds")
     options = parser.parse_args()
     if options.seeds is not None:
-        results = harness.run_seeds(
-            options.seeds,
-            lambda seed, found: print(f"seed {seed}: {found['failures'] or 'passed'}", flush=True),
-        )
-        harness.write("seeds", harness.seed_table(results))
-        return int(any(found["failures"] for found in results.values()))
+        ran: dict[int, dict[str, Any]] = {}
+
+        def note(seed: int, found: dict[str, Any]) -> None:
+            print(f"seed {seed}: {found['failures'] or 'passed'}", flush=True)
+            ran[seed] = found  # written at once: a long run that is stopped leaves what it did
+            harness.write("seeds", harness.seed_table(dict(sorted(ran.items()))))
+
+        harness.run_seeds(options.seeds, note)
+        return int(any(found["failures"] for found in ran.values()))
     names = [name for name in FAULTS if options.only in name]
 
     def say(name: str, caught: list[harness.Catch]) -> None:
