@@ -18,7 +18,7 @@ from bridge.contract import AdamW, Batch, Objective
 from bridge.errors import BridgeError
 from bridge.inputs import take_tensor
 from bridge_jax.block import Grid, Layout, block
-from bridge_jax.compiled import bucket, compiled
+from bridge_jax.compiled import bucket, compiled, make_room
 from bridge_jax.decode import Decoder
 from bridge_jax.linear import LAYERS, stacked
 from bridge_jax.model import STEPS, Params, Transformer, logits
@@ -57,6 +57,7 @@ class JaxBackend:
             raise BridgeError(f"backend jax: no device {device!r}; use one of {', '.join(devices)}")
         if dtype not in DTYPES:
             raise BridgeError(f"backend jax: no dtype {dtype!r}; use one of {', '.join(DTYPES)}")
+        make_room()
         shapes = tensor_shapes(config)
 
         def get(name: str) -> np.ndarray:

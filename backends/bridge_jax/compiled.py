@@ -5,13 +5,29 @@ that compiling takes longer than it will ever compute is compiled with less effo
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 
+MAPS, MAPPINGS = Path("/proc/self/maps"), 20_000
 SMALL = 2**20  # parameters of a model below which compiling is most of the time
 # XLA's older emitters of CPU code, without LLVM's optimisations: a seventh of the time.
 QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 0}
+
+
+def make_room() -> None:
+    """Forget what was compiled before a process has so many memory mappings that XLA crashes.
+
+    Each compiled function keeps some, and Linux allows 65530: thousands of models in one process,
+    as conformance loads, would reach that.
+    """
+    try:
+        mappings = MAPS.read_bytes().count(b"\n")
+    except OSError:  # not Linux: no such limit
+        return
+    if mappings > MAPPINGS:
+        jax.clear_caches()
 
 
 def bucket(n: int, floor: int = 1) -> int:
