@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridge.config import parse_config
+from bridge.config import parse_config, tensor_shapes
 from bridge.contract import GRPO, SFT, AdamW, Batch, Sampling
 from bridge.errors import BridgeError
-from bridge_conformance import strategies
-from bridge_conformance.cases import ModelCase, random_tensors
+from bridge_conformance import checks_model, checks_train, strategies
+from bridge_conformance.cases import ModelCase, TrainCase, random_tensors, rows_of
 from bridge_conformance.checks import CHECKS
 from bridge_conformance.trial import Target
 from bridge_jax import backend, decode, train
@@ -114,11 +114,9 @@ def test_a_growing_sequence_another_prompt_and_fewer_rows_compile_nothing(compil
 @pytest.mark.parametrize("layers", [[0, 1], [1]])
 def test_depth_is_a_loop_and_not_a_longer_function(layers):
     def lines(depth):
-        blocks = {**RAW["bridge"], "layers": [i for n in range(0, depth, 2) for i in layers]}
-        blocks["layers"] = sorted({i + n for n in range(0, depth, 2) for i in layers})
-        model = load(num_hidden_layers=depth, bridge=blocks)
-        arguments = model.transformer.batch(*teacher_forced(model.config))
-        batch, _, table = arguments
+        blocks = [i + n for n in range(0, depth, 2) for i in layers]
+        model = load(num_hidden_layers=depth, bridge={**RAW["bridge"], "layers": blocks})
+        batch, _, table = model.transformer.batch(*teacher_forced(model.config))
         lowered = transformer.logits.full.lower(
             model.transformer.params, batch, table, config=model.config
         )
@@ -329,6 +327,37 @@ def test_checkpointed_activations_take_less_memory():
         for checkpoint in (False, True)
     )
     assert again < plain / 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_long_batch_is_the_same_in_parts(monkeypatch, dtype):
+    """Attention of some queries at a time: the numerics rule on 64 timesteps, 16 at a time."""
+    monkeypatch.setattr(transformer, "QUERIES", 16)
+    jax.clear_caches()
+    config = {**RAW, "model_type": "mistral", "sliding_window": 21}
+    widths, patterns = [2, 1], ["full", "left", "gaps"]
+    rows = rows_of(ModelCase(config, 3), widths, 64, patterns, False, 5)
+    target = Target(JaxBackend(), "cpu", dtype, "5.4")
+    checks_model.logits_are_within_the_numerics_rule(target, rows)
+    names = tuple(name for name in tensor_shapes(rows.model.config))
+    case = TrainCase(rows, SFT(), names, 7)
+    checks_train.loss_and_gradients_are_within_the_numerics_rule(target, case)
+    jax.clear_caches()
+
+
+def test_attention_of_a_long_batch_takes_memory_as_its_length(monkeypatch):
+    """And not as its square, from the length on at which it is computed in parts."""
+
+    def memory(timesteps):
+        model = load(max_position_embeddings=4096)
+        batch, _, table = model.transformer.batch(*teacher_forced(model.config, 2, timesteps))
+        lowered = transformer.logits.full.lower(
+            model.transformer.params, batch, table, config=model.config
+        )
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    # Scores of 256 queries and what is linear in the length double; all scores would be 16 times.
+    assert memory(2048) < 2.5 * memory(1024)
 
 
 @settings(max_examples=40)

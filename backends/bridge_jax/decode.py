@@ -241,9 +241,8 @@ def advance(
             ours = Cache(*(jax.lax.dynamic_slice(x, (i, 0, 0, 0, 0), shape)[0] for x in new))
             first = _read(grid.spread(q[:, 0]), kept, in_prefix)
             second = _read(q, ours, in_own[None])
-            return _joined([grid.collect(x) for x in first], [x[:, 0] for x in second], q), Cache(
-                *new
-            )
+            y = _joined([grid.collect(x) for x in first], [x[:, 0] for x in second])
+            return y.astype(q.dtype)[:, None], Cache(*new)
 
         h, own = decoder_layer(weights, h, rope, attend, grid, active, has_block, config)
         return (h, own), None
@@ -268,12 +267,11 @@ def _read(
     return largest, p.sum(-1, keepdims=True), y
 
 
-def _joined(first: Sequence[Array], second: Sequence[Array], like: Array) -> Array:
-    """The softmax over two parts that were read apart: `[R, 1, K, M, d]`."""
+def _joined(first: Sequence[Array], second: Sequence[Array]) -> Float[Array, "R K M d"]:
+    """The softmax over two parts that were read apart, float32."""
     largest = jnp.maximum(first[0], second[0])
     a, b = jnp.exp(first[0] - largest), jnp.exp(second[0] - largest)
-    y = (a * first[2] + b * second[2]) / (a * first[1] + b * second[1])
-    return y.astype(like.dtype)[:, None]
+    return (a * first[2] + b * second[2]) / (a * first[1] + b * second[1])
 
 
 def _padded(logits: Float[Array, "R V"]) -> Float[Array, "R V"]:

@@ -34,6 +34,7 @@ Params = Mapping[str, Array]
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 STEPS = 16  # timesteps are padded at least to it
+QUERIES = 256  # timesteps whose scores are in memory at once
 
 
 class Transformer:
@@ -51,7 +52,7 @@ class Transformer:
         self.config, self.put, self.dtype = config, put, dtype
         self.params: dict[str, Array] = {}
         for key, names in stacked_names(config).items():
-            self.params[key] = put(_stack(config, names, get).astype(dtype))
+            self.params[key] = put(_stack(config, names, get).astype(dtype, copy=False))
         small = sum(array.size for array in self.params.values()) < SMALL
         self.floor = 4 if small else 1  # of groups in a batch and of rows in a group
         on_cpu = next(iter(self.params["model.norm.weight"].devices())).platform == "cpu"
@@ -141,17 +142,16 @@ def forward(
     `[L, R, kv, S, d]`. `checkpoint`: the backward pass computes each layer again (clause 7.11)."""
     tokens, place, active, grid = batch
     rope = table[:, place]
-    S = tokens.shape[1]
-    seen = jnp.tril(jnp.ones((S, S), bool)) & active[:, None, :]
-    distance = place[:, :, None] - place[:, None, :]
 
     def layer(h: Array, scanned: tuple[Params, Array, Array]) -> tuple[Array, Any]:
         weights, window, has_block = scanned
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-            mask = seen & (distance < window) if config.sliding_windows else seen
-            y = jnp.where(active[..., None, None, None], _attend(q, k, v, mask), 0)
-            return y, (k.swapaxes(1, 2), v.swapaxes(1, 2)) if keep else None
+            y = _attend(q, k, v, active, place, window)
+            return jnp.where(active[..., None, None, None], y, 0), (
+                k.swapaxes(1, 2),
+                v.swapaxes(1, 2),
+            ) if keep else None
 
         return decoder_layer(weights, h, rope, attend, grid, active, has_block, config)
 
@@ -241,12 +241,29 @@ def _attend(
     q: Float[Array, "R S kv M d"],
     k: Float[Array, "R S kv d"],
     v: Float[Array, "R S kv d"],
-    mask: Bool[Array, "R S S"],
+    active: Bool[Array, "R S"],
+    place: Int[Array, "R S"],
+    window: Int[Array, ""],
 ) -> Float[Array, "R S kv M d"]:
-    """Attention of each row to its own timesteps where `mask` (clauses 5.4 and 5.5)."""
-    score = contract("rskmd,rtkd->rkmst", q, k) * q.shape[-1] ** -0.5
-    p = jax.nn.softmax(jnp.where(mask[:, None, None], score, LOWEST), -1)
-    return contract("rkmst,rtkd->rskmd", p.astype(v.dtype), v).astype(v.dtype)
+    """Causal attention over active cells inside the window (clauses 5.4 and 5.5). Scores of a long
+    batch are computed, and in the backward pass computed again, for some timesteps at a time."""
+    R, S = active.shape
+    some = S if S % QUERIES else QUERIES
+
+    def attend(first: Array | int) -> Float[Array, "R some kv M d"]:
+        def ours(x: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, first, some, 1)
+
+        mask = (first + jnp.arange(some)[:, None] >= jnp.arange(S)) & active[:, None, :]
+        mask = mask & (ours(place)[:, :, None] - place[:, None, :] < window)
+        score = contract("rskmd,rtkd->rkmst", ours(q), k) * q.shape[-1] ** -0.5
+        p = jax.nn.softmax(jnp.where(mask[:, None, None], score, LOWEST), -1)
+        return contract("rkmst,rtkd->rskmd", p.astype(v.dtype), v).astype(v.dtype)
+
+    if some == S:
+        return attend(0)
+    parts = jax.lax.map(jax.checkpoint(attend), jnp.arange(0, S, some))
+    return parts.swapaxes(0, 1).reshape(R, *q.shape[1:])
 
 
 def feed_forward(weights: Params, x: Float[Array, "R S D"]) -> Float[Array, "R S D"]:
