@@ -136,6 +136,8 @@ class Decoder:
             ]
             if self.padding is not None:
                 self.padding = mx.take(self.padding, left, axis=0)
+        # Also what no later step may read: a window can lie past the prefix by now.
+        mx.async_eval(self.own, self.prefix)
         self.uniforms.keep(rows)
         self.grid = Grid.of(self.group)
 
