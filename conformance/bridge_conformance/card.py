@@ -111,9 +111,7 @@ def failure(found: list[Failure], clean: Callable[[str], str]) -> Iterator[Rende
     first, *others = found
     title = f"FAIL clause {first.clause} {first.title}: {first.check} in {first.dtype}"
     yield Text(title, STYLES["fail"])
-    lines = [first.property, first.message]
-    if first.worst is not None:
-        lines.append(element(first))
+    lines = [first.property, said(first)]
     if others:
         lines.append(f"also fails in {', '.join(f.dtype for f in others)}")
     lines.append(("" if first.shrunk else "not shrunk; ") + f"case: {first.case}")
@@ -123,9 +121,11 @@ def failure(found: list[Failure], clean: Callable[[str], str]) -> Iterator[Rende
     yield Text(clean(first.command), no_wrap=True, overflow="ignore")
 
 
-def element(failure: Failure) -> str:
-    """The worst element in figures."""
-    worst = failure.worst or {}
+def said(failure: Failure) -> str:
+    """What is wrong: the worst element in figures, or in words where no numbers were compared."""
+    worst = failure.worst
+    if worst is None:
+        return failure.message
     allowances = worst["allowances"]
     times = "bit for bit equality is asked for"
     if allowances not in ("inf", "nan"):

@@ -8,7 +8,7 @@ from html import escape
 from math import log2
 
 from bridge_conformance import spec_files
-from bridge_conformance.card import by_check, cases, element, multiple, sentence, skipped, summary
+from bridge_conformance.card import by_check, cases, multiple, said, sentence, skipped, summary
 from bridge_conformance.checks import LEVELS
 from bridge_conformance.commands import again
 from bridge_conformance.results import EDGES, Failure, Report
@@ -136,9 +136,9 @@ def _clauses(report: Report) -> str:
     for clause, worst in report.worst_by_clause().items():
         status = "pass" if worst <= 1 else "fail"
         title = escape(spec_files.titles().get(clause, ""))
-        said = multiple(worst) if worst else "exact"
+        figure = multiple(worst) if worst else "exact"
         rows.append(
-            f'<tr><td><b>{escape(clause)}</b> {title}</td><td class="num">{said}</td>'
+            f'<tr><td><b>{escape(clause)}</b> {title}</td><td class="num">{figure}</td>'
             f'<td style="width:45%">{_bar(worst, status)}</td></tr>'
         )
     return (
@@ -207,16 +207,14 @@ def _failures(report: Report) -> list[str]:
 
 def _failure(found: list[Failure]) -> str:
     first, *others = found
-    lines = [first.property, first.message]
-    if first.worst is not None:
-        lines.append(element(first))
+    lines = [first.property, said(first)]
     if others:
         lines.append(f"Also fails in {', '.join(f.dtype for f in others)}.")
-    said = "".join(f"<p>{escape(line)}</p>" for line in lines)
+    paragraphs = "".join(f"<p>{escape(line)}</p>" for line in lines)
     shrunk = "shrunk case" if first.shrunk else "case (not shrunk)"
     return (
         f"<article><h3>Clause {escape(first.clause)} {escape(first.title)} · "
-        f"<code>{escape(first.check)}</code> in {escape(first.dtype)}</h3>{said}"
+        f"<code>{escape(first.check)}</code> in {escape(first.dtype)}</h3>{paragraphs}"
         f"<pre>{escape(first.command)}</pre>"
         f"<details><summary>{shrunk}</summary><pre>{escape(first.case)}</pre></details></article>"
     )
