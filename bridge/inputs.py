@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
-from bridge.config import ModelConfig
+from bridge.config import ModelConfig, tensor_shapes
 from bridge.contract import GRPO, Batch, Objective
 from bridge.errors import BridgeError
 
@@ -58,6 +58,27 @@ def check_trainable(names: Collection[str], trainable: Sequence[str]) -> None:
     for name in trainable:
         if name not in names:
             raise BridgeError(f"trainable: no tensor is named {name!r}")
+
+
+def check_state(
+    config: ModelConfig, trained: Collection[str], state: Mapping[str, np.ndarray]
+) -> None:
+    """Refuse a trainer's state (clause 7.9) that lacks an array of the `trained` tensors, holds one
+    more, or has one of another shape."""
+    shapes = tensor_shapes(config)
+    kinds = ("master", "exp_avg", "exp_avg_sq")
+    wanted = {f"{kind}.{name}": shapes[name] for kind in kinds for name in trained}
+    wanted["step"] = ()
+    if differing := sorted(wanted.keys() ^ state.keys()):
+        raise BridgeError(
+            f"trainer state: {differing[0]} is missing or not trained here; "
+            "resume with the same trainable tensors"
+        )
+    for key, shape in wanted.items():
+        if state[key].shape != shape:
+            raise BridgeError(
+                f"trainer state: {key} is {list(state[key].shape)}, need {list(shape)}"
+            )
 
 
 def check_batch(batch: Batch, objective: Objective, vocab_size: int) -> None:

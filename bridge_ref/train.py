@@ -14,6 +14,7 @@ from bridge.contract import AdamW, Batch, Objective
 from bridge.inputs import (
     add_metrics,
     check_batch,
+    check_state,
     check_trainable,
     default_positions,
     micro_batches,
@@ -86,7 +87,10 @@ class ReferenceTrainer:
         return self.adamw.state()
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from what `state` gave; the model takes the master weights' values."""
+        """Go on from what `state` gave; the model takes the master weights' values. Raises
+        BridgeError, and changes nothing, where an array is missing, left over or has another shape.
+        """
+        check_state(self.config, self.adamw.master, state)
         self.adamw.restore(state)
         self._publish()
 

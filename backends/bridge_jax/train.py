@@ -17,10 +17,10 @@ from jaxtyping import Float
 
 from bridge.config import ModelConfig
 from bridge.contract import AdamW, Batch, Objective
-from bridge.errors import BridgeError
 from bridge.inputs import (
     add_metrics,
     check_batch,
+    check_state,
     check_trainable,
     default_positions,
     micro_batches,
@@ -169,7 +169,7 @@ class Trainer:
     ) -> None:
         """Masters start at the model's own values, moments at 0 (clause 7.9)."""
         self.model, self.objective, self.options = model, objective, optimizer
-        self.chosen = choose(model.config, trainable)
+        self.trainable, self.chosen = list(trainable), choose(model.config, trainable)
         self.checkpoint_activations = checkpoint_activations
         self.steps = 0
         self.tensors = start(self._own(), chosen=self.chosen, quick=model.quick)
@@ -220,17 +220,7 @@ class Trainer:
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over what `state` gave. Raises BridgeError, and changes nothing, where an array is
         missing, left over or has another shape."""
-        wanted = self.state()
-        if differing := sorted(wanted.keys() ^ state.keys()):
-            raise BridgeError(
-                f"trainer state: {differing[0]} is missing or not trained here; "
-                "resume with the same trainable tensors"
-            )
-        for key, array in wanted.items():
-            if state[key].shape != array.shape:
-                raise BridgeError(
-                    f"trainer state: {key} is {list(state[key].shape)}, need {list(array.shape)}"
-                )
+        check_state(self.model.config, self.trainable, state)
         names = stacked_names(self.model.config)
 
         def given(kind: str, key: str, layers: tuple[int, ...] | None) -> Array:

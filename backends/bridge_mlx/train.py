@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Float
 
 from bridge.contract import SFT, AdamW, Batch, Objective
-from bridge.errors import BridgeError
 from bridge.inputs import (
     add_metrics,
     check_batch,
+    check_state,
     check_trainable,
     default_positions,
     micro_batches,
@@ -168,19 +168,9 @@ class Trainer:
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over what `state` gave. Raises BridgeError, and changes nothing, where an array is
         missing, left over or has another shape."""
-        wanted = self._arrays()
-        if differing := sorted({"step", *wanted} ^ state.keys()):
-            raise BridgeError(
-                f"trainer state: {differing[0]} is missing or not trained here; "
-                "resume with the same trainable tensors"
-            )
-        for key, array in wanted.items():
-            if state[key].shape != array.shape:
-                raise BridgeError(
-                    f"trainer state: {key} is {list(state[key].shape)}, need {list(array.shape)}"
-                )
+        check_state(self.model.config, self.master, state)
         with mx.stream(self.model.device):
-            given = {key: mx.array(np.asarray(state[key], np.float32)) for key in wanted}
+            given = {key: mx.array(np.asarray(state[key], np.float32)) for key in self._arrays()}
             moments: dict[str, Any] = self.adamw.state
             moments["step"] = mx.array(int(state["step"]), mx.uint64)
             for name in self.master:

@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bridge.contract import SFT, AdamW, Batch, Objective
-from bridge.errors import BridgeError
 from bridge.inputs import (
     add_metrics,
     check_batch,
+    check_state,
     check_trainable,
     default_positions,
     micro_batches,
@@ -163,19 +163,10 @@ class Trainer:
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over what `state` gave. Raises BridgeError, and changes nothing, where an array is
         missing, left over or has another shape."""
-        wanted = self._tensors()
-        if differing := sorted({"step", *wanted} ^ state.keys()):
-            raise BridgeError(
-                f"trainer state: {differing[0]} is missing or not trained here; "
-                "resume with the same trainable tensors"
-            )
-        for key, tensor in wanted.items():
-            if state[key].shape != tensor.shape:
-                raise BridgeError(
-                    f"trainer state: {key} is {list(state[key].shape)}, need {list(tensor.shape)}"
-                )
+        check_state(self.model.config, self.master, state)
         step = torch.tensor(float(state["step"]))
-        given = {key: torch.from_numpy(np.array(state[key])).to(t) for key, t in wanted.items()}
+        mine = self._tensors().items()
+        given = {key: torch.from_numpy(np.array(state[key])).to(t) for key, t in mine}
         for name, master in self.master.items():
             master.copy_(given[f"master.{name}"])
             moments = {key: given[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq")}

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from bridge.contract import SFT, AdamW, Batch, Objective
-from bridge.errors import BridgeError
 from bridge.inputs import (
     add_metrics,
     check_batch,
+    check_state,
     check_trainable,
     default_positions,
     micro_batches,
@@ -162,17 +162,7 @@ class Trainer:
     def restore(self, state: Mapping[str, Array]) -> None:
         """Go on from what `state` gave. Raises BridgeError, and changes nothing, where an array is
         missing, left over or has another shape."""
-        mine = self._arrays()
-        if differing := sorted({"step", *mine} ^ state.keys()):
-            raise BridgeError(
-                f"trainer state: {differing[0]} is missing or not trained here; "
-                "resume with the same trainable tensors"
-            )
-        for key, array in mine.items():
-            if state[key].shape != array.shape:
-                raise BridgeError(
-                    f"trainer state: {key} is {list(state[key].shape)}, need {list(array.shape)}"
-                )
+        check_state(self.model.config, self.master, state)
         self.steps = int(state["step"])
         for kind in ("master", "exp_avg", "exp_avg_sq"):
             given = {name: np.array(state[f"{kind}.{name}"], np.float32) for name in self.master}
