@@ -177,9 +177,9 @@ def test_graphs_do_not_grow_over_steps(monkeypatch):
         decoder.logits()
         memory.append(mx.get_active_memory())
     assert len(set(sizes[1:])) == 1 and sizes[-1] > 10
-    later = memory[70:]  # after the second table of uniforms; no step may leave its logits behind
-    assert max(later) - min(later) < decoder.logits().nbytes
-    assert memory[-1] <= memory[2]
+    # A reused buffer may be some bytes larger than what it holds, as what ran before left it;
+    # over a hundred steps not even one may leave its logits behind.
+    assert max(memory[2:]) - min(memory[2:]) < decoder.logits().nbytes
 
 
 def test_the_cache_is_written_in_place_and_grows_by_timesteps_said():
