@@ -16,7 +16,7 @@ from bridge.config import parse_config
 from bridge.errors import BridgeError
 from bridge.inputs import default_positions
 from bridge_conformance import strategies
-from bridge_conformance.tolerance import FACTOR, FLOOR_ULPS
+from bridge_conformance.tolerance import FACTOR, FLOOR_ULPS, NUDGES
 from bridge_ref.block import allowed_rows
 from bridge_ref.optim import CLIP_EPS
 
@@ -97,7 +97,9 @@ def test_the_worked_figure_is_what_the_code_computes():
 def test_numbers_in_the_text_are_those_of_the_code():
     for word in (*philox.MULTIPLIERS, *philox.WEYL):
         assert f"`{int(word):08X}`" in TEXT
-    assert f"{FACTOR:.0f} max(max |own - exact|, {FLOOR_ULPS:.0f} ulp(T) max |exact|)" in TEXT
+    floor = f"{FLOOR_ULPS:.0f} ulp(T) max |exact|"
+    assert f"{FACTOR:.0f} max(max |own - exact|, max |nudged - exact|, {floor})" in TEXT
+    assert NUDGES == 4 and "it is taken four times" in TEXT
     assert f"max_grad_norm / (n + {CLIP_EPS:.0e})".replace("e-06", "e-6") in TEXT
 
 

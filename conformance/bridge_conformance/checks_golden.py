@@ -16,8 +16,8 @@ from bridge.config import ModelConfig, parse_config, tensor_shapes
 from bridge.contract import BackendModel, Sampling
 from bridge_conformance import golden, spec_files
 from bridge_conformance.checks_decode import generation
-from bridge_conformance.checks_train import allowance_of_sums
-from bridge_conformance.tolerance import DTYPES, allowance, ulp
+from bridge_conformance.checks_train import vector
+from bridge_conformance.tolerance import DTYPES, ulp
 from bridge_conformance.trial import Target, Trial
 
 GRID = 2.0**-28  # to which a file's outputs are rounded, of the largest magnitude's power of two
@@ -95,26 +95,26 @@ def names() -> list[str]:
 
 def golden_vector_is_met(target: Target, case: GoldenCase) -> None:
     """Clause 10.4: a backend gives the outputs of a golden file."""
-    trial, vector, what = Trial(target, case), case.vector, case.what
+    trial, file, what = Trial(target, case), case.vector, case.what
     if what == "generate":
         return _generated(trial, case)
     if what == "block":
         run: Callable[..., Any] = _block
     else:
         run = golden.THROUGH_THE_CONTRACT[what]
-    got, exact, own, moved = (
-        run(vector.settings, vector.inputs, model) for model in (trial.load(), *trial.references())
+    got, exact, *others = (
+        run(file.settings, file.inputs, model) for model in (trial.load(), *trial.references())
     )
-    if got.keys() != vector.outputs.keys():
-        raise trial.failure(f"gives {sorted(got)}, not {sorted(vector.outputs)}", case)
+    if got.keys() != file.outputs.keys():
+        raise trial.failure(f"gives {sorted(got)}, not {sorted(file.outputs)}", case)
     kept = case.kept_by(target.dtype)
-    for kind in sorted({_kind(name, what) for name in vector.outputs}):
-        names = [name for name in vector.outputs if _kind(name, what) == kind]
-        allowed = _allowed(exact, own, moved, names, kind, target.dtype)
+    for kind in sorted({_kind(name, what) for name in file.outputs}):
+        names = [name for name in file.outputs if _kind(name, what) == kind]
+        allowed = _allowed(trial, exact, others, names)
         for name in names:
             want, given = exact[name], np.asarray(got[name])
             if kept:
-                want = vector.outputs[name]
+                want = file.outputs[name]
                 given = _off_the_grid(given, want)
             trial.same(given, want, allowed, name, case)
 
@@ -138,19 +138,10 @@ def _kind(name: str, what: str) -> str:
 
 
 def _allowed(
-    exact: golden.Given,
-    own: golden.Given,
-    moved: golden.Given,
-    names: list[str],
-    kind: str,
-    dtype: str,
+    trial: Trial, exact: golden.Given, others: list[golden.Given], names: list[str]
 ) -> float:
-    if kind == "loss":
-        return allowance(exact[kind], own[kind], dtype, max(1.0, abs(float(exact[kind]))))
-    if kind in ("grad", "step", "master", "exp_avg", "exp_avg_sq"):
-        want, rounded, nudged = ({n: given[n] for n in names} for given in (exact, own, moved))
-        return allowance_of_sums(want, rounded, nudged, dtype)
-    return allowance(exact[kind], own[kind], dtype)
+    want, own, *nudged = (vector(given, names) for given in (exact, *others))
+    return trial.allowed(want, own, nudged, max(1.0, abs(want[0])) if names == ["loss"] else None)
 
 
 def _generated(trial: Trial, case: GoldenCase) -> None:

@@ -1,12 +1,10 @@
 """Checks of losses, gradients and training steps (chapter 7).
 
 The gradients of a model are one vector: the allowance of each tensor is that of the whole, since a
-gradient that is exactly zero in theory need not be so in floating point. And they are sums that
-cancel, by which the reference's own error can be small by luck: what moving each weight by half an
-ulp does to them counts as well (clause 10.2).
+gradient that is exactly zero in theory need not be so in floating point (clause 10.2).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -15,7 +13,7 @@ import numpy as np
 from bridge.contract import AdamW, Batch
 from bridge.errors import BridgeError
 from bridge_conformance.cases import TrainCase
-from bridge_conformance.tolerance import DTYPES, FACTOR, FLOOR_ULPS, allowance, error, ulp
+from bridge_conformance.tolerance import DTYPES, FACTOR, FLOOR_ULPS, ulp
 from bridge_conformance.trial import Target, Trial
 
 Named = Mapping[str, np.ndarray]
@@ -37,39 +35,45 @@ def loss_and_gradients_are_within_the_numerics_rule(target: Target, case: TrainC
     """Clauses 7.1 to 7.5: every metric and every gradient, against the exact backward."""
     trial, batch = start(target, case)
     arguments = (batch, case.objective, case.trainable)
-    metrics64, exact = trial.exact.loss_and_grads(*arguments)
-    metrics_T, rounded = trial.rounded.loss_and_grads(*arguments)
-    _, nudged = trial.nudged.loss_and_grads(*arguments)
+    measured = [reference.loss_and_grads(*arguments) for reference in references(trial)]
     metrics, grads = trial.model.loss_and_grads(*arguments)
-    same_metrics(trial, case, metrics, metrics64, metrics_T)
+    same_metrics(trial, case, metrics, [values for values, _ in measured])
     if set(grads) != set(case.trainable):
         raise trial.failure(f"gradients of {sorted(grads)}, not of {case.trainable}", case)
-    allowed = allowance_of_sums(exact, rounded, nudged, target.dtype)
+    exact, *others = (gradients for _, gradients in measured)
+    allowed = allowed_of_vector(trial, exact, others)
     for name, want in exact.items():
         trial.same(grads[name], want, allowed, f"gradient of {name}", case)
 
 
+def references(trial: Trial) -> list[Any]:
+    """The models that measure: exact, rounded, and all that are nudged. Not to be trained."""
+    return [trial.exact, trial.rounded, *trial.nudged]
+
+
 def same_metrics(
-    trial: Trial, case: TrainCase, metrics: Metrics, metrics64: Metrics, metrics_T: Metrics
+    trial: Trial, case: TrainCase, metrics: Metrics, measured: Sequence[Metrics]
 ) -> None:
-    """The metrics of a loss against the exact ones, whose error in the dtype `metrics_T` show."""
-    if set(metrics) != set(metrics64):
-        raise trial.failure(f"metrics {sorted(metrics)}, not {sorted(metrics64)}", case)
-    for name, value in metrics64.items():
-        scalars = (np.array([m[name]]) for m in (metrics, metrics64, metrics_T))
-        got, want, own = scalars
+    """The metrics of a loss against the exact ones; `measured` as `references` give them."""
+    if set(metrics) != set(measured[0]):
+        raise trial.failure(f"metrics {sorted(metrics)}, not {sorted(measured[0])}", case)
+    for name, got in metrics.items():
+        want, own, *nudged = (np.array([values[name]]) for values in measured)
         # A log-probability is a difference of logits and a logarithm: near 1 at least.
-        allowed = allowance(want, own, trial.dtype, max(1.0, abs(value)))
-        trial.same(got, want, allowed, f"metric {name}", case)
+        allowed = trial.allowed(want, own, nudged, max(1.0, float(np.abs(want[0]))))
+        trial.same(np.array([got]), want, allowed, f"metric {name}", case)
 
 
-def allowance_of_sums(exact: Named, rounded: Named, nudged: Named, dtype: str) -> float:
-    """One allowance for all tensors of a training result, as a single vector."""
-    want, own, moved = (
-        np.concatenate([tensors[name].ravel() for name in sorted(exact)])
-        for tensors in (exact, rounded, nudged)
-    )
-    return max(allowance(want, own, dtype), FACTOR * error(moved, want))
+def allowed_of_vector(trial: Trial, exact: Named, others: Sequence[Named]) -> float:
+    """One allowance for all tensors of a training result, as a single vector; `others` are those
+    of the rounded reference, then of the nudged ones."""
+    want, own, *nudged = (vector(tensors, exact) for tensors in (exact, *others))
+    return trial.allowed(want, own, nudged)
+
+
+def vector(tensors: Named, names: Iterable[str]) -> np.ndarray:
+    """The tensors of these names, end to end."""
+    return np.concatenate([tensors[name].astype(np.float64).ravel() for name in sorted(names)])
 
 
 def training_steps_are_within_the_numerics_rule(target: Target, case: TrainCase) -> None:
@@ -121,15 +125,15 @@ def same_updates(
         if update == 0:
             same_first_metrics(trial, case, batch, metrics)
     got = trainer.state()
-    exact, rounded, nudged = trial.memory.once(
+    exact, rounded, *nudged = trial.memory.once(
         ("updates", id(case)), lambda: reference_updates(trial, case, batch)
     )
     if set(got) != set(exact):
         raise trial.failure(f"state has {sorted(set(got) ^ set(exact))[0]}, or lacks it", case)
     for kind in ("step", "master.", "exp_avg.", "exp_avg_sq."):
         names = [name for name in exact if name.startswith(kind)]
-        want, own, moved = ({n: state[n] for n in names} for state in (exact, rounded, nudged))
-        allowed = allowance_of_sums(want, own, moved, trial.dtype)
+        want, own, *moved = ({n: state[n] for n in names} for state in (exact, rounded, *nudged))
+        allowed = allowed_of_vector(trial, want, [own, *moved])
         for name in names:
             trial.same(got[name], exact[name], allowed, name, case)
         # Even where rounding to the dtype is within the allowance, it is not what a state is for.
@@ -143,20 +147,14 @@ def same_updates(
 def same_first_metrics(trial: Trial, case: TrainCase, batch: Batch, metrics: Metrics) -> None:
     """Clauses 7.7 and 7.10: those of the loss of all rows, and the norm of the whole gradient."""
     arguments = (batch, case.objective, case.trainable)
-    references = (trial.exact, trial.rounded, trial.nudged)
-    (metrics64, exact), (metrics_T, rounded), (_, nudged) = (
-        reference.loss_and_grads(*arguments) for reference in references
-    )
+    measured = [reference.loss_and_grads(*arguments) for reference in references(trial)]
     of_loss = {name: value for name, value in metrics.items() if name != "grad_norm"}
-    same_metrics(trial, case, of_loss, metrics64, metrics_T)
-    want, own, moved = (
-        np.concatenate([grads[name].astype(np.float64).ravel() for name in exact])
-        for grads in (exact, rounded, nudged)
-    )
+    same_metrics(trial, case, of_loss, [values for values, _ in measured])
+    want, *others = (vector(gradients, gradients) for _, gradients in measured)
     # A norm moves by no more than the norm of what moves.
     norm = np.array([np.linalg.norm(want)])
-    allowed = allowance(norm, norm + np.linalg.norm(own - want), trial.dtype)
-    allowed = max(allowed, FACTOR * float(np.linalg.norm(moved - want)))
+    own, *nudged = (norm + np.linalg.norm(other - want) for other in others)
+    allowed = trial.allowed(norm, own, nudged)
     trial.same(np.array([metrics["grad_norm"]]), norm, allowed, "metric grad_norm", case)
 
 
@@ -166,7 +164,7 @@ def fits(tensors: Named, dtype: str) -> bool:
 
 
 def reference_updates(trial: Trial, case: TrainCase, batch: Batch) -> list[Named]:
-    """The states of the exact, the rounded and the nudged reference after the same updates."""
+    """The states after the same updates: of the exact, the rounded and the nudged references."""
     states = []
     for model in trial.references():
         trainer = model.trainer(case.objective, OPTIMIZER, case.trainable)

@@ -1,15 +1,19 @@
 """The numerics rule (clause 10.2): how far a backend may be from the float64 reference.
 
 No tolerance is tuned by hand. A backend in dtype T may err by `FACTOR` times the error that the
-reference itself makes in T, never held to less than `FLOOR_ULPS` units in the last place of the
-largest magnitude, since a short calculation may by luck be exact in one order and not in another.
+reference itself makes in T, or that nudges of the weights by half a unit in the last place of T
+make: several measures, since one can be small by luck. It is never held to less than `FLOOR_ULPS`
+units in the last place of the largest magnitude.
 """
+
+from collections.abc import Sequence
 
 import ml_dtypes
 import numpy as np
 
 FACTOR = 4.0
 FLOOR_ULPS = 8.0
+NUDGES = 4  # copies of the weights, each moved by half a unit up or down at random
 DTYPES: dict[str, np.dtype] = {
     "float64": np.dtype(np.float64),
     "float32": np.dtype(np.float32),
@@ -41,16 +45,23 @@ def error(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def allowance(
-    reference64: np.ndarray, reference_T: np.ndarray, dtype: str, largest: float | None = None
+    exact: np.ndarray,
+    own: np.ndarray,
+    dtype: str,
+    *,
+    nudged: Sequence[np.ndarray] = (),
+    largest: float | None = None,
 ) -> float:
-    """The largest error that a backend in `dtype` may make against `reference64` (clause 10.2).
+    """The largest error that a backend in `dtype` may make against `exact` (clause 10.2).
 
-    `reference_T` is the reference's own result in `proxy(dtype)`, of the same shape: active cells
-    only, since what lies in others is unspecified. `largest`: the largest magnitude that the floor
-    is measured by; None is that of `reference64`.
+    `exact` is the reference's result in float64, `own` that in `proxy(dtype)`, and `nudged` are
+    those in float64 of nudged weights, all of one shape: active cells only, since what lies in
+    others is unspecified. `largest`: the largest magnitude that the floor is measured by; None is
+    that of `exact`.
     """
-    if not reference64.size:
+    if not exact.size:
         return 0.0
-    own = error(reference_T, reference64) * ulp(dtype) / ulp(proxy(dtype))
-    largest = float(np.max(np.abs(reference64))) if largest is None else largest
-    return FACTOR * max(own, FLOOR_ULPS * ulp(dtype) * largest)
+    rounding = error(own, exact) * ulp(dtype) / ulp(proxy(dtype))
+    moved = max((error(other, exact) for other in nudged), default=0.0)
+    largest = float(np.max(np.abs(exact))) if largest is None else largest
+    return FACTOR * max(rounding, moved, FLOOR_ULPS * ulp(dtype) * largest)

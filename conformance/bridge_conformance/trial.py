@@ -1,11 +1,12 @@
 """One backend under test in one dtype, and the comparisons that checks make.
 
-A trial loads the model of a case three times: in the backend, in the reference in the same dtype,
-and in the reference in float64, all from the same numbers. A comparison that fails raises
-`Nonconformance`, which names clause, case, worst element and allowance.
+A trial loads the model of a case in the backend, in the reference in the same dtype, and in the
+reference in float64, all from the same numbers; and in float64 from nudged ones (clause 10.2). A
+comparison that fails raises `Nonconformance`, which names clause, case, worst element and
+allowance.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis.errors import UnsatisfiedAssumption
 from bridge.config import ModelConfig
 from bridge.contract import Backend, BackendModel
 from bridge_conformance.memory import Memory, Remembered
-from bridge_conformance.tolerance import DTYPES, FACTOR, allowance, error, proxy, ulp
+from bridge_conformance.tolerance import DTYPES, NUDGES, allowance, error, proxy, ulp
 from bridge_ref.backend import Reference
 
 
@@ -93,31 +94,38 @@ class Trial:
     @cached_property
     def exact(self) -> Any:
         """The case's model in the float64 reference; not to be trained."""
-        return self._once("exact", lambda: Remembered(self.references()[0]))
+        return self._once("exact", lambda: Remembered(self._exact()))
 
     @cached_property
     def rounded(self) -> Any:
         """The case's model in the reference, in the dtype that shows the error of `dtype`."""
-        return self._once("rounded", lambda: Remembered(self.references()[1]))
+        return self._once("rounded", lambda: Remembered(self._rounded()))
 
     @cached_property
-    def nudged(self) -> Any:
-        """The float64 reference with every weight moved by half an ulp of `dtype`, up or down."""
-        return self._once("nudged", lambda: Remembered(self.references()[2]))
+    def nudged(self) -> list[Any]:
+        """The float64 reference, its every weight moved by half an ulp of `dtype`, up or down:
+        `NUDGES` times."""
+        return self._once("nudged", lambda: [Remembered(model) for model in self._nudged()])
 
-    def references(self) -> tuple[BackendModel, BackendModel, BackendModel]:
-        """New models of the reference: exact, rounded and nudged."""
+    def references(self) -> list[BackendModel]:
+        """New models of the reference: exact, rounded, and all that are nudged."""
+        return [self._exact(), self._rounded(), *self._nudged()]
+
+    def _exact(self) -> BackendModel:
+        return self._reference("float64", self.tensors)
+
+    def _rounded(self) -> BackendModel:
+        return self._reference(proxy(self.dtype), self.tensors)
+
+    def _nudged(self) -> Iterator[BackendModel]:
         rng = np.random.default_rng(self.case.seed)
         half = ulp(self.dtype) / 2
-        moved = {
-            name: array * (1 + half * rng.choice([-1.0, 1.0], size=array.shape))
-            for name, array in self.tensors.items()
-        }
-        return (
-            self._reference("float64", self.tensors),
-            self._reference(proxy(self.dtype), self.tensors),
-            self._reference("float64", moved),
-        )
+        for _ in range(NUDGES):
+            moved = {
+                name: array * (1 + half * rng.choice([-1.0, 1.0], size=array.shape))
+                for name, array in self.tensors.items()
+            }
+            yield self._reference("float64", moved)
 
     def _reference(self, dtype: str, tensors: dict[str, np.ndarray]) -> BackendModel:
         tensors = {name: array.astype(DTYPES[dtype]) for name, array in tensors.items()}
@@ -132,12 +140,26 @@ class Trial:
         a case proves nothing and is left out: where moving weights by half an ulp of the dtype does
         more than the reference's own rounding did.
         """
-        exact = run(self.exact)[cells]
-        allowed = allowance(exact, run(self.rounded)[cells], self.dtype)
-        extreme = self.case.magnitudes != "plain"
-        if extreme and FACTOR * error(run(self.nudged)[cells], exact) > allowed:
+        exact, own = run(self.exact)[cells], run(self.rounded)[cells]
+        nudged = [run(model)[cells] for model in self.nudged]
+        allowed = self.allowed(exact, own, nudged)
+        if self.case.magnitudes != "plain" and allowed > allowance(exact, own, self.dtype):
             raise Unsuited
         return exact, allowed
+
+    def allowed(
+        self,
+        exact: np.ndarray,
+        own: np.ndarray,
+        nudged: Sequence[np.ndarray],
+        largest: float | None = None,
+    ) -> float:
+        """The allowance around `exact`, as `tolerance.allowance` has it. A case in which the
+        reference itself leaves the range of the dtype says nothing of it, and is left out."""
+        allowed = allowance(exact, own, self.dtype, nudged=nudged, largest=largest)
+        if not np.isfinite(allowed):
+            raise Unsuited
+        return allowed
 
     def same(self, got: np.ndarray, want: np.ndarray, allowed: float, what: str, case: Any) -> None:
         """Refuse `got` where it is further than `allowed` from `want`; 0 means bit for bit."""
