@@ -1,7 +1,7 @@
 """The numerics rule (clause 10.2): how far a backend may be from the float64 reference.
 
 No tolerance is tuned by hand. A backend in dtype T may err by `FACTOR` times the error that the
-reference itself makes in T, or that nudges of the weights by half a unit in the last place of T
+reference itself makes in T, or that nudges of the weights by one unit in the last place of T
 make: several measures, since one can be small by luck. It is never held to less than `FLOOR_ULPS`
 units in the last place of the largest magnitude.
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 FACTOR = 4.0
 FLOOR_ULPS = 8.0
-NUDGES = 4  # copies of the weights, each moved by half a unit up or down at random
+NUDGES = 4  # copies of the weights, each moved by one unit up or down at random
 DTYPES: dict[str, np.dtype] = {
     "float64": np.dtype(np.float64),
     "float32": np.dtype(np.float32),
