@@ -1,4 +1,4 @@
-"""Affine quantisation as MLX packs it (clause 9.8): small integers, a scale and a bias a group.
+"""Affine quantisation as MLX packs it (clause 9.11): small integers, a scale and a bias a group.
 
 `weight[o, i] = scales[o, i // group_size] * q[o, i] + biases[o, i // group_size]`. The q of a row
 follow each other from the lowest bit of its first uint32 on, `bits` bits each, and may straddle two
@@ -7,7 +7,7 @@ words. NumPy alone: packing gives MLX's own bytes, and unpacking needs no MLX.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, UInt
@@ -151,6 +151,26 @@ def packing(
         )
     _check(how, where)
     return how
+
+
+@runtime_checkable
+class HoldsPacked(Protocol):
+    """A mapping of float tensors that also gives those that it holds packed, as they are."""
+
+    def packed(self, name: str) -> Packed | None:
+        """The tensor `name`; None where it is stored as it is read."""
+        ...
+
+
+def take_packed(
+    tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]
+) -> Packed | None:
+    """One tensor of a model being loaded, where `tensors` hold it packed; None where they do not.
+    Raises BridgeError for one of another logical shape."""
+    packed = tensors.packed(name) if isinstance(tensors, HoldsPacked) else None
+    if packed is not None and packed.shape != shape:
+        raise BridgeError(f"tensor {name} is {list(packed.shape)}, need {list(shape)}")
+    return packed
 
 
 def side_names(name: str) -> tuple[str, str]:

@@ -14,10 +14,12 @@ import numpy as np
 from bridge.config import ModelConfig, tensor_shapes
 from bridge.contract import AdamW, Batch, Objective
 from bridge.errors import BridgeError
-from bridge.inputs import check_trainable, take_tensor
+from bridge.inputs import take_tensor
+from bridge.quantised import take_packed
 from bridge_mlx.decode import Decoder
+from bridge_mlx.linear import Quantised, floats
 from bridge_mlx.model import Transformer
-from bridge_mlx.train import Trainer, loss_and_grads
+from bridge_mlx.train import Trainer, choose, loss_and_grads
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -40,8 +42,9 @@ class MlxBackend:
     def load(
         self, config: ModelConfig, tensors: Mapping[str, np.ndarray], *, device: str, dtype: str
     ) -> "MlxModel":
-        """A model on `device` in `dtype`; `tensors` are read one at a time. Raises BridgeError for
-        an unknown device or dtype, and for a tensor that is missing or has another shape."""
+        """A model on `device` in `dtype`; `tensors` are read one at a time, and what they hold
+        packed (`bridge.quantised.HoldsPacked`) stays so. Raises BridgeError for an unknown device
+        or dtype, and for a tensor that is missing or has another shape."""
         if device not in self.devices():
             raise BridgeError(
                 f"backend mlx: no device {device!r}; use one of {', '.join(self.devices())}"
@@ -50,8 +53,17 @@ class MlxBackend:
             raise BridgeError(f"backend mlx: no dtype {dtype!r}; use one of {', '.join(DTYPES)}")
         shapes = tensor_shapes(config)
 
-        def get(name: str) -> mx.array:
-            return from_numpy(take_tensor(tensors, name, shapes[name]), DTYPES[dtype])
+        def get(name: str) -> mx.array | Quantised:
+            packed = take_packed(tensors, name, shapes[name])
+            if packed is None:
+                return from_numpy(take_tensor(tensors, name, shapes[name]), DTYPES[dtype])
+            return Quantised(
+                from_numpy(packed.weight, mx.uint32),
+                from_numpy(packed.scales, DTYPES[dtype]),
+                from_numpy(packed.biases, DTYPES[dtype]),
+                packed.bits,
+                packed.group_size,
+            )
 
         place = mx.Device(mx.cpu if device == "cpu" else mx.gpu)
         with mx.stream(place):
@@ -102,9 +114,7 @@ class MlxModel:
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Metrics with `loss`, and the gradient of each tensor named in `trainable`, float32."""
         with mx.stream(self.transformer.device):
-            parts = dict(self.transformer.parts())
-            check_trainable(parts, trainable)
-            leaves = {name: parts[name] for name in trainable}
+            leaves = choose(self.transformer, trainable)
             metrics, grads = loss_and_grads(self.transformer, leaves, batch, objective)
             return metrics, {name: to_numpy(grad) for name, grad in grads.items()}
 
@@ -127,7 +137,7 @@ class MlxModel:
                 while name not in ready:  # the model keeps another order within a layer
                     found, part = next(parts)
                     ready[found] = part
-                array = to_numpy(ready.pop(name))
+                array = to_numpy(floats(ready.pop(name)))
             yield name, array  # not within: whoever reads this has a default device of their own
 
 

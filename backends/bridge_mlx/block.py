@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from jaxtyping import Bool, Float
 
-from bridge_mlx.linear import Linear
+from bridge_mlx.linear import Linear, Weight
 
 
 def rms_norm(x: Float[mx.array, "... D"], weight: Float[mx.array, " D"], eps: float) -> mx.array:
@@ -154,7 +154,7 @@ class Block:
         keys = mx.broadcast_to(keys, (G, N, S)).swapaxes(1, 2).reshape(G * S, 1, 1, N)
         return keys | mx.eye(N, dtype=mx.bool_)
 
-    def parts(self) -> Iterator[tuple[str, mx.array]]:
+    def parts(self) -> Iterator[tuple[str, Weight]]:
         """Its tensors by checkpoint name, in canonical order."""
         yield self.norm_name, self.norm
         yield from self.inward.parts()

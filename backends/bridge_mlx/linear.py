@@ -1,19 +1,81 @@
 """Linear layers as the backend stores them: checkpoint matrices stacked along their outputs.
 
-One GEMM then reads q, k and v (or gate and up) at once, and `parts` splits the stack back byte for
-byte. How a weight is stored and multiplied is known here alone.
+One product then reads q, k and v (or gate and up) at once, and `parts` splits the stack back byte
+for byte. A weight is an array, or packed integers that stay packed (clause 9.11): how it is stored,
+multiplied and looked up is known here alone.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt
+
+from bridge.errors import BridgeError
 
 # MLX's wheels for Linux bring reference BLAS, twice as fast where no factor is transposed.
 WEIGHT_FIRST = sys.platform != "darwin"
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A matrix `[out, in]` of packed integers, a scale and a bias a group of them."""
+
+    integers: UInt[mx.array, "out words"]
+    scales: Float[mx.array, "out groups"]
+    biases: Float[mx.array, "out groups"]
+    bits: int
+    group_size: int
+
+    @property
+    def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
+        """All that it holds."""
+        return self.integers, self.scales, self.biases
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """What it is multiplied in."""
+        return self.scales.dtype
+
+    @property
+    def packing(self) -> dict[str, Any]:
+        """As MLX's functions take it."""
+        return {"group_size": self.group_size, "bits": self.bits}
+
+    def __len__(self) -> int:
+        return len(self.integers)
+
+    def __getitem__(self, rows: Any) -> "Quantised":
+        """Some rows: a slice, or an array of their numbers."""
+        return self.holding(a[rows] for a in self.arrays)
+
+    def holding(self, arrays: Iterable[mx.array]) -> "Quantised":
+        """Other arrays, packed in the same way."""
+        integers, scales, biases = arrays
+        return Quantised(integers, scales, biases, self.bits, self.group_size)
+
+    def floats(self) -> Float[mx.array, "out in"]:
+        """The matrix itself, rounded once."""
+        return mx.dequantize(*self._wide(mx.float32), **self.packing).astype(self.dtype)
+
+    def product(self, x: Float[mx.array, "... in"], bias: mx.array | None) -> mx.array:
+        """`x @ weight.T + bias`.
+
+        MLX adds up in float32 on a GPU, but in the dtype of `x` on a CPU, where float32 throughout
+        is nearer the truth, and faster.
+        """
+        dtype = mx.float32 if mx.default_device().type == mx.cpu else self.dtype
+        y = mx.quantized_matmul(x.astype(dtype), *self._wide(dtype), **self.packing)
+        return (y if bias is None else y + bias).astype(self.dtype)
+
+    def _wide(self, dtype: mx.Dtype) -> tuple[mx.array, mx.array, mx.array]:
+        return self.integers, self.scales.astype(dtype), self.biases.astype(dtype)
+
+
+Weight = mx.array | Quantised  # [out, in]
 
 
 @dataclass(frozen=True)
@@ -22,35 +84,40 @@ class Linear:
 
     names: tuple[str, ...]  # checkpoint names without `.weight` and `.bias`, in stacking order
     sizes: tuple[int, ...]  # outputs of each
-    weight: Float[mx.array, "out in"]
+    weights: tuple[Weight, ...]  # one; several where neighbours are not stored in the same way
     bias: Float[mx.array, " out"] | None = None
 
     @classmethod
-    def stack(cls, names: tuple[str, ...], get: Callable[[str], mx.array], bias: bool) -> "Linear":
+    def stack(cls, names: tuple[str, ...], get: Callable[[str], Any], bias: bool) -> "Linear":
         """The matrices `names`, read through `get` and stacked along their outputs."""
-        weights = [get(f"{name}.weight") for name in names]
+        weights: list[Weight] = [get(f"{name}.weight") for name in names]
         biases = [get(f"{name}.bias") for name in names] if bias else []
         return cls(
             names,
             tuple(len(w) for w in weights),
-            weights[0] if len(weights) == 1 else mx.concatenate(weights),
+            tuple(_concatenate(list(alike)) for _, alike in groupby(weights, _storage)),
             mx.concatenate(biases) if biases else None,
         )
 
     def __call__(self, x: Float[mx.array, "... in"]) -> Float[mx.array, "... out"]:
-        if WEIGHT_FIRST and mx.default_device().type == mx.cpu:
-            cells = mx.contiguous(mx.flatten(x, 0, -2).T)
-            bias = None if self.bias is None else self.bias[:, None]
-            return mx.contiguous(_product(self.weight, cells, bias).T).reshape(*x.shape[:-1], -1)
-        return _product(x, self.weight.T, self.bias)
+        outputs, start = [], 0
+        for weight in self.weights:
+            end = start + len(weight)
+            bias = None if self.bias is None else self.bias[start:end]
+            outputs.append(_product(x, weight, bias))
+            start = end
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-1)
 
-    def parts(self) -> Iterator[tuple[str, mx.array]]:
+    def parts(self) -> Iterator[tuple[str, Weight]]:
         """Each stacked tensor by its checkpoint name."""
-        ends = [sum(self.sizes[: i + 1]) for i in range(len(self.sizes))]
-        for kind, stacked in (("weight", self.weight), ("bias", self.bias)):
-            if stacked is not None:
-                for name, size, end in zip(self.names, self.sizes, ends, strict=True):
-                    yield f"{name}.{kind}", stacked[end - size : end]
+        for kind, stacks in (("weight", self.weights), ("bias", (self.bias,))):
+            named = zip(self.names, self.sizes, strict=True)
+            for stack in stacks:
+                start = 0
+                while stack is not None and start < len(stack):
+                    name, size = next(named)
+                    yield f"{name}.{kind}", stack[start : start + size]
+                    start += size
 
     def substitute(self, tensors: Mapping[str, mx.array]) -> "Linear":
         """This layer with the tensors in `tensors` in place of its own, differentiably."""
@@ -62,8 +129,34 @@ class Linear:
         )
 
 
-def _product(a: mx.array, b: mx.array, bias: mx.array | None) -> mx.array:
-    """`a @ b + bias`, rounded once."""
+def _storage(weight: Weight) -> tuple[int, ...]:
+    """Weights of which this is equal can be one stack."""
+    return (weight.bits, weight.group_size) if isinstance(weight, Quantised) else ()
+
+
+def _concatenate(weights: list[Any]) -> Weight:
+    """Weights of one storage, one after the other."""
+    first: Weight = weights[0]
+    if len(weights) == 1:
+        return first
+    if isinstance(first, Quantised):
+        columns = zip(*(weight.arrays for weight in weights), strict=True)
+        return first.holding(mx.concatenate(list(column)) for column in columns)
+    return mx.concatenate(weights)
+
+
+def _product(x: Float[mx.array, "... in"], weight: Weight, bias: mx.array | None) -> mx.array:
+    """`x @ weight.T + bias`, rounded once."""
+    if isinstance(weight, Quantised):
+        return weight.product(x, bias)
+    if WEIGHT_FIRST and mx.default_device().type == mx.cpu:
+        cells = mx.contiguous(mx.flatten(x, 0, -2).T)
+        column = None if bias is None else bias[:, None]
+        return mx.contiguous(_dense(weight, cells, column).T).reshape(*x.shape[:-1], -1)
+    return _dense(x, weight.T, bias)
+
+
+def _dense(a: mx.array, b: mx.array, bias: mx.array | None) -> mx.array:
     return a @ b if bias is None else mx.addmm(bias, a, b)
 
 
@@ -80,8 +173,36 @@ def _(primals, cotangent, _output):
     return grad.astype(weight.dtype), mx.zeros_like(tokens)
 
 
-def embed(weight: Float[mx.array, "V D"], tokens: Int[mx.array, "..."]) -> mx.array:
+def embed(weight: Weight, tokens: Int[mx.array, "..."]) -> Float[mx.array, "... D"]:
     """`weight[tokens]` (clause 5.2). Its gradient adds up in float32: a common token has many
     cells, which MLX's own scatter would add in the dtype of the weight."""
+    if isinstance(weight, Quantised):
+        return weight[tokens].floats()
     rows: Any = _embed(weight, tokens)
     return rows
+
+
+def evaluate(parts: Iterable[tuple[str, Weight]]) -> None:
+    """Compute what is held of each named tensor; what is packed stays so."""
+    mx.eval([part.arrays if isinstance(part, Quantised) else part for _, part in parts])
+
+
+def floats(part: Weight) -> mx.array:
+    """The numbers of a tensor."""
+    return part.floats() if isinstance(part, Quantised) else part
+
+
+def trained(parts: Iterable[tuple[str, Weight]], names: Iterable[str]) -> dict[str, mx.array]:
+    """The tensors `names`, to be differentiated. Raises BridgeError for one that is packed, which
+    has no gradient."""
+    named = dict(parts)
+    chosen = {}
+    for name in names:
+        part = named[name]
+        if isinstance(part, Quantised):
+            raise BridgeError(
+                f"trainable: {name} is quantised, which cannot be trained; train the blocks alone, "
+                "or convert the model without quantisation"
+            )
+        chosen[name] = part
+    return chosen

@@ -1,12 +1,13 @@
 """A host decoder of the Llama family with Bridge blocks after its FFNs (chapters 3 and 5).
 
 The teacher-forced forward over `[B, S]` cells, of which some may be inactive. Prefill is the same
-forward with keys and values kept. Weights are plain arrays in dataclasses, in the order that data
-flows. Nothing here evaluates: graphs are built, and whoever asked evaluates what it needs.
+forward with keys and values kept. Weights are in plain dataclasses, in the order that data flows.
+Nothing here evaluates: graphs are built, and whoever asked evaluates what it needs.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from bridge.config import ModelConfig
 from bridge.rope import inverse_frequencies
 from bridge_mlx.block import Block, Grid, fused, rms_norm, silu
-from bridge_mlx.linear import Linear, embed
+from bridge_mlx.linear import Linear, Weight, embed, evaluate
 
 Keep = Callable[[int, mx.array, mx.array], None]
 
@@ -86,7 +87,7 @@ class Layer:
     block: Block | None
     window: int | None
 
-    def parts(self) -> Iterator[tuple[str, mx.array]]:
+    def parts(self) -> Iterator[tuple[str, Weight]]:
         """Its tensors by checkpoint name."""
         yield from self.norms().items()
         for linear in (self.qkv, self.o, self.gate_up, self.down):
@@ -127,23 +128,21 @@ class Layer:
 class Transformer:
     """The weights of a model and its teacher-forced forward."""
 
-    def __init__(
-        self, config: ModelConfig, device: mx.Device, get: Callable[[str], mx.array]
-    ) -> None:
-        """Read every tensor once, by its checkpoint name, through `get`."""
+    def __init__(self, config: ModelConfig, device: mx.Device, get: Callable[[str], Any]) -> None:
+        """Read every tensor once, by its checkpoint name, through `get`: an array, or packed."""
         self.config, self.device = config, device
-        self.embed = get("model.embed_tokens.weight")
+        self.embed: Weight = get("model.embed_tokens.weight")
         self.layers = []
         for i in range(config.num_hidden_layers):
             self.layers.append(_read_layer(config, i, get))
-            mx.eval(dict(self.layers[i].parts()))  # one by one: never two copies of the model
+            evaluate(self.layers[i].parts())  # one by one: never two copies of the model
         self.norm = get("model.norm.weight")
         head = self.embed if config.tie_word_embeddings else get("lm_head.weight")
-        self.head = Linear(("lm_head",), (len(head),), head)
+        self.head = Linear(("lm_head",), (len(head),), (head,))
         self.dtype = self.embed.dtype
         self.rope = Rope(config)
 
-    def parts(self) -> Iterator[tuple[str, mx.array]]:
+    def parts(self) -> Iterator[tuple[str, Weight]]:
         """Every tensor by checkpoint name."""
         yield "model.embed_tokens.weight", self.embed
         for layer in self.layers:
@@ -161,13 +160,13 @@ class Transformer:
         new.norm = tensors.get("model.norm.weight", self.norm)
         new.head = self.head.substitute(tensors)
         if self.config.tie_word_embeddings:
-            new.head = replace(self.head, weight=new.embed)
+            new.head = replace(self.head, weights=(new.embed,))
         return new
 
     def update(self, tensors: Mapping[str, mx.array]) -> None:
         """Take `tensors` as its own from now on."""
         self.__dict__.update(self.substitute(tensors).__dict__)
-        mx.eval(dict(self.parts()))
+        evaluate(self.parts())
 
     def cells(self, groups: np.ndarray, active: np.ndarray, positions: np.ndarray) -> Cells:
         """Masks, rope and the grid of a batch `[B, S]`. Masks are `[B, 1, S, S]` where one is
@@ -285,7 +284,7 @@ def _attend(
     return out if cells.active is None else mx.where(cells.active[..., None], out, 0)
 
 
-def _read_layer(config: ModelConfig, i: int, get: Callable[[str], mx.array]) -> Layer:
+def _read_layer(config: ModelConfig, i: int, get: Callable[[str], Any]) -> Layer:
     prefix = f"model.layers.{i}"
 
     def linear(part: str, *names: str, bias: bool) -> Linear:

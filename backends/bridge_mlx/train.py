@@ -14,6 +14,7 @@ import mlx.optimizers as optim
 import numpy as np
 from jaxtyping import Float
 
+from bridge.config import tensor_shapes
 from bridge.contract import SFT, AdamW, Batch, Objective
 from bridge.inputs import (
     add_metrics,
@@ -23,9 +24,17 @@ from bridge.inputs import (
     default_positions,
     micro_batches,
 )
+from bridge_mlx.linear import trained
 from bridge_mlx.model import Transformer
 
 Metrics = dict[str, float]
+
+
+def choose(model: Transformer, trainable: Sequence[str]) -> dict[str, mx.array]:
+    """The model's tensors of these names. Raises BridgeError for a name that it lacks, and for a
+    tensor that it keeps packed."""
+    check_trainable(tensor_shapes(model.config), trainable)
+    return trained(model.parts(), trainable)
 
 
 def loss_and_grads(
@@ -126,9 +135,8 @@ class Trainer:
         self.model, self.objective, self.options = model, objective, optimizer
         self.checkpoint_activations = checkpoint_activations
         with mx.stream(model.device):
-            parts = dict(model.parts())
-            check_trainable(parts, trainable)
-            self.master = {name: parts[name].astype(mx.float32) for name in trainable}
+            leaves = choose(model, trainable)
+            self.master = {name: leaf.astype(mx.float32) for name, leaf in leaves.items()}
             self.adamw = optim.AdamW(
                 optimizer.lr,
                 betas=list(optimizer.betas),
