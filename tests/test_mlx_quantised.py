@@ -14,12 +14,14 @@ from bridge.errors import BridgeError
 from bridge.quantised import BITS, Packed, Quantization, quantise
 from bridge_conformance import checks_decode, checks_model, checks_train, strategies
 from bridge_conformance.cases import ModelCase, TrainCase, random_tensors
-from bridge_conformance.tolerance import DTYPES
+from bridge_conformance.tolerance import DTYPES, allowance, error
 from bridge_conformance.trial import Target
 
 mx = pytest.importorskip("mlx.core")
 
-from bridge_mlx.backend import MlxBackend  # noqa: E402
+from bridge_mlx import linear  # noqa: E402
+from bridge_mlx.backend import DTYPES as MLX  # noqa: E402
+from bridge_mlx.backend import MlxBackend, from_numpy, to_numpy  # noqa: E402
 
 
 class Held(dict):
@@ -234,3 +236,30 @@ def test_a_packed_tensor_of_another_shape_is_named():
     tensors.packings[name] = tensors.packings["model.layers.0.self_attn.k_proj.weight"]
     with pytest.raises(BridgeError, match=rf"{name} is \[128, 256\], need \[256, 256\]"):
         load(tensors)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_long_sums_are_added_up_in_float32(dtype):
+    """A product over 4096 inputs, and its gradient over 4096 outputs: each within clause 10.2."""
+    rng = np.random.default_rng(0)
+    for shape, gradient in (((8, 4096), False), ((4096, 64), True)):
+        weight = rng.normal(size=shape) / np.sqrt(shape[1]) + 0.1
+        packed = quantise(weight.astype(DTYPES[dtype]), Quantization(4, 64))
+        # Of one sign: what is added up so far soon outgrows what is added.
+        x = rng.random((3, shape[0] if gradient else shape[1])).astype(DTYPES[dtype])
+        scales, biases = (from_numpy(a, MLX[dtype]) for a in (packed.scales, packed.biases))
+        layer = linear.Quantised(from_numpy(packed.weight, mx.uint32), scales, biases, 4, 64)
+        with mx.stream(mx.cpu):
+            given_ = from_numpy(x, MLX[dtype])
+            if gradient:
+                at = mx.zeros((3, shape[1]), MLX[dtype])
+                _, (out,) = mx.vjp(lambda x, layer=layer: layer.product(x, None), [at], [given_])
+            else:
+                out = layer.product(given_, None)
+            got = to_numpy(out)
+        wide, narrow = (packed.dequantise(dtype=t) for t in (np.float64, None))
+        exact = x.astype(np.float64) @ (wide if gradient else wide.T)
+        narrow = narrow.astype(np.float32)
+        own = (x.astype(np.float32) @ (narrow if gradient else narrow.T)).astype(DTYPES[dtype])
+        assert got.dtype == DTYPES[dtype]
+        assert error(got, exact) <= allowance(exact, own, dtype)
