@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from bridge.errors import BridgeError
+from bridge.reading import show
 
 ROPE_KEYS = {
     "default": set(),
@@ -34,6 +35,8 @@ ROPE_KEYS = {
         "original_max_position_embeddings",
     },
 }
+# No model is near these bounds; within them every frequency is a finite number.
+LEAST, MOST = 1e-12, 1e18
 REQUIRED = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
@@ -71,7 +74,7 @@ def parse_rope(raw: Mapping[str, Any], max_position_embeddings: int, source: str
     for field, settings in (("rope_parameters", newer), ("rope_scaling", older)):
         if settings is not None:
             if not isinstance(settings, Mapping):
-                raise BridgeError(f"{source}: {field} must be an object, not {settings!r}")
+                raise BridgeError(f"{source}: {field} must be an object, not {show(settings)}")
             parsed.append(
                 _parse_one(settings, theta, max_position_embeddings, f"{source}: {field}")
             )
@@ -98,17 +101,19 @@ def _parse_one(
     rope_type = given.pop("rope_type", None)
     legacy_type = given.pop("type", None)
     if rope_type is not None and legacy_type is not None and rope_type != legacy_type:
-        raise BridgeError(f"{where}: rope_type {rope_type!r} and type {legacy_type!r} disagree")
+        raise BridgeError(
+            f"{where}: rope_type {show(rope_type)} and type {show(legacy_type)} disagree"
+        )
     rope_type = rope_type if rope_type is not None else legacy_type or "default"
     if not isinstance(rope_type, str) or rope_type not in ROPE_KEYS:
         known = ", ".join(ROPE_KEYS)
-        raise BridgeError(f"{where}: rope type {rope_type!r} is not supported (known: {known})")
+        raise BridgeError(f"{where}: rope type {show(rope_type)} is not supported (known: {known})")
     if given.pop("partial_rotary_factor", 1.0) != 1.0:
         raise BridgeError(f"{where}: partial_rotary_factor other than 1 is not supported")
     theta = given.pop("rope_theta", theta if theta is not None else 10000.0)
     for key in given:
         if key not in ROPE_KEYS[rope_type]:
-            raise BridgeError(f"{where}: unknown key {key!r} for rope type {rope_type!r}")
+            raise BridgeError(f"{where}: unknown key {show(key)} for rope type {rope_type!r}")
     for key in REQUIRED.get(rope_type, ()):
         if key not in given:
             raise BridgeError(f"{where}: rope type {rope_type!r} needs {key!r}")
@@ -130,13 +135,16 @@ def _check_value(key: str, value: Any, where: str) -> None:
     if key == "truncate":
         kind, valid = "true or false", isinstance(value, bool)
     elif key == "original_max_position_embeddings":
-        kind, valid = "a positive integer", type(value) is int and value > 0
+        kind = "a positive integer"
+        valid = type(value) is int and value > 0
     else:
         # Bounds first: JSON allows integers that no float holds.
         kind = "a positive number"
         valid = type(value) in (int, float) and 0 < value <= sys.float_info.max
+    if valid and not isinstance(value, bool) and not LEAST <= value <= MOST:
+        kind, valid = f"in {LEAST:g}..{MOST:g}", False
     if not valid:
-        raise BridgeError(f"{where}: {key} must be {kind}, not {value!r}")
+        raise BridgeError(f"{where}: {key} must be {kind}, not {show(value)}")
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:

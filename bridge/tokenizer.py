@@ -4,8 +4,8 @@ Reads `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`. No co
 is run but its chat template, in the sandbox of `bridge.chat`.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tokenizers.decoders import DecodeStream
 
 from bridge.chat import Message, render_chat
 from bridge.errors import BridgeError
+from bridge.reading import exists, one_line, read_object, read_text
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -39,7 +40,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a raw text, with the special tokens that the tokenizer itself adds."""
-        return self.fast.encode(text).ids
+        with _refusing("tokenizer.json: cannot read this text"):
+            return self.fast.encode(text).ids
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation up to where the assistant speaks.
@@ -49,11 +51,13 @@ class Tokenizer:
         if self.chat_template is None:
             raise BridgeError("tokenizer_config.json: no chat_template; give a raw prompt")
         text = render_chat(self.chat_template, messages, self.special)
-        return self.fast.encode(text, add_special_tokens=False).ids
+        with _refusing("tokenizer.json: cannot read what chat_template makes"):
+            return self.fast.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without special tokens."""
-        return self.fast.decode(list(ids), skip_special_tokens=True)
+        with _refusing("tokenizer.json: cannot write these ids"):
+            return self.fast.decode(list(ids), skip_special_tokens=True)
 
     def streamer(self) -> "TextStream":
         """Decodes one response token by token."""
@@ -70,7 +74,8 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Text that `token` adds; empty within a character of several tokens."""
-        added = self._stream.step(self._fast, token) or ""
+        with _refusing("tokenizer.json: cannot write these ids"):
+            added = self._stream.step(self._fast, token) or ""
         self.text += added
         return added
 
@@ -81,12 +86,14 @@ def read_tokenizer(directory: Path) -> Tokenizer | None:
     Raises BridgeError for files that cannot be read.
     """
     path = directory / "tokenizer.json"
-    if not path.exists():
+    if not exists(path):
         return None
-    try:
-        fast = FastTokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise BridgeError(f"{path}: not a readable tokenizer ({_one_line(error)})") from None
+    text = read_text(path)
+    with _refusing(f"{path}: not a readable tokenizer"):
+        fast = FastTokenizer.from_str(text)
+    # A prompt is neither cut nor filled up here, whatever the tokenizer did when it was trained.
+    fast.no_truncation()
+    fast.no_padding()
     settings = _read_json(directory / "tokenizer_config.json")
     special = {}
     for name in SPECIAL_TOKENS:
@@ -108,31 +115,29 @@ def read_eos_ids(directory: Path) -> tuple[int, ...]:
 
 def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
     path = directory / "chat_template.jinja"
-    if path.exists():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BridgeError(f"{path}: cannot be read ({_one_line(error)})") from None
+    if exists(path):
+        return read_text(path)
     template = settings.get("chat_template")
     if isinstance(template, list):  # several named ones
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
+        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = named[0].get("template") if named else None
     if template is not None and not isinstance(template, str):
         raise BridgeError(f"{directory / 'tokenizer_config.json'}: chat_template must be text")
     return template
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
+    return read_object(path) if exists(path) else {}
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Turn whatever the tokenizers library raises, a panic of its Rust code too, into one line."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise BridgeError(f"{path}: not readable as JSON ({_one_line(error)})") from None
-    if not isinstance(value, dict):
-        raise BridgeError(f"{path}: must hold a JSON object")
-    return value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        yield
+    except Exception as error:  # the library raises plain Exception
+        raise BridgeError(f"{what} ({one_line(error)})") from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # which has no public name
+            raise
+        raise BridgeError(f"{what} ({one_line(error)})") from None
