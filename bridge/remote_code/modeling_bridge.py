@@ -31,7 +31,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, StoppingCriteriaList
-from transformers import initialization as init
 from transformers.generation import GenerationMode
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM
@@ -47,8 +46,10 @@ class Layout(NamedTuple):
     cells: Tensor  # [B]: where a row is in the flat grid
 
     @classmethod
-    def of(cls, groups: Tensor) -> "Layout":
+    def of(cls, groups: Tensor, B: int) -> "Layout":
         """The layout of `groups [B]`, whose rows may lie in any order (clause 2.2)."""
+        if groups.shape != (B,):
+            raise ValueError(f"groups is {list(groups.shape)}, not one number a row: [{B}]")
         _, group, widths = groups.unique(return_inverse=True, return_counts=True)
         order, first = group.argsort(stable=True), (widths.cumsum(0) - widths)[:, None]
         number = torch.arange(int(widths.max()), device=groups.device)
@@ -164,12 +165,9 @@ class BridgeForCausalLM:
             self.model.layers[i] = self.BridgeLayer(config, i)
         self._no_split_modules = {*(self._no_split_modules or ()), "BridgeLayer"}
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """As the family does, but a fresh block changes nothing (clause 8.2)."""
-        super()._init_weights(module)
-        if isinstance(module, BridgeBlock):
-            init.zeros_((module.o_proj if module.kind == "attention" else module.down_proj).weight)
+        for name, weight in self.named_parameters():  # fresh blocks change nothing (clause 8.2)
+            if name.endswith(("bridge.o_proj.weight", "bridge.down_proj.weight")):
+                nn.init.zeros_(weight)
 
     def forward(
         self,
@@ -188,9 +186,7 @@ class BridgeForCausalLM:
         B, S = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         groups = torch.arange(B) if groups is None else groups
         if not isinstance(groups, Layout):
-            if groups.shape != (B,):
-                raise ValueError(f"groups is {list(groups.shape)}, not one number a row: [{B}]")
-            groups = Layout.of(groups.to(self.device))
+            groups = Layout.of(groups.to(self.device), B)
         if active is None:
             active = active_cells(B, S, attention_mask, labels is not None)
         kwargs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds, "labels": labels}
@@ -219,7 +215,8 @@ class BridgeForCausalLM:
         if groups is None:
             groups = torch.arange(len(input_ids)) // generation_config.num_return_sequences
         responses = Responses(stopping_criteria)
-        kwargs |= {"groups": Layout.of(groups.to(self.device)), "responses": responses}
+        layout = Layout.of(groups.to(self.device), len(input_ids))
+        kwargs |= {"groups": layout, "responses": responses}
         kwargs |= {"stopping_criteria": responses, "generation_config": generation_config}
         return super()._sample(input_ids, **kwargs)
 
