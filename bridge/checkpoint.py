@@ -1,57 +1,29 @@
 """Checkpoints on disk, opened lazily (chapter 9).
 
-A directory holds `config.json`, `model.safetensors` or shards with an index, and a tokenizer's
-files. Opening reads headers alone and checks every name, shape and dtype against the config; a
-tensor is read, and checked for NaN and infinity, when it is asked for. Nothing in a checkpoint can
-make us read outside its directory or run code.
+A directory holds `config.json`, the tensors in one of three forms (bridge/forms.py), and a
+tokenizer's files. Opening reads headers alone and checks every name, shape and dtype against the
+config; a tensor is read, and checked for NaN and infinity, when it is asked for. Nothing in a
+checkpoint can make us read outside its directory or run code.
 """
 
-import hashlib
-import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from bridge.config import ModelConfig, parse_config, read_config, tensor_shapes
+from bridge.config import ModelConfig, read_config, tensor_shapes
 from bridge.errors import BridgeError
-from bridge.finite import first_not_finite
-from bridge.safetensors_io import CODES, DAMAGED, SafetensorsFile, TensorSpec, tensor_bytes
+from bridge.forms import BLOCK, Place, Source, find_packed, form_of, locate
+from bridge.quantised import Quantization, parse_quantization, side_names
+from bridge.reading import exists, read_object, show
+from bridge.safetensors_io import CODES, DAMAGED, SafetensorsFile, TensorSpec
+from bridge.tensors import CheckpointTensors, content_hash, same_bytes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+BLOCKS = "bridge.safetensors"  # of the mlx form
 ADAPTER = "bridge_adapter.json"
 FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-
-
-class CheckpointTensors(Mapping[str, np.ndarray]):
-    """Tensors by name in canonical order (clause 9.3), each read and checked when asked for."""
-
-    def __init__(self, files: Mapping[str, SafetensorsFile]) -> None:
-        """`files`: the file that holds each tensor."""
-        self.files = dict(files)
-        self.specs = {name: file.specs[name] for name, file in files.items()}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        file = self.files[name]
-        array = file[name]
-        if (where := first_not_finite(array)) is not None:
-            raise BridgeError(
-                f"{file.path}: tensor {name!r} holds {array[where]} at {list(where)}; "
-                "weights must be finite"
-            )
-        return array
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.files  # Mapping's own would read the tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
 
 
 @dataclass(frozen=True)
@@ -63,6 +35,8 @@ class Checkpoint:
     config: ModelConfig
     raw_config: dict[str, Any]
     tensors: CheckpointTensors
+    form: str  # torch, jax or mlx (chapter 9); of an adapter, that of its blocks
+    quantization: Quantization | None = None  # of most quantised matrices; None: there are none
     base: "Checkpoint | None" = None  # of an adapter
 
     @property
@@ -72,7 +46,8 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The stored dtype; where tensors differ, that of most bytes."""
+        """The stored dtype, for quantised tensors that of their scales; where tensors differ, that
+        of most numbers by size."""
         stored: Counter[str] = Counter()
         for spec in self.specs.values():
             stored[FLOATS[CODES[spec.dtype]]] += spec.nbytes
@@ -80,77 +55,92 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: Path, base: Path | None = None, *, headers_only: bool = False
+    path: Path, base: Path | None = None, *, headers_only: bool = False, any_base: bool = False
 ) -> Checkpoint:
-    """Open a checkpoint directory, or an adapter on its base (clause 9.5).
+    """Open a checkpoint directory of any form, or an adapter on its base (clause 9.5).
 
     `base`: the host of an adapter; None takes the one that the adapter names. `headers_only`: do
     not compare contents either (the hash of an adapter's base, a tied head stored twice), which is
-    for looking at a checkpoint and not for running it. Raises BridgeError, naming file, tensor and
-    mend, for whatever does not fit.
+    for looking at a checkpoint and not for running it. `any_base`: take a base of another hash.
+    Raises BridgeError, naming file, tensor and mend, for whatever does not fit.
     """
     if not path.is_dir():
         mend = (
-            "bridge init makes a checkpoint of a GGUF file" if path.is_file() else "check the name"
+            "bridge init and bridge convert make a checkpoint of a GGUF file"
+            if path.is_file()
+            else "check the name"
         )
         raise BridgeError(f"{path}: no such checkpoint directory; {mend}")
     config, raw = read_config(path / "config.json")
-    if (path / ADAPTER).exists():
-        return _open_adapter(path, config, raw, base, headers_only)
+    if is_adapter(path):
+        return _open_adapter(path, config, raw, base, headers_only, any_base)
     if base is not None:
         raise BridgeError(f"{path}: is no adapter (no {ADAPTER}), so it takes no base")
-    tensors = _match(path, config, tensor_shapes(config), find_tensors(path), headers_only)
-    return Checkpoint(path, path, config, raw, tensors)
+    shapes, found = tensor_shapes(config), find_tensors(path)
+    tensors = _match(path, config, raw, shapes, found, headers_only)
+    form = "mlx" if path / BLOCKS in {file.path for file in found.values()} else None
+    form = form or form_of(tensors.sources.values())
+    quantization = parse_quantization(raw, str(path / "config.json"))
+    return Checkpoint(path, path, config, raw, tensors, form, quantization)
 
 
-def content_hash(tensors: CheckpointTensors) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes in canonical order, however they are sharded."""
-    digest = hashlib.sha256()
-    for name, file in tensors.files.items():
-        dtype, shape = tensors.specs[name]
-        digest.update(json.dumps([name, CODES[dtype], list(shape)]).encode())
-        digest.update(tensor_bytes(file[name]))
-    return digest.hexdigest()
+def is_adapter(path: Path) -> bool:
+    """Whether a checkpoint directory holds blocks alone (clause 9.5)."""
+    return exists(path / ADAPTER)
+
+
+def host_hash(checkpoint: Checkpoint) -> str:
+    """What an adapter says of its base: the content hash of its host's tensors (clause 9.5)."""
+    return content_hash(checkpoint.tensors, tensor_shapes(checkpoint.config.without_bridge()))
 
 
 def find_tensors(path: Path) -> dict[str, SafetensorsFile]:
-    """The file of every tensor in a directory, single or sharded (clause 9.4)."""
-    single, index = path / SINGLE, path / INDEX
-    if single.exists() and index.exists():
-        raise BridgeError(f"{path}: has both {SINGLE} and {INDEX}; remove one of the two")
-    if not index.exists():
-        if not single.exists():
-            raise BridgeError(f"{path}: has neither {SINGLE} nor {INDEX}; copy the weights there")
-        file = SafetensorsFile(single)
-        return dict.fromkeys(file, file)
-    weight_map = _read_index(index)
-    shards = {name: SafetensorsFile(path / name) for name in sorted(set(weight_map.values()))}
-    holders: dict[str, str] = {}
-    for shard, file in shards.items():
+    """The file of every tensor in a directory, by its stored name (clauses 9.4 and 9.10).
+
+    The files are those of the index, or else `model.safetensors`; and `bridge.safetensors`.
+    """
+    single, index, blocks = path / SINGLE, path / INDEX, path / BLOCKS
+    weight_map = _read_index(index) if exists(index) else {}
+    shards = sorted(set(weight_map.values()))
+    if exists(single) and SINGLE not in shards:
+        if exists(index):
+            raise BridgeError(f"{path}: has both {SINGLE} and {INDEX}; remove one of the two")
+        shards.append(SINGLE)
+    if exists(blocks) and BLOCKS not in shards:
+        shards.append(BLOCKS)
+    if not shards:
+        raise BridgeError(f"{path}: has neither {SINGLE} nor {INDEX}; copy the weights there")
+    indexed = set(weight_map.values())
+    found: dict[str, SafetensorsFile] = {}
+    for shard in shards:
+        file = SafetensorsFile(path / shard)
         for name in file:
-            if name in holders:
-                raise BridgeError(f"{path}: tensor {name!r} is in {holders[name]} and in {shard}")
-            if weight_map.get(name) != shard:
-                raise BridgeError(f"{path / shard}: tensor {name!r} is not where {INDEX} says")
-            holders[name] = shard
+            if name in found:
+                other = found[name].path.name
+                raise BridgeError(f"{path}: tensor {show(name)} is in {other} and in {shard}")
+            if shard in indexed and weight_map.get(name) != shard:
+                raise BridgeError(f"{path / shard}: tensor {show(name)} is not where {INDEX} says")
+            found[name] = file
     for name, shard in weight_map.items():
-        if name not in holders:
-            raise BridgeError(f"{path / shard}: lacks tensor {name!r}, which {INDEX} puts there")
-    return {name: shards[shard] for name, shard in weight_map.items()}
+        if name not in found:
+            raise BridgeError(
+                f"{path / shard}: lacks tensor {show(name)}, which {INDEX} puts there"
+            )
+    return found
 
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_object(index)["weight_map"]
         shards = set(weight_map.values())
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+    except (OSError, KeyError, TypeError, AttributeError):
         raise BridgeError(f"{index}: must be JSON with a weight_map; {DAMAGED}") from None
     for shard in shards:
         plain = isinstance(shard, str) and shard == Path(shard).name and "\\" not in shard
-        if not plain or not shard.endswith(".safetensors"):
+        if not plain or not shard.isprintable() or not shard.endswith(".safetensors"):
             raise BridgeError(
-                f"{index}: weight_map names {shard!r}; it must be a .safetensors file in the same "
-                "directory"
+                f"{index}: weight_map names {show(shard)}; it must be a .safetensors file in the "
+                "same directory"
             )
     return weight_map
 
@@ -158,74 +148,113 @@ def _read_index(index: Path) -> dict[str, str]:
 def _match(
     path: Path,
     config: ModelConfig,
+    raw: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
-    found: dict[str, SafetensorsFile],
+    found: Mapping[str, SafetensorsFile],
     headers_only: bool = False,
 ) -> CheckpointTensors:
     """The tensors found, in canonical order, once their names, shapes and dtypes are as wanted."""
-    found = {n: f for n, f in found.items() if not n.endswith(".rotary_emb.inv_freq")}  # computed
-    if config.tie_word_embeddings and "lm_head.weight" in found:
-        if not headers_only:
-            _check_tied(found["lm_head.weight"], found.get("model.embed_tokens.weight"))
-        del found["lm_head.weight"]
+    places = locate(found, config)
+    left = {n: p for n, p in places.items() if not n.endswith(".rotary_emb.inv_freq")}  # computed
+    if config.tie_word_embeddings:
+        _take_tied(left, headers_only)
+    sources: dict[str, Source] = {}
     for name, shape in shapes.items():
-        if name not in found:
+        if name not in left:
             raise BridgeError(f"{path}: tensor {name!r} is missing; config.json calls for it")
-        spec, file = found[name].specs[name], found[name]
-        if spec.shape != shape:
+        place, packed = left.pop(name), find_packed(name, shape, places)
+        sources[name] = packed or place
+        if packed is None:
+            _check_spec(name, place, shape)
+            continue
+        for side in side_names(name):
+            del left[side]
+        if raw.get("quantization") is None:
             raise BridgeError(
-                f"{file.path}: tensor {name!r} is {list(spec.shape)}, but config.json calls for "
-                f"{list(shape)}"
+                f"{place.file.path}: tensor {name!r} is quantised, but config.json has no "
+                "quantization; copy both again"
             )
-        if CODES[spec.dtype] not in FLOATS:
-            raise BridgeError(
-                f"{file.path}: tensor {name!r} is {CODES[spec.dtype]}; weights must be one of "
-                f"{', '.join(FLOATS)}"
-            )
-    if unexpected := sorted(found.keys() - shapes.keys()):
-        hint = "; config.json has no bridge object" if ".bridge." in unexpected[0] else ""
+    if left:
+        name = min(left)
+        hint = "; config.json has no bridge object" if BLOCK in name and not config.bridge else ""
         raise BridgeError(
-            f"{found[unexpected[0]].path}: tensor {unexpected[0]!r} is not one that config.json "
-            f"calls for{hint}"
+            f"{left[name].file.path}: tensor {show(name)} is not one that config.json calls "
+            f"for{hint}"
         )
-    return CheckpointTensors({name: found[name] for name in shapes})
+    return CheckpointTensors(sources)
 
 
-def _check_tied(head: SafetensorsFile, embedding: SafetensorsFile | None) -> None:
-    """Some writers store a tied head again; it must then be the embedding."""
+def _check_spec(name: str, place: Place, shape: tuple[int, ...]) -> None:
+    spec = place.spec
+    if spec.shape != shape:
+        raise BridgeError(
+            f"{place.file.path}: tensor {name!r} is {list(spec.shape)}, but config.json calls for "
+            f"{list(shape)}"
+        )
+    if CODES[spec.dtype] not in FLOATS:
+        raise BridgeError(
+            f"{place.file.path}: tensor {name!r} is {CODES[spec.dtype]}; weights must be one of "
+            f"{', '.join(FLOATS)}"
+        )
+
+
+def _take_tied(places: dict[str, Place], headers_only: bool) -> None:
+    """Some writers store a tied head again; it must then be the embedding, and is left out."""
     name, other = "lm_head.weight", "model.embed_tokens.weight"
-    if embedding is None:
-        return  # the embedding's absence is told elsewhere
-    same = head.specs[name] == embedding.specs[other]
-    if not same or tensor_bytes(head[name]) != tensor_bytes(embedding[other]):
-        raise BridgeError(
-            f"{head.path}: {name} differs from {other}, but config.json ties them; set "
-            "tie_word_embeddings to false"
-        )
+    for one, same in zip((name, *side_names(name)), (other, *side_names(other)), strict=True):
+        head, embedding = places.pop(one, None), places.get(same)
+        if head is None or headers_only or (one == name and embedding is None):
+            continue  # the embedding's absence is told elsewhere
+        if embedding is None or not same_bytes(head, embedding):
+            raise BridgeError(
+                f"{head.file.path}: {one} differs from {same}, but config.json ties them; set "
+                "tie_word_embeddings to false"
+            )
 
 
 def _open_adapter(
-    path: Path, config: ModelConfig, raw: dict[str, Any], base: Path | None, headers_only: bool
+    path: Path,
+    config: ModelConfig,
+    raw: dict[str, Any],
+    base: Path | None,
+    headers_only: bool,
+    any_base: bool,
 ) -> Checkpoint:
-    where = path / ADAPTER
-    try:
-        said = json.loads(where.read_text(encoding="utf-8"))
-        name, digest = said["base"], said["base_sha256"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
-        raise BridgeError(f"{where}: must be JSON with base and base_sha256; {DAMAGED}") from None
+    name, digest = read_adapter(path)
     if config.bridge is None:
         raise BridgeError(f"{path / 'config.json'}: bridge is missing; an adapter holds blocks")
-    if not isinstance(name, str) or not isinstance(digest, str):
-        raise BridgeError(f"{where}: base and base_sha256 must be texts; {DAMAGED}")
     directory = base or path / name  # an absolute name stands for itself
     if not directory.is_dir():
-        raise BridgeError(f"{where}: its base {name!r} is not there; name it with --base")
+        raise BridgeError(f"{path / ADAPTER}: its base {name!r} is not there; name it with --base")
+    if is_adapter(directory):
+        raise BridgeError(f"{directory}: is an adapter itself, so it cannot be the base of {path}")
     host = open_checkpoint(directory, headers_only=headers_only)
-    if host.config != parse_config({k: v for k, v in raw.items() if k != "bridge"}):
+    if host.config.without_bridge() != config.without_bridge():
         raise BridgeError(f"{directory}: its config.json differs from that of the adapter {path}")
-    if not headers_only and content_hash(host.tensors) != digest:
-        raise BridgeError(f"{directory}: is not the base of {path}: base_sha256 differs")
-    shapes = {n: s for n, s in tensor_shapes(config).items() if n not in host.tensors}
-    added = _match(path, config, shapes, find_tensors(path))
-    files = {n: (added if n in added else host.tensors).files[n] for n in tensor_shapes(config)}
-    return Checkpoint(path, host.assets, config, raw, CheckpointTensors(files), host)
+    if not (headers_only or any_base) and host_hash(host) != digest:
+        raise BridgeError(
+            f"{directory}: is not the base of {path}: base_sha256 differs; use the base that it "
+            "was made for, or take this one with --any-base"
+        )
+    shapes = tensor_shapes(config)
+    blocks = {n: s for n, s in shapes.items() if BLOCK in n}
+    added = _match(path, config, raw, blocks, find_tensors(path))
+    sources = {n: (added if n in blocks else host.tensors).sources[n] for n in shapes}
+    form = form_of(added.sources.values())
+    form = "mlx" if exists(path / BLOCKS) else form
+    quantization = host.quantization or parse_quantization(raw, str(path / "config.json"))
+    tensors = CheckpointTensors(sources)
+    return Checkpoint(path, host.assets, config, raw, tensors, form, quantization, host)
+
+
+def read_adapter(path: Path) -> tuple[str, str]:
+    """The place and the hash of an adapter's base, as it says."""
+    where = path / ADAPTER
+    try:
+        said = read_object(where)
+        name, digest = said["base"], said["base_sha256"]
+    except (OSError, KeyError):
+        raise BridgeError(f"{where}: must be JSON with base and base_sha256; {DAMAGED}") from None
+    if not isinstance(name, str) or not isinstance(digest, str):
+        raise BridgeError(f"{where}: base and base_sha256 must be texts; {DAMAGED}")
+    return name, digest

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bridge.atomic import new_directory, new_file
-from bridge.checkpoint import ADAPTER, INDEX, SINGLE, Checkpoint, content_hash
+from bridge.checkpoint import ADAPTER, INDEX, SINGLE, Checkpoint, host_hash
 from bridge.config import SPEC_VERSION
 from bridge.errors import BridgeError
 from bridge.safetensors_io import TensorSpec, write_safetensors
@@ -84,7 +84,7 @@ def write_adapter(
         said = {
             "spec_version": SPEC_VERSION,
             "base": str(base.path.resolve()),
-            "base_sha256": content_hash(base.tensors),
+            "base_sha256": host_hash(base),
         }
         _write_json(directory / ADAPTER, said)
 

@@ -5,16 +5,20 @@ guessed (clause 5.9); keys that cannot change the forward pass are listed here a
 names are Hugging Face's own.
 """
 
-import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bridge.errors import BridgeError
+from bridge.quantised import parse_quantization
+from bridge.reading import read_object, show
 from bridge.rope import RopeConfig, parse_rope
 
 SPEC_VERSION = "1.0"
+MAX_LAYERS = 4096  # the deepest that is read; a number in a file must not fill the memory
+MAX_SIZE = 2**31 - 1
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 
 # What Hugging Face assumes where a config is silent, by family.
@@ -53,6 +57,8 @@ READ = {
     "rope_parameters",
     "eos_token_id",
     "bridge",
+    "quantization",
+    "quantization_config",
 }
 FAMILY_KEYS = {
     "llama": {"attention_bias", "mlp_bias"},
@@ -70,6 +76,7 @@ FAMILY_KEYS = {
 IGNORED = {
     "architectures",
     "attention_dropout",  # of their training code; evaluation never drops
+    "auto_map",  # code for transformers, which we do not run
     "chunk_size_feed_forward",
     "dtype",
     "id2label",
@@ -78,6 +85,7 @@ IGNORED = {
     "keys_to_ignore_at_inference",
     "label2id",
     "max_window_layers",
+    "model_file",  # code for mlx-lm, which we do not run
     "output_attentions",
     "output_hidden_states",
     "problem_type",
@@ -165,13 +173,9 @@ class ModelConfig:
 def read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """Parse a `config.json`; also gives its raw object, whose own keys a writer keeps."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_object(path)
     except FileNotFoundError:
         raise BridgeError(f"{path}: no such file; a checkpoint needs a config.json") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise BridgeError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise BridgeError(f"{path}: must hold a JSON object")
     return parse_config(raw, str(path)), raw
 
 
@@ -184,7 +188,7 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> ModelCo
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise BridgeError(
-            f"{source}: model_type {family!r} is not supported (known: {', '.join(FAMILIES)})"
+            f"{source}: model_type {show(family)} is not supported (known: {', '.join(FAMILIES)})"
         )
     _refuse_unknown(raw, family, source)
     given = {**DEFAULTS[family], **{k: v for k, v in raw.items() if v is not None}}
@@ -196,6 +200,8 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> ModelCo
     given.setdefault("num_key_value_heads", given["num_attention_heads"])
     for key in (*SIZES, "num_key_value_heads", "max_position_embeddings"):
         _positive_int(given[key], key, source)
+    if given["num_hidden_layers"] > MAX_LAYERS:
+        raise BridgeError(f"{source}: num_hidden_layers must be at most {MAX_LAYERS}")
     heads, kv_heads = given["num_attention_heads"], given["num_key_value_heads"]
     if "head_dim" not in given:
         if given["hidden_size"] % heads:
@@ -213,6 +219,7 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> ModelCo
             f"num_key_value_heads {kv_heads}"
         )
     attention_bias = _flag(given, "attention_bias", source)
+    parse_quantization(raw, source)  # says how weights are stored, not what is computed
     return ModelConfig(
         model_type=family,
         **{key: given[key] for key in SIZES},
@@ -243,11 +250,11 @@ def parse_bridge(raw: Any, num_layers: int, source: str = "config.json") -> Brid
     if missing := sorted(names - raw.keys()):
         raise BridgeError(f"{where}.{missing[0]} is missing")
     if unknown := sorted(raw.keys() - names):
-        raise BridgeError(f"{where}.{unknown[0]} is not known to spec {SPEC_VERSION}")
+        raise BridgeError(f"{where}: {show(unknown[0])} is not known to spec {SPEC_VERSION}")
     if raw["spec_version"] != SPEC_VERSION:
-        raise BridgeError(f"{where}.spec_version is {raw['spec_version']!r}, need {SPEC_VERSION!r}")
+        raise BridgeError(f"{where}.spec_version is {show(raw['spec_version'])}, need {SPEC_VERSION!r}")
     if raw["kind"] not in ("attention", "mlp"):
-        raise BridgeError(f"{where}.kind must be 'attention' or 'mlp', not {raw['kind']!r}")
+        raise BridgeError(f"{where}.kind must be 'attention' or 'mlp', not {show(raw['kind'])}")
     layers = raw["layers"]
     if not isinstance(layers, list) or not all(type(i) is int for i in layers):
         raise BridgeError(f"{where}.layers must be a list of layer numbers")
@@ -316,10 +323,10 @@ def _refuse_unknown(raw: Mapping[str, Any], family: str, source: str) -> None:
             continue
         if key in NEUTRAL:
             if value is not None and value != NEUTRAL[key]:
-                raise BridgeError(f"{source}: {key} {value!r} is not supported for {family}")
+                raise BridgeError(f"{source}: {key} {show(value)} is not supported for {family}")
         elif key not in IGNORED and value is not None:
             raise BridgeError(
-                f"{source}: unknown setting {key!r}; remove it if it does not change the model"
+                f"{source}: unknown setting {show(key)}; remove it if it does not change the model"
             )
 
 
@@ -335,12 +342,14 @@ def _sliding_windows(given: Mapping[str, Any], family: str, source: str) -> tupl
     kinds = given.get("layer_types")
     if kinds is None or family == "mistral":
         first = given.get("max_window_layers", 28) if family != "mistral" else 0
+        if type(first) is not int:
+            raise BridgeError(f"{source}: max_window_layers must be an integer, not {show(first)}")
         return tuple(window if i >= first else None for i in range(layers))
     if not isinstance(kinds, list) or len(kinds) != layers:
         raise BridgeError(f"{source}: layer_types must list {layers} layers")
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
-            raise BridgeError(f"{source}: layer_types has unknown kind {kind!r}")
+            raise BridgeError(f"{source}: layer_types has unknown kind {show(kind)}")
         if kind == "sliding_attention" and window is None:
             raise BridgeError(f"{source}: layer_types has sliding_attention but no sliding_window")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
@@ -351,25 +360,25 @@ def _eos(value: Any, vocab_size: int, source: str) -> tuple[int, ...]:
     for i in ids:
         if type(i) is not int or not 0 <= i < vocab_size:
             raise BridgeError(
-                f"{source}: eos_token_id {i!r} is not a token of the vocabulary 0..{vocab_size - 1}"
+                f"{source}: eos_token_id {show(i)} is not a token of the vocabulary 0..{vocab_size - 1}"
             )
     return tuple(ids)
 
 
 def _positive_int(value: Any, key: str, source: str) -> int:
-    if type(value) is not int or value < 1:
-        raise BridgeError(f"{source}: {key} must be a positive integer, not {value!r}")
+    if type(value) is not int or not 1 <= value <= MAX_SIZE:
+        raise BridgeError(f"{source}: {key} must be an integer in 1..{MAX_SIZE}, not {show(value)}")
     return value
 
 
 def _positive_float(value: Any, key: str, source: str) -> float:
-    if type(value) not in (int, float) or not 0 < value < float("inf"):
-        raise BridgeError(f"{source}: {key} must be a positive number, not {value!r}")
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+        raise BridgeError(f"{source}: {key} must be a positive number, not {show(value)}")
     return float(value)
 
 
 def _flag(given: Mapping[str, Any], key: str, source: str) -> bool:
     value = given.get(key, False)
     if not isinstance(value, bool):
-        raise BridgeError(f"{source}: {key} must be true or false, not {value!r}")
+        raise BridgeError(f"{source}: {key} must be true or false, not {show(value)}")
     return value

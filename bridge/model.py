@@ -27,20 +27,23 @@ def load(
     checkpoint: str | Path | None = None,
     *,
     base: str | Path | None = None,
+    any_base: bool = False,
     backend: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
 ) -> "Model":
-    """A model from a checkpoint directory, ready to run.
+    """A model from a checkpoint directory of any form, ready to run.
 
-    `base`: the host of an adapter checkpoint; None is the one that the adapter names.
+    `base`: the host of an adapter checkpoint; None is the one that the adapter names. `any_base`:
+    take a base whose hash is not the one that the adapter was made for.
     `backend`: a name from `bridge.backends()`; None is the best one present. `device`: None is the
     backend's best. `dtype`: None is the backend's default on CPUs, else the checkpoint's own.
     Raises BridgeError, in one line, for what is missing, damaged or not supported.
     """
     if checkpoint is None:
         raise BridgeError("no checkpoint given; this version bundles none, name a directory")
-    opened = open_checkpoint(Path(checkpoint), None if base is None else Path(base))
+    where = None if base is None else Path(base)
+    opened = open_checkpoint(Path(checkpoint), where, any_base=any_base)
     return build(opened, opened.config, opened.tensors, backend, device, dtype)
 
 

@@ -3,6 +3,9 @@
 A file is 8 bytes of header length, a JSON header, and the tensors' bytes, little-endian and back
 to back. Tensors stay on disk until they are asked for, and are written as they come, so a file may
 be larger than memory. Same tensors in, same bytes out.
+
+Arrays are views of the mapped file, whose pages count as this process's memory once touched; who
+reads in passing reads into a buffer of its own instead (`read_into`).
 """
 
 import itertools
@@ -10,7 +13,9 @@ import json
 import math
 import mmap
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +24,11 @@ import numpy as np
 
 from bridge.atomic import new_file
 from bridge.errors import BridgeError
+from bridge.reading import open_file, show
 
 MAX_HEADER = 100_000_000  # bytes, as in the format's own library
+MAX_AXES = 64  # as in NumPy
+MAX_NUMBER = 2**63 - 1
 DAMAGED = "the file is damaged, copy it again"
 
 DTYPES: dict[str, np.dtype] = {
@@ -69,18 +77,18 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():
-            raise BridgeError(f"{path}: no such file")
         try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                length = int.from_bytes(file.read(8), "little")
-                if size < 8 or length > size - 8:
-                    raise BridgeError(f"{path}: cut off within its header; {DAMAGED}")
-                if length > MAX_HEADER:
-                    raise BridgeError(f"{path}: its header of {length} bytes is above 100 MB")
-                header = _parse_header(path, file.read(length))
-                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._file = open_file(path)
+            weakref.finalize(self, os.close, self._file)
+            size = os.fstat(self._file).st_size
+            length = int.from_bytes(os.pread(self._file, 8, 0), "little")
+            if size < 8 or length > size - 8:
+                raise BridgeError(f"{path}: cut off within its header; {DAMAGED}")
+            if length > MAX_HEADER:
+                raise BridgeError(f"{path}: its header of {length} bytes is above 100 MB")
+            header = _parse_header(path, os.pread(self._file, length, 8))
+        except FileNotFoundError:
+            raise BridgeError(f"{path}: no such file") from None
         except OSError as error:
             raise BridgeError(f"{path}: cannot be read ({error.strerror})") from None
         self.metadata = _metadata(path, header.pop("__metadata__", {}))
@@ -91,6 +99,9 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
         self.specs = {name: spec for name, (spec, _, _) in ordered}
         self._offsets = {name: start for name, (_, start, _) in ordered}
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.specs  # Mapping's own would map the file
+
     def __getitem__(self, name: str) -> np.ndarray:
         spec = self.specs[name]
         array: np.ndarray = np.ndarray(
@@ -100,6 +111,29 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
             array = array.copy()
             array.flags.writeable = False
         return array
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` from byte `start` of a tensor on, without mapping anything.
+
+        Raises BridgeError where the file has become shorter since it was opened, or the disk
+        refuses.
+        """
+        at = self._start + self._offsets[name] + start
+        try:
+            while buffer:
+                count = os.preadv(self._file, [buffer], at)
+                if not count:
+                    raise BridgeError(f"{self.path}: was cut off while it was read; {DAMAGED}")
+                at, buffer = at + count, buffer[count:]
+        except OSError as error:
+            raise BridgeError(f"{self.path}: cannot be read ({error.strerror})") from None
+
+    @cached_property
+    def _bytes(self) -> mmap.mmap:
+        try:
+            return mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise BridgeError(f"{self.path}: cannot be mapped ({error.strerror})") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -164,11 +198,11 @@ def _header(path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, 
 
 def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen = dict(pairs)
-        if len(seen) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise BridgeError(f"{path}: its header names {twice!r} twice; {DAMAGED}")
+        seen: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in seen:
+                raise BridgeError(f"{path}: its header names {show(name)} twice; {DAMAGED}")
+            seen[name] = value
         return seen
 
     try:
@@ -188,22 +222,24 @@ def _metadata(path: Path, value: Any) -> dict[str, str]:
 
 def _entry(path: Path, name: str, entry: Any) -> tuple[TensorSpec, int, int]:
     """A tensor's dtype, shape, and range of bytes, once they fit each other."""
-    where = f"{path}: tensor {name!r}"
+    where = f"{path}: tensor {show(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise BridgeError(f"{where} must have dtype, shape and data_offsets; {DAMAGED}")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
-        raise BridgeError(f"{where} has dtype {code!r}, which is not known")
+        raise BridgeError(f"{where} has dtype {show(code)}, which is not known")
     for value in (shape, offsets):
         if not isinstance(value, list) or not all(type(v) is int and v >= 0 for v in value):
             raise BridgeError(f"{where}: shape and data_offsets must hold integers; {DAMAGED}")
     if len(offsets) != 2:
         raise BridgeError(f"{where}: data_offsets must be a start and an end; {DAMAGED}")
+    if len(shape) > MAX_AXES or max([*shape, *offsets]) > MAX_NUMBER:
+        raise BridgeError(f"{where}: no tensor has such a shape or such data_offsets; {DAMAGED}")
     spec = TensorSpec(DTYPES[code], tuple(shape))
     start, end = offsets
     if end - start != spec.nbytes:
         raise BridgeError(
-            f"{where}: {code} {shape} needs {spec.nbytes} bytes, but data_offsets {offsets} "
+            f"{where}: {code} {show(shape)} needs {spec.nbytes} bytes, but data_offsets {offsets} "
             f"hold {end - start}; {DAMAGED}"
         )
     return spec, start, end
@@ -217,10 +253,10 @@ def _check_tiling(
     for name, (_, start, end) in ordered:
         if start != at:
             what = "overlap another tensor" if start < at else f"leave a hole of {start - at} bytes"
-            raise BridgeError(f"{path}: the bytes of tensor {name!r} {what}; {DAMAGED}")
+            raise BridgeError(f"{path}: the bytes of tensor {show(name)} {what}; {DAMAGED}")
         if end > size:
             raise BridgeError(
-                f"{path}: cut off within tensor {name!r}, {end} bytes of data needed but {size} "
+                f"{path}: cut off within tensor {show(name)}, {end} bytes of data needed but {size} "
                 f"there; {DAMAGED}"
             )
         at = end

@@ -26,11 +26,12 @@ def made(tmp_path_factory):
 def unread(monkeypatch):
     """Fails where a tensor is read."""
 
-    def refuse(self, name):
+    def refuse(self, name, *_):
         raise AssertionError(f"{name} was read")
 
     monkeypatch.setattr(CheckpointTensors, "__getitem__", refuse)
     monkeypatch.setattr("bridge.safetensors_io.SafetensorsFile.__getitem__", refuse)
+    monkeypatch.setattr("bridge.safetensors_io.SafetensorsFile.read_into", refuse)
 
 
 def sizes(path):
