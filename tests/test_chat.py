@@ -61,6 +61,17 @@ HOSTILE = {
     "replacement": "{{ 'aaa' | replace('', 'a' * 99999) | replace('', 'a' * 99999) }}",
     "join": "{{ ('a' * 999999) | list | join('b' * 999999) }}",
     "endless text": "{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}",
+    "a list of one long text": "{{ ''.join(['a' * 9999999] * 9999) }}",
+    "items one by one": "{{ (['a' * 999999] * 9999) | map('upper') | join }}",
+    "lists of lists": "{% set ns = namespace(x=[]) %}{% for i in range(99) %}"
+    "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+    "powers by multiplication": "{% set ns = namespace(x=3) %}{% for i in range(99) %}"
+    "{% set ns.x = ns.x * ns.x %}{% endfor %}",
+    "work in each turn": "{% set x = 'a' * 9999999 %}{% for i in range(99999) %}"
+    "{% if 'b' in x %}{% endif %}{% endfor %}",
+    "loops that Python cannot nest": "{% for a in messages %}" * 25 + "{% endfor %}" * 25,
+    "conditions that Python cannot nest": "{% if messages %}" * 150 + "{% endif %}" * 150,
+    "half a character": "{{ '\\ud800' }}",
     "lipsum": "{{ lipsum(99999) }}",
     "syntax": "{% if %}",
     "missing": "{{ messages[9]['role'] }}",
