@@ -4,6 +4,7 @@ Reads `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`. No co
 is run but its chat template, in the sandbox of `bridge.chat`.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,11 +90,12 @@ def read_tokenizer(directory: Path) -> Tokenizer | None:
     if not exists(path):
         return None
     text = read_text(path)
-    with _refusing(f"{path}: not a readable tokenizer"):
+    with _refusing(f"{path}: not a readable tokenizer"), _silent_panics():
         fast = FastTokenizer.from_str(text)
-    # A prompt is neither cut nor filled up here, whatever the tokenizer did when it was trained.
-    fast.no_truncation()
-    fast.no_padding()
+        # A prompt is neither cut nor filled up, whatever the tokenizer did when it was trained.
+        fast.no_truncation()
+        fast.no_padding()
+        fast.decode(fast.encode("Bridge 1").ids)  # what it lacks may only show in use
     settings = _read_json(directory / "tokenizer_config.json")
     special = {}
     for name in SPECIAL_TOKENS:
@@ -141,3 +143,26 @@ def _refusing(what: str) -> Iterator[None]:
         if type(error).__name__ != "PanicException":  # which has no public name
             raise
         raise BridgeError(f"{what} ({one_line(error)})") from None
+
+
+@contextmanager
+def _silent_panics() -> Iterator[None]:
+    """Rust writes of a panic to stderr by itself, many lines; it is our one line that counts.
+
+    What else is written meanwhile is passed on.
+    """
+    kept, caught = os.dup(2), os.memfd_create("stderr") if hasattr(os, "memfd_create") else None
+    if caught is None:
+        os.close(kept)
+        yield
+        return
+    os.dup2(caught, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        said = os.pread(caught, os.fstat(caught).st_size, 0)
+        os.close(caught)
+        if said and b"panicked at" not in said:
+            os.write(2, said)
