@@ -1,0 +1,268 @@
+"""Bridge models for mlx-lm: rows that see each other while they are generated.
+
+A checkpoint directory carries this file, and `model_file` in its config.json names it:
+
+    model, tokenizer = mlx_lm.load(path, trust_remote_code=True)
+    mlx_lm.batch_generate(model, tokenizer, [prompt] * 8, sampler=...)  # 8 interdependent rows
+    model(tokens, cache)                     # [B, S] to [B, S, V]: the rows of one prompt
+    model(tokens, cache, groups=[0, 0, 1, 1], active=active)
+
+Which rows read each other: all rows of a batch are one group, the rows of one prompt, unless
+`groups` has a number a row, or `model.group(numbers)` has said so for the calls to come. So a batch
+of unrelated prompts needs `groups`; `batch_generate`, which drops rows as they end, takes one
+prompt's rows at a time.
+
+Which cells are read: all, or those where `active [B, S]` is true; without a cache, host attention
+leaves the others out too. While decoding, a row that says an EOS of the config is read no more,
+although mlx-lm feeds that token once before it drops the row.
+
+Departures from spec bridge-1.0, whose clauses are cited: a prompt is computed once a row, not once
+a group (4.2), and the last token of a row that ends by stop words, or by a length limit before
+others do, is read once. What mlx-lm itself does not compute is refused: yarn with
+`attention_factor`, `truncate` or one `mscale` alone; biases of qwen3; another head_dim in qwen2.
+Axes: B rows, S timesteps, D model width, G groups, N rows of the widest group, H heads, d head
+width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import llama, qwen2, qwen3
+from mlx_lm.models.base import BaseModelArgs, create_attention_mask, create_causal_mask
+from mlx_lm.models.cache import KVCache
+
+HOSTS: dict[str, Any] = {"llama": llama, "mistral": llama, "qwen2": qwen2, "qwen3": qwen3}
+# What transformers takes where a config is silent, which mlx-lm takes otherwise or not at all.
+SILENT: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+}
+BLOCKS = "bridge.safetensors"  # beside this file
+
+
+@dataclass
+class ModelArgs(BaseModelArgs):
+    """A config, read as transformers reads it."""
+
+    model_type: str
+    bridge: dict[str, Any]
+    host: Any  # the arguments of mlx-lm's own model of the family
+    windows: tuple[int | None, ...]  # of each layer; None sees all that came before
+    ends: tuple[int, ...]  # EOS
+
+    @classmethod
+    def from_dict(cls, params: dict[str, Any]) -> "ModelArgs":
+        """Raises ValueError for what mlx-lm cannot compute."""
+        family = params["model_type"]
+        if family not in HOSTS or "bridge" not in params:
+            raise ValueError(f"no Bridge model in config.json: model_type {family!r}, or no bridge")
+        given = {k: v for k, v in params.items() if v is not None or k == "sliding_window"}
+        given = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, **SILENT[family], **given}
+        given |= rope_of(given)
+        even = given["hidden_size"] // given["num_attention_heads"]
+        if family == "qwen2" and given.get("head_dim", even) != even:
+            raise ValueError(f"qwen2 in mlx-lm has a head_dim of {even} alone")
+        if family == "qwen3" and given.get("attention_bias"):
+            raise ValueError("qwen3 in mlx-lm has no attention_bias")
+        ends = given.get("eos_token_id", ())
+        windows = windows_of(given, family)
+        given["layer_types"] = None  # windows are ours: mlx-lm has them in llama alone
+        return cls(
+            family,
+            given["bridge"],
+            HOSTS[family].ModelArgs.from_dict(given),
+            windows,
+            tuple(ends) if isinstance(ends, list | tuple) else (ends,),
+        )
+
+
+def rope_of(given: dict[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling`, from either spelling (clause 5.7), as mlx-lm takes them."""
+    said = dict(given.get("rope_parameters") or given.get("rope_scaling") or {})
+    theta = said.pop("rope_theta", None) or given.get("rope_theta") or 10000.0
+    kind = said.pop("rope_type", None) or said.pop("type", None) or "default"
+    said = {k: v for k, v in said.items() if v is not None}
+    said.pop("type", None)
+    if kind == "yarn":
+        alone = ("mscale" in said) != ("mscale_all_dim" in said)
+        if alone or "attention_factor" in said or not said.get("truncate", True):
+            raise ValueError(
+                "yarn in mlx-lm has no attention_factor, truncate, or one mscale alone"
+            )
+    if kind in ("yarn", "llama3"):
+        said.setdefault("original_max_position_embeddings", given["max_position_embeddings"])
+    scaling = None if kind == "default" else {"rope_type": kind, **said}
+    return {"rope_theta": theta, "rope_scaling": scaling, "rope_parameters": None}
+
+
+def windows_of(given: dict[str, Any], family: str) -> tuple[int | None, ...]:
+    """The sliding window of each layer (clause 5.5)."""
+    layers, window, first = given["num_hidden_layers"], given.get("sliding_window"), 0
+    if family in ("qwen2", "qwen3"):
+        window = (window or 4096) if given.get("use_sliding_window") else None
+        first = given.get("max_window_layers", 28)
+        if kinds := given.get("layer_types"):
+            return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    elif family == "llama":
+        window = None
+    return tuple(window if i >= first else None for i in range(layers))
+
+
+class Rows:
+    """Rows as a grid `[G, N]`: a group a line, as wide as the widest (clause 2.2)."""
+
+    def __init__(self, groups: Sequence[int]) -> None:
+        """`groups [B]`: equal numbers are a group; its rows may lie anywhere."""
+        members: dict[int, list[int]] = {}
+        for row, group in enumerate(groups):
+            members.setdefault(group, []).append(row)
+        G, N = len(members), max(map(len, members.values()))
+        where = {row: i * N + j for i, m in enumerate(members.values()) for j, row in enumerate(m)}
+        lines = [m + m[:1] * (N - len(m)) for m in members.values()]
+        self.count, self.shape = len(groups), (G, N)
+        self.grid = mx.array(lines)  # which row is there; an empty place repeats its group's first
+        self.filled = mx.array([[j < len(m) for j in range(N)] for m in members.values()])
+        self.cells = mx.array(
+            [where[row] for row in range(len(groups))]
+        )  # of each row, in the grid
+
+
+class Bridge(nn.Module):
+    """Attention whose sequence is the rows of a group, at each timestep by itself (chapter 3); with
+    kind `mlp`, P-Match, which reads no other row (clause 8.1)."""
+
+    def __init__(self, D: int, bridge: dict[str, Any]) -> None:
+        super().__init__()
+        self.kind, self.num_heads = bridge["kind"], bridge["num_heads"]
+        E = bridge["num_heads"] * bridge["head_dim"]
+        self.norm = nn.RMSNorm(D, eps=bridge["norm_eps"])
+        if self.kind == "attention":
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(D, E, bias=False) for _ in "qkv")
+            self.o_proj = nn.Linear(E, D, bias=False)
+        else:
+            self.up_proj = nn.Linear(D, 2 * E, bias=False)
+            self.down_proj = nn.Linear(2 * E, D, bias=False)
+
+    def __call__(self, h: mx.array, rows: Rows, active: mx.array | None) -> mx.array:
+        """`h [B, S, D]` plus what its active cells read (clause 3.6). Cells not in `active [B, S]`
+        (None: all are) pass through and influence nothing, even if they hold NaN."""
+        x = self.norm(h if active is None else mx.where(active[..., None], h, 0))
+        if self.kind == "attention":
+            y = self.o_proj(self.read(x, rows, active))
+        else:
+            y = self.down_proj(nn.silu(self.up_proj(x)))
+        return h + (y if active is None else mx.where(active[..., None], y, 0))
+
+    def read(self, x: mx.array, rows: Rows, active: mx.array | None) -> mx.array:
+        """Clauses 3.3 to 3.5: `[B, S, D]` to `[B, S, H d]`."""
+        (G, N), S, H = rows.shape, x.shape[1], self.num_heads
+        if N == 1:  # a softmax over one row is 1
+            return self.v_proj(x)
+        q, k, v = (  # [G S, H, N, d]: groups lie apart, so that none is multiplied even by 0
+            project(x)[rows.grid].reshape(G, N, S, H, -1).transpose(0, 2, 3, 1, 4).flatten(0, 1)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        there = mx.broadcast_to(rows.filled[..., None], (G, N, S))
+        if active is not None:
+            there = there & active[rows.grid]
+        # A row may always read itself: no softmax is empty, and who is inactive is not heard.
+        allowed = there.swapaxes(1, 2).reshape(G * S, 1, 1, N) | mx.eye(N, dtype=mx.bool_)
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=allowed)
+        y = y.reshape(G, S, H, N, -1).transpose(0, 3, 1, 2, 4)
+        return y.reshape(G * N, S, -1)[rows.cells]
+
+
+class Model(nn.Module):
+    """A host of mlx-lm with its blocks; see the top of this file."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.args, self.model_type = args, args.model_type
+        host = HOSTS[args.model_type].Model(args.host)
+        self.model = host.model
+        if not args.host.tie_word_embeddings:
+            self.lm_head = host.lm_head
+        for i in args.bridge["layers"]:
+            self.layers[i].bridge = Bridge(args.host.hidden_size, args.bridge)
+        self.rows: Rows | None = None
+
+    def group(self, numbers: Sequence[int] | None) -> None:
+        """Rows of equal numbers are a group in the calls to come; None: all rows are one."""
+        self.rows = None if numbers is None else Rows(numbers)
+
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: Any = None,
+        input_embeddings: mx.array | None = None,
+        *,
+        groups: Sequence[int] | None = None,
+        active: mx.array | None = None,
+    ) -> mx.array:
+        """Logits `[B, S, V]` of `inputs [B, S]`. Raises ValueError for groups of other rows."""
+        h = self.model.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        B, S = h.shape[:2]
+        rows = self.rows if groups is None else Rows(groups)
+        rows = Rows([0] * B) if rows is None else rows
+        if rows.count != B:
+            raise ValueError(f"groups of {rows.count} rows, but the batch has {B}")
+        if cache is None:
+            cache = [None] * len(self.layers)
+        elif S == 1 and active is None:
+            active = self.not_ended(inputs, rows)
+        masks = {}
+        for layer, kept, window in zip(self.layers, cache, self.args.windows, strict=True):
+            if window not in masks:
+                masks[window] = attention_mask(h, kept, window, active)
+            h = layer(h, masks[window], kept)
+            if "bridge" in layer:  # clause 3.7
+                h = layer.bridge(h, rows, active)
+        h = self.model.norm(h)
+        return self.lm_head(h) if "lm_head" in self else self.model.embed_tokens.as_linear(h)
+
+    def not_ended(self, inputs: mx.array, rows: Rows) -> mx.array | None:
+        """The cells `[B, 1]` that are no EOS (clause 2.3). Where a whole group says it, it is what
+        their prompt ends with, or nobody reads on."""
+        if not self.args.ends or rows.count == 1:
+            return None
+        ended = (inputs[..., None] == mx.array(self.args.ends)).any(-1)
+        all_of_group = mx.broadcast_to(ended[rows.grid].all(1, keepdims=True), (*rows.shape, 1))
+        return ~ended | all_of_group.flatten(0, 1)[rows.cells]
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """The host's tensors, and with them those of the blocks, from the file beside this one."""
+        if not any(".bridge." in name for name in weights):
+            blocks: Any = mx.load(str(Path(__file__).parent / BLOCKS))
+            weights = {**weights, **blocks}
+        if self.args.host.tie_word_embeddings:
+            weights.pop("lm_head.weight", None)
+        return {k: v for k, v in weights.items() if "rotary_emb.inv_freq" not in k}
+
+    @property
+    def layers(self) -> list[Any]:
+        """The host's layers; those with a block have it as `bridge`."""
+        return self.model.layers
+
+    def make_cache(self) -> list[KVCache]:
+        """A cache a layer; windows are in the masks."""
+        return [KVCache() for _ in self.layers]
+
+
+def attention_mask(
+    h: mx.array, cache: Any, window: int | None, active: mx.array | None
+) -> mx.array | str | None:
+    """Clauses 5.4 and 5.5. With a cache, padding is what the cache knows of it."""
+    if cache is not None or active is None:
+        return create_attention_mask(h, cache, window_size=window)
+    mask = create_causal_mask(h.shape[1], window_size=window) & active[:, None, None, :]
+    return mask | mx.eye(h.shape[1], dtype=mx.bool_)  # no softmax is empty
