@@ -55,11 +55,15 @@ class SFT:
 
 @dataclass(frozen=True)
 class GRPO:
-    """Token-normalised clipped policy objective with an optional k3 KL penalty (clause 7.5)."""
+    """Token-normalised clipped policy objective with an optional k3 KL penalty (clause 7.5).
+
+    `temperature`: that of the sampling, at which all log-probabilities are taken (clause 7.1).
+    """
 
     eps_low: float = 0.2
     eps_high: float = 0.2
     beta: float = 0.0
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -102,11 +106,12 @@ class Decoder(Protocol):
 class Trainer(Protocol):
     """Owns the optimizer's state: float32 (or wider) master weights and moments."""
 
-    def step(self, batch: Batch | Sequence[Batch]) -> dict[str, float]:
+    def step(self, batch: Batch | Sequence[Batch], *, lr: float | None = None) -> dict[str, float]:
         """One update; metrics `loss`, `grad_norm` (before clipping), `tokens` and more.
 
-        Several batches are one update, accumulated in turn: what fits in memory at once is one of
-        them. Groups stay whole, each in one batch (clause 7.10).
+        `lr`: the learning rate of this update; None is the optimizer's own (clause 7.8). Several
+        batches are one update, accumulated in turn: what fits in memory at once is one of them.
+        Groups stay whole, each in one batch (clause 7.10).
         """
         ...
 
@@ -167,6 +172,11 @@ class BackendModel(Protocol):
         Metrics are sums over targets divided by their number: `loss`; for GRPO `entropy`,
         `clip_fraction`, and `kl` wherever `ref_logprobs` are given; and `tokens`, the number.
         """
+        ...
+
+    def logprobs(self, batch: Batch, temperature: float = 1.0) -> np.ndarray:
+        """The log-probability of each target at a temperature, by the training forward: `[B, S]`,
+        float32 or wider, 0 where there is no target (clause 7.12)."""
         ...
 
     def trainer(

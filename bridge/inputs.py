@@ -104,10 +104,17 @@ def check_batch(batch: Batch, objective: Objective, vocab_size: int) -> None:
         if _outside(getattr(batch, name), where, vocab_size):
             raise BridgeError(f"batch.{name} has an id outside 0..{vocab_size - 1}")
     if isinstance(objective, GRPO):
+        check_temperature(objective.temperature)
         if batch.advantages is None:
             raise BridgeError("batch.advantages is missing; GRPO needs one a row (clause 7.6)")
         if objective.beta and batch.ref_logprobs is None:
             raise BridgeError("batch.ref_logprobs is missing; GRPO needs them unless beta is 0")
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuse a temperature at which there are no log-probabilities (clause 7.5)."""
+    if not 0 < temperature < float("inf"):
+        raise BridgeError(f"temperature must be above 0 to train, not {temperature}")
 
 
 def micro_batches(

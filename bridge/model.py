@@ -13,7 +13,7 @@ import numpy as np
 from bridge.chat import Message
 from bridge.checkpoint import Checkpoint, open_checkpoint
 from bridge.config import ModelConfig, bridge_shapes, tensor_shapes
-from bridge.contract import AdamW, BackendModel, Objective, Trainer
+from bridge.contract import AdamW, BackendModel, Batch, Objective, Trainer
 from bridge.errors import BridgeError
 from bridge.generation import Done, Event, Limits, Request, ResponseSet, check_sampling, run
 from bridge.inputs import default_positions
@@ -179,6 +179,11 @@ class Model:
             raise BridgeError("stop needs a tokenizer; this checkpoint has no tokenizer.json")
         limits = Limits(max_new_tokens, frozenset(self.eos_ids), stop, max_rows)
         return run(self.implementation, requests, sampling, limits, self.tokenizer)
+
+    def logprobs(self, batch: Batch, temperature: float = 1.0) -> np.ndarray:
+        """The log-probability of each target of a batch, `[B, S]`, by the training forward; 0 where
+        there is none (clause 7.12). `temperature`: that of the sampling."""
+        return self.implementation.logprobs(batch, temperature)
 
     def trainer(
         self,

@@ -17,7 +17,7 @@ from bridge_ref.decode import CachedDecoder
 from bridge_ref.losses import Metrics
 from bridge_ref.model import block_weights, forward
 from bridge_ref.precision import DTYPES
-from bridge_ref.train import ReferenceTrainer, loss_and_grads
+from bridge_ref.train import ReferenceTrainer, logprobs, loss_and_grads
 
 
 class Reference:
@@ -90,6 +90,10 @@ class ReferenceModel:
     ) -> tuple[Metrics, dict[str, np.ndarray]]:
         """Metrics with `loss`, and the gradient of each tensor named in `trainable`, wide."""
         return loss_and_grads(self.config, self._tensors, batch, objective, trainable)
+
+    def logprobs(self, batch: Batch, temperature: float = 1.0) -> np.ndarray:
+        """The log-probability of each target, `[B, S]`, wide; 0 where there is none."""
+        return logprobs(self.config, self._tensors, batch, temperature)
 
     def trainer(
         self,

@@ -52,11 +52,12 @@ def grpo(
         kl   = exp(ref - lp) - (ref - lp) - 1
         loss = -sum(gain - beta kl) / count
 
-    Without `old_logprobs` old is lp itself, held constant: rho is 1 and has a gradient. Metrics
-    also: `clip_fraction`, `entropy` of the policy at target cells, and `kl` where ref is given.
+    p is the softmax of the logits divided by the temperature (clause 7.1). Without `old_logprobs`
+    old is lp itself, held constant: rho is 1 and has a gradient. Metrics also: `clip_fraction`,
+    `entropy` of the policy at target cells, and `kl` where ref is given.
     """
     assert batch.advantages is not None
-    mask, (logp, cache) = batch.target_mask, log_softmax(logits)
+    mask, (logp, cache) = batch.target_mask, log_softmax(logits / objective.temperature)
     lp = pick(logp, batch)
     A = np.asarray(batch.advantages, lp.dtype)[:, None]
     old = lp if batch.old_logprobs is None else only(mask, batch.old_logprobs, lp.dtype)
@@ -77,8 +78,17 @@ def grpo(
         metrics["kl"] = np.sum(kl, where=mask).item() / count
     dlogprob = np.where(mask, -dlogprob / count, 0)
     value = -np.sum(gain, where=mask) / count
-    dlogits = log_softmax_backward(pick_backward(dlogprob, logp, batch), cache)
-    return {"loss": value.item(), "tokens": float(mask.sum()), **metrics}, dlogits
+    dscaled = log_softmax_backward(pick_backward(dlogprob, logp, batch), cache)
+    metrics = {"loss": value.item(), "tokens": float(mask.sum()), **metrics}
+    return metrics, dscaled / objective.temperature
+
+
+def target_logprobs(
+    logits: Float[np.ndarray, "B S V"], batch: Batch, temperature: float
+) -> Float[np.ndarray, "B S"]:
+    """Clauses 7.1 and 7.12: lp of each target, 0 at other cells."""
+    logp, _ = log_softmax(logits / temperature)
+    return np.where(batch.target_mask, pick(logp, batch), 0)
 
 
 def pick(logp: Float[np.ndarray, "B S V"], batch: Batch) -> Float[np.ndarray, "B S"]:

@@ -6,20 +6,23 @@ batches (clause 7.10).
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
+from jaxtyping import Float
 
 from bridge.config import ModelConfig
-from bridge.contract import AdamW, Batch, Objective
+from bridge.contract import SFT, AdamW, Batch, Objective
 from bridge.inputs import (
     add_metrics,
     check_batch,
     check_state,
+    check_temperature,
     check_trainable,
     default_positions,
     micro_batches,
 )
-from bridge_ref.losses import Metrics, loss
+from bridge_ref.losses import Metrics, loss, target_logprobs
 from bridge_ref.model import Tensors, backward, forward
 from bridge_ref.optim import AdamWState, clip_by_global_norm
 from bridge_ref.precision import rounded, wide
@@ -48,6 +51,17 @@ def loss_and_grads(
     return metrics, {name: wide(grads[name]) for name in trainable}
 
 
+def logprobs(
+    config: ModelConfig, tensors: Tensors, batch: Batch, temperature: float
+) -> Float[np.ndarray, "B S"]:
+    """Clause 7.12: lp of each target at the temperature, wide; 0 where there is none."""
+    check_batch(batch, SFT(), config.vocab_size)
+    check_temperature(temperature)
+    positions = default_positions(batch.active) if batch.positions is None else batch.positions
+    logits, _ = forward(config, tensors, batch.tokens, batch.groups, batch.active, positions)
+    return target_logprobs(logits, batch, temperature)
+
+
 class ReferenceTrainer:
     """Updates a model's trainable tensors, and owns their optimizer state (clause 7.9)."""
 
@@ -65,7 +79,7 @@ class ReferenceTrainer:
         self.objective, self.optimizer = objective, optimizer
         self.adamw = AdamWState({name: tensors[name] for name in trainable})
 
-    def step(self, batch: Batch | Sequence[Batch]) -> Metrics:
+    def step(self, batch: Batch | Sequence[Batch], *, lr: float | None = None) -> Metrics:
         """One update, of one batch or accumulated over several (clause 7.10); the loss's metrics,
         and `grad_norm` before clipping."""
         batches, count = micro_batches(batch, self.objective, self.config.vocab_size)
@@ -78,7 +92,8 @@ class ReferenceTrainer:
             parts.append(metrics)
             grads = {name: grads[name] + added[name] for name in names}
         grads, norm = clip_by_global_norm(grads, self.optimizer.max_grad_norm)
-        self.adamw.update(grads, self.optimizer)
+        now = self.optimizer if lr is None else replace(self.optimizer, lr=lr)
+        self.adamw.update(grads, now)
         self._publish()
         return {**add_metrics(parts), "grad_norm": norm}
 

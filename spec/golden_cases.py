@@ -274,7 +274,9 @@ CASES: dict[str, Callable[[int], Case]] = {
     "6.7-generate": generate,
     "7.3-gradients": training,
     "7.4-loss-sft": partial(loss, objective=None),
-    "7.5-loss-grpo": partial(loss, objective={"eps_low": 0.2, "eps_high": 0.28, "beta": 0.1}),
+    "7.5-loss-grpo": partial(
+        loss, objective={"eps_low": 0.2, "eps_high": 0.28, "beta": 0.1, "temperature": 0.75}
+    ),
     "7.6-advantages": advantages,
     "7.7-clip": clip,
     "7.8-adamw": adamw,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from bridge.contract import GRPO, SFT, Batch
 from bridge.errors import BridgeError
 from bridge.inputs import check_batch
-from bridge_ref.losses import group_advantages, loss
+from bridge_ref.losses import group_advantages, loss, target_logprobs
 
 SEEDS = st.integers(0, 2**32 - 1)
 B, S, V = 3, 4, 6
@@ -51,12 +51,13 @@ def test_sft_is_torchs_cross_entropy(seed):
     np.testing.assert_allclose(dlogits, z.grad, rtol=1e-12, atol=1e-15)
 
 
-@given(SEEDS, st.sampled_from([GRPO(), GRPO(0.1, 0.4), GRPO(0.2, 0.28, 0.3)]))
+@given(SEEDS, st.sampled_from([GRPO(), GRPO(0.1, 0.4), GRPO(0.2, 0.28, 0.3, 0.7)]))
 def test_grpo_is_torchs_autograd_of_the_formula(seed, objective):
     logits, batch = case(seed)
     at = torch.tensor(batch.target_mask)
     z = torch.tensor(logits, requires_grad=True)
-    lp = torch.distributions.Categorical(logits=z[at]).log_prob(torch.tensor(batch.targets)[at])
+    policy = torch.distributions.Categorical(logits=z[at] / objective.temperature)
+    lp = policy.log_prob(torch.tensor(batch.targets)[at])
     old, ref = (torch.tensor(x)[at] for x in (batch.old_logprobs, batch.ref_logprobs))
     A = torch.tensor(batch.advantages)[:, None].expand(B, S)[at]
     rho = (lp - old).exp()
@@ -66,7 +67,7 @@ def test_grpo_is_torchs_autograd_of_the_formula(seed, objective):
     want.backward()
     metrics, dlogits = loss(objective, logits, batch)
     np.testing.assert_allclose(dlogits, z.grad, rtol=1e-11, atol=1e-14)
-    entropy = torch.distributions.Categorical(logits=z[at]).entropy().mean()
+    entropy = policy.entropy().mean()
     beyond = ((rho > 1 + objective.eps_high) & (A > 0)) | ((rho < 1 - objective.eps_low) & (A < 0))
     assert metrics == pytest.approx(
         {
@@ -79,6 +80,20 @@ def test_grpo_is_torchs_autograd_of_the_formula(seed, objective):
         rel=1e-11,
         abs=1e-13,
     )
+
+
+@given(SEEDS, st.floats(0.2, 3))
+def test_log_probabilities_are_torchs_at_the_temperature(seed, temperature):
+    logits, batch = case(seed)
+    policy = torch.distributions.Categorical(logits=torch.tensor(logits) / temperature)
+    want = policy.log_prob(torch.tensor(np.where(batch.target_mask, batch.targets, 0)))
+    got = target_logprobs(logits, batch, temperature)
+    np.testing.assert_allclose(got, np.where(batch.target_mask, want, 0), rtol=1e-12, atol=1e-14)
+
+
+def test_without_a_temperature_there_is_nothing_to_train():
+    with pytest.raises(BridgeError, match="temperature must be above 0 to train, not 0"):
+        check_batch(case(0)[1], GRPO(temperature=0.0), V)
 
 
 def test_grpo_on_policy_worked_by_hand():

@@ -22,7 +22,7 @@ from bridge_jax.compiled import bucket, compiled, make_room
 from bridge_jax.decode import Decoder
 from bridge_jax.linear import LAYERS, stacked
 from bridge_jax.model import STEPS, Params, Transformer, logits
-from bridge_jax.train import Trainer, by_name, choose, loss_and_grads, start
+from bridge_jax.train import Trainer, by_name, choose, logprobs, loss_and_grads, start
 
 DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
@@ -123,6 +123,12 @@ class JaxModel:
         leaves = start(own, chosen=chosen, quick=self.transformer.quick).master
         metrics, grads = loss_and_grads(self.transformer, leaves, chosen, batch, objective)
         return metrics, by_name(grads, self.config, chosen)
+
+    def logprobs(self, batch: Batch, temperature: float = 1.0) -> np.ndarray:
+        """The log-probability of each target, `[B, S]` float32; 0 where there is none."""
+        out = np.zeros(batch.target_mask.shape, np.float32)
+        out[batch.target_mask] = logprobs(self.transformer, batch, temperature)
+        return out
 
     def trainer(
         self,

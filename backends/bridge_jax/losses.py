@@ -54,6 +54,14 @@ class Targets(NamedTuple):
         )
 
 
+def at_targets(
+    logits: Float[Array, "n V"], targets: Targets, temperature: float
+) -> tuple[Float[Array, "n V"], Float[Array, " n"]]:
+    """log p of every token, and of the target (clause 7.1)."""
+    logp = jax.nn.log_softmax(logits / temperature, -1)
+    return logp, jnp.take_along_axis(logp, targets.targets[:, None], -1, mode="clip")[:, 0]
+
+
 def loss(
     logits: Float[Array, "n V"], targets: Targets, objective: Objective, count: float
 ) -> tuple[Array, dict[str, Array]]:
@@ -68,8 +76,8 @@ def loss(
         kl   = exp(ref - lp) - (ref - lp) - 1
         loss = -sum(gain - beta kl) / count
     """
-    logp = jax.nn.log_softmax(logits, -1)
-    lp = jnp.take_along_axis(logp, targets.targets[:, None], -1, mode="clip")[:, 0]
+    temperature = 1.0 if isinstance(objective, SFT) else objective.temperature
+    logp, lp = at_targets(logits, targets, temperature)
 
     def mean(values: Array) -> Array:
         return jnp.where(targets.real, values, 0).sum() / count

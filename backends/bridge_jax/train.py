@@ -16,11 +16,12 @@ import optax
 from jaxtyping import Float
 
 from bridge.config import ModelConfig
-from bridge.contract import AdamW, Batch, Objective
+from bridge.contract import SFT, AdamW, Batch, Objective
 from bridge.inputs import (
     add_metrics,
     check_batch,
     check_state,
+    check_temperature,
     check_trainable,
     default_positions,
     micro_batches,
@@ -29,7 +30,7 @@ from bridge_jax import model as transformer
 from bridge_jax.block import take
 from bridge_jax.compiled import compiled
 from bridge_jax.linear import stacked, stacked_names
-from bridge_jax.losses import Targets, loss
+from bridge_jax.losses import Targets, at_targets, loss
 from bridge_jax.model import Params, Transformer, forward, head
 
 Array = jax.Array
@@ -148,6 +149,35 @@ def value_and_grads(
     return metrics, grads
 
 
+def logprobs(model: Transformer, batch: Batch, temperature: float) -> Float[np.ndarray, " tokens"]:
+    """Clause 7.12: lp of each target at the temperature, in the order of the mask."""
+    check_batch(batch, SFT(), model.config.vocab_size)
+    check_temperature(temperature)
+    positions = default_positions(batch.active) if batch.positions is None else batch.positions
+    cells, layout, table = model.batch(batch.tokens, batch.groups, batch.active, positions)
+    targets = Targets.of(batch, layout.places, cells.tokens.shape[1])
+    lp = target_logprobs(
+        model.params, cells, table, targets, temperature, config=model.config, quick=model.quick
+    )
+    return jax.device_get(lp)[: int(batch.target_mask.sum())]
+
+
+@compiled(static_argnames="config")
+def target_logprobs(
+    params: Params,
+    cells: transformer.Batch,
+    table: Float[Array, "two P d"],
+    targets: Targets,
+    temperature: float,
+    *,
+    config: ModelConfig,
+) -> Float[Array, " n"]:
+    """lp of each target, padded."""
+    h, _ = forward(params, cells, table, config)
+    h = take(h.reshape(-1, h.shape[-1]), targets.cells)
+    return at_targets(head(params, h, config), targets, temperature)[1]
+
+
 class State(NamedTuple):
     """Of the trained leaves, all float32."""
 
@@ -178,7 +208,7 @@ class Trainer:
         """The model's leaves of which some tensor is trained."""
         return {key: self.model.params[key] for key, _ in self.chosen}
 
-    def step(self, batch: Batch | Sequence[Batch]) -> Metrics:
+    def step(self, batch: Batch | Sequence[Batch], *, lr: float | None = None) -> Metrics:
         """One update, of one batch or accumulated over several (clause 7.10); the loss's metrics,
         and `grad_norm` before clipping (clauses 7.7, 7.8)."""
         batches, count = micro_batches(batch, self.objective, self.model.config.vocab_size)
@@ -201,6 +231,7 @@ class Trainer:
             grads,
             self._own(),
             *(1 - beta**self.steps for beta in self.options.betas),
+            self.options.lr if lr is None else lr,
             options=self.options,
             chosen=self.chosen,
             quick=self.model.quick,
@@ -264,6 +295,7 @@ def update(
     own: Leaves,
     first_correction: float,
     second_correction: float,
+    lr: float,
     *,
     options: AdamW,
     chosen: Chosen,
@@ -282,9 +314,9 @@ def update(
     v = optax.tree.update_moment(grads, state.exp_avg_sq, beta2, 2)
 
     def moved(p: Array, m: Array, v: Array) -> Array:
-        p = p - options.lr * options.weight_decay * p
+        p = p - lr * options.weight_decay * p
         scale = jnp.sqrt(v / second_correction) + options.eps
-        return p - options.lr * (m / first_correction) / scale
+        return p - lr * (m / first_correction) / scale
 
     master = jax.tree.map(moved, state.master, m, v)
     return State(master, m, v), _published(own, master, chosen), norm

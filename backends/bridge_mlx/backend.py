@@ -19,7 +19,7 @@ from bridge.quantised import take_packed
 from bridge_mlx.decode import Decoder
 from bridge_mlx.linear import Quantised, floats
 from bridge_mlx.model import Transformer
-from bridge_mlx.train import Trainer, choose, loss_and_grads
+from bridge_mlx.train import Trainer, choose, logprobs, loss_and_grads
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -117,6 +117,13 @@ class MlxModel:
             leaves = choose(self.transformer, trainable)
             metrics, grads = loss_and_grads(self.transformer, leaves, batch, objective)
             return metrics, {name: to_numpy(grad) for name, grad in grads.items()}
+
+    def logprobs(self, batch: Batch, temperature: float = 1.0) -> np.ndarray:
+        """The log-probability of each target, `[B, S]` float32; 0 where there is none."""
+        out = np.zeros(batch.target_mask.shape, np.float32)
+        with mx.stream(self.transformer.device):
+            out[batch.target_mask] = to_numpy(logprobs(self.transformer, batch, temperature))
+        return out
 
     def trainer(
         self,

@@ -20,6 +20,7 @@ from bridge.inputs import (
     add_metrics,
     check_batch,
     check_state,
+    check_temperature,
     check_trainable,
     default_positions,
     micro_batches,
@@ -52,21 +53,46 @@ def loss_and_grads(
     reads.
     """
     check_batch(batch, objective, model.config.vocab_size)
-    positions = default_positions(batch.active) if batch.positions is None else batch.positions
-    ids = mx.array(np.where(batch.active, batch.tokens, 0).astype(np.int32))
-    cells = model.cells(batch.groups, batch.active, positions)
-    at = mx.array(np.flatnonzero(batch.target_mask))
 
     def run(leaves: dict[str, mx.array]) -> tuple[mx.array, dict[str, mx.array]]:
-        stand_in = model.substitute(leaves)
-        h = stand_in.forward(ids, cells, recompute=leaves if checkpoint_activations else None)
-        # The head reads cells with a target alone: a vocabulary is wide, and prompts have none.
-        return loss(stand_in.logits(mx.flatten(h, 0, 1)[at]), batch, objective, count)
+        recompute = leaves if checkpoint_activations else None
+        logits = target_logits(model.substitute(leaves), batch, recompute)
+        return loss(logits, batch, objective, count)
 
     (_, metrics), grads = mx.value_and_grad(run)(dict(leaves))
     grads = {name: grad.astype(mx.float32) for name, grad in grads.items()}
     mx.eval(metrics, grads)
     return {name: float(x) for name, x in metrics.items()}, grads
+
+
+def logprobs(model: Transformer, batch: Batch, temperature: float) -> Float[mx.array, " tokens"]:
+    """Clause 7.12: lp of each target at the temperature, in the order of the mask."""
+    check_batch(batch, SFT(), model.config.vocab_size)
+    check_temperature(temperature)
+    return at_targets(target_logits(model, batch), batch, temperature)[1]
+
+
+def target_logits(
+    model: Transformer, batch: Batch, recompute: dict[str, mx.array] | None = None
+) -> Float[mx.array, "tokens V"]:
+    """Logits of the cells with a target, in the order of the mask. The head reads no other cell: a
+    vocabulary is wide, and prompts have none."""
+    positions = default_positions(batch.active) if batch.positions is None else batch.positions
+    ids = mx.array(np.where(batch.active, batch.tokens, 0).astype(np.int32))
+    cells = model.cells(batch.groups, batch.active, positions)
+    h = model.forward(ids, cells, recompute=recompute)
+    return model.logits(mx.flatten(h, 0, 1)[mx.array(np.flatnonzero(batch.target_mask))])
+
+
+def at_targets(
+    logits: Float[mx.array, "tokens V"], batch: Batch, temperature: float
+) -> tuple[Float[mx.array, "tokens V"], Float[mx.array, " tokens"]]:
+    """log p of every token, and of the target (clause 7.1)."""
+    logits = logits if temperature == 1 else logits / temperature
+    z = logits - mx.stop_gradient(mx.max(logits, axis=-1, keepdims=True))
+    logp = z - mx.log(mx.sum(mx.exp(z), axis=-1, keepdims=True))
+    targets = mx.array(batch.targets[batch.target_mask].astype(np.int32))
+    return logp, mx.take_along_axis(logp, targets[:, None], axis=-1)[:, 0]
 
 
 def loss(
@@ -84,10 +110,8 @@ def loss(
         kl   = exp(ref - lp) - (ref - lp) - 1
         loss = -sum(gain - beta kl) / count
     """
-    z = logits - mx.stop_gradient(mx.max(logits, axis=-1, keepdims=True))
-    logp = z - mx.log(mx.sum(mx.exp(z), axis=-1, keepdims=True))
-    targets = mx.array(batch.targets[batch.target_mask].astype(np.int32))
-    lp = mx.take_along_axis(logp, targets[:, None], axis=-1)[:, 0]
+    temperature = 1.0 if isinstance(objective, SFT) else objective.temperature
+    logp, lp = at_targets(logits, batch, temperature)
     count = len(lp) if count is None else count
     tokens = mx.array(float(len(lp)))
     if isinstance(objective, SFT):
@@ -147,7 +171,7 @@ class Trainer:
             self.adamw.init(self.master)
             mx.eval(self.master, self.adamw.state)
 
-    def step(self, batch: Batch | Sequence[Batch]) -> Metrics:
+    def step(self, batch: Batch | Sequence[Batch], *, lr: float | None = None) -> Metrics:
         """One update, of one batch or accumulated over several (clause 7.10); the loss's metrics,
         and `grad_norm` before clipping (clauses 7.7, 7.8)."""
         batches, count = micro_batches(batch, self.objective, self.model.config.vocab_size)
@@ -163,6 +187,7 @@ class Trainer:
                 mx.eval(grads)
             limit = self.options.max_grad_norm
             grads, norm = optim.clip_grad_norm(grads, float("inf") if limit is None else limit)
+            self.adamw.learning_rate = self.options.lr if lr is None else lr
             self.master = self.adamw.apply_gradients(grads, self.master)
             mx.eval(norm, self.master, self.adamw.state)
             self._publish()

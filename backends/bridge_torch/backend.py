@@ -17,7 +17,7 @@ from bridge.errors import BridgeError
 from bridge.inputs import check_trainable, take_tensor
 from bridge_torch.decode import Decoder
 from bridge_torch.model import Transformer
-from bridge_torch.train import Trainer, loss_and_grads
+from bridge_torch.train import Trainer, logprobs, loss_and_grads
 
 DTYPES = {
     "float64": torch.float64,
@@ -112,6 +112,13 @@ class TorchModel:
         leaves = {name: parts[name] for name in trainable}
         metrics, grads = loss_and_grads(self.transformer, leaves, batch, objective)
         return metrics, {name: to_numpy(grad) for name, grad in grads.items()}
+
+    def logprobs(self, batch: Batch, temperature: float = 1.0) -> np.ndarray:
+        """The log-probability of each target, `[B, S]` wide; 0 where there is none."""
+        found = to_numpy(logprobs(self.transformer, batch, temperature))
+        out = np.zeros(batch.target_mask.shape, found.dtype)
+        out[batch.target_mask] = found
+        return out
 
     def trainer(
         self,

@@ -18,6 +18,7 @@ from bridge.inputs import (
     add_metrics,
     check_batch,
     check_state,
+    check_temperature,
     check_trainable,
     default_positions,
     micro_batches,
@@ -43,45 +44,70 @@ def loss_and_grads(
     reads.
     """
     check_batch(batch, objective, model.config.vocab_size)
-    positions = default_positions(batch.active) if batch.positions is None else batch.positions
     model.unpack()
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
-    ids = torch.from_numpy(np.where(batch.active, batch.tokens, 0).astype(np.int64))
     with torch.enable_grad():
-        stand_in = model.substitute(leaves)
-        cells = model.cells(batch.groups, batch.active, positions)
-        h = stand_in.forward(ids.to(model.device), cells, recompute=checkpoint_activations)
-        value, metrics = loss(stand_in.logits(h), batch, objective, count)
+        logits = target_logits(model.substitute(leaves), batch, checkpoint_activations)
+        value, metrics = loss(logits, batch, objective, count)
         # A tensor that the loss does not read at all has a gradient of zero.
         grads = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
     wanted = {name: g.to(wide(g.dtype)) for name, g in zip(leaves, grads, strict=True)}
     return {name: float(x) for name, x in metrics.items()}, wanted
 
 
+@torch.no_grad()
+def logprobs(model: Transformer, batch: Batch, temperature: float) -> Float[Tensor, " tokens"]:
+    """Clause 7.12: lp of each target at the temperature, in the order of the mask."""
+    check_batch(batch, SFT(), model.config.vocab_size)
+    check_temperature(temperature)
+    model.unpack()
+    return at_targets(target_logits(model, batch), batch, temperature)[1]
+
+
+def target_logits(
+    model: Transformer, batch: Batch, checkpoint_activations: bool = False
+) -> Float[Tensor, "tokens V"]:
+    """Logits of the cells with a target, in the order of the mask. The head reads no other cell: a
+    vocabulary is wide, and prompts have none."""
+    positions = default_positions(batch.active) if batch.positions is None else batch.positions
+    ids = torch.from_numpy(np.where(batch.active, batch.tokens, 0).astype(np.int64))
+    cells = model.cells(batch.groups, batch.active, positions)
+    h = model.forward(ids.to(model.device), cells, recompute=checkpoint_activations)
+    return model.logits(h[torch.tensor(batch.target_mask, device=h.device)])
+
+
+def at_targets(
+    logits: Float[Tensor, "tokens V"], batch: Batch, temperature: float
+) -> tuple[Float[Tensor, "tokens V"], Float[Tensor, " tokens"]]:
+    """log p of every token, and of the target (clause 7.1)."""
+    logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+    targets = _at_targets(batch.targets, batch, logits, torch.int64)
+    return logp, logp.gather(-1, targets[:, None])[:, 0]
+
+
 def loss(
-    logits: Float[Tensor, "B S V"], batch: Batch, objective: Objective, count: int | None = None
+    logits: Float[Tensor, "tokens V"], batch: Batch, objective: Objective, count: int | None = None
 ) -> tuple[Tensor, dict[str, Tensor | float]]:
     """The loss over target tokens, and its metrics, `loss` and `tokens` among them.
 
-    Only cells with a target are read. `count` is the number of targets that sums are divided by:
-    of the whole update, where the batch is one of several (clause 7.10); None: of this batch. SFT
-    is clause 7.4: `loss = -sum(lp) / count` with lp = log p(target). GRPO is clause 7.5, with
-    advantage A by row:
+    `logits` are those of the cells with a target, in the order of the mask. `count` is the number
+    of targets that sums are divided by: of the whole update, where the batch is one of several
+    (clause 7.10); None: of this batch. SFT is clause 7.4: `loss = -sum(lp) / count` with
+    lp = log p(target). GRPO is clause 7.5, with advantage A by row:
 
         rho  = exp(lp - old)
         gain = min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)
         kl   = exp(ref - lp) - (ref - lp) - 1
         loss = -sum(gain - beta kl) / count
     """
-    mask = torch.tensor(batch.target_mask, device=logits.device)
-    logp = logits[mask].log_softmax(-1)  # [tokens, V]
-    lp = logp.gather(-1, _at_targets(batch.targets, batch, logits, torch.int64)[:, None])[:, 0]
+    temperature = 1.0 if isinstance(objective, SFT) else objective.temperature
+    logp, lp = at_targets(logits, batch, temperature)
     count = len(lp) if count is None else count
     if isinstance(objective, SFT):
         value = -lp.sum() / count
         return value, {"loss": value.detach(), "tokens": len(lp)}
     assert batch.advantages is not None
-    advantages = np.broadcast_to(batch.advantages[:, None], mask.shape)
+    advantages = np.broadcast_to(batch.advantages[:, None], batch.targets.shape)
     A = _at_targets(advantages, batch, logits, lp.dtype)
     old = lp.detach()
     if batch.old_logprobs is not None:
@@ -133,7 +159,7 @@ class Trainer:
             weight_decay=optimizer.weight_decay,
         )
 
-    def step(self, batch: Batch | Sequence[Batch]) -> Metrics:
+    def step(self, batch: Batch | Sequence[Batch], *, lr: float | None = None) -> Metrics:
         """One update, of one batch or accumulated over several (clause 7.10); the loss's metrics,
         and `grad_norm` before clipping (clauses 7.7, 7.8)."""
         batches, count = micro_batches(batch, self.objective, self.model.config.vocab_size)
@@ -150,6 +176,7 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(
             self.master.values(), float("inf") if limit is None else limit
         )
+        self.adamw.param_groups[0]["lr"] = self.options.lr if lr is None else lr
         self.adamw.step()
         self.adamw.zero_grad()
         self._publish()

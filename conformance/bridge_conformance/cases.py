@@ -267,6 +267,11 @@ class TrainCase:
     trainable: tuple[str, ...]
     seed: int
 
+    @property
+    def temperature(self) -> float:
+        """At which log-probabilities are taken (clause 7.1)."""
+        return self.objective.temperature if isinstance(self.objective, GRPO) else 1.0
+
     def batch(self, logits: np.ndarray) -> Batch:
         """Targets at some active cells; what GRPO reads lies around the policy of `logits`.
 
@@ -279,7 +284,7 @@ class TrainCase:
         mask = rows.active & (rng.random(rows.active.shape) < 0.7)
         mask[np.nonzero(rows.active)[0][:1], np.nonzero(rows.active)[1][:1]] = True
         targets = rng.integers(0, rows.model.config.vocab_size, size=mask.shape)
-        shifted = logits - logits.max(-1, keepdims=True)
+        shifted = (logits - logits.max(-1, keepdims=True)) / self.temperature
         logp = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
         lp = np.take_along_axis(logp, targets[..., None], -1)[..., 0]
         ratio = rng.choice([0.5, 0.95, 1.05, 1.6], size=mask.shape)

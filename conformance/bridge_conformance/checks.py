@@ -120,6 +120,7 @@ CHECKS: dict[str, Check] = {
         _check(checks_decode.sampled_tokens_follow_the_rule, "6.7", 3),
         _check(checks_decode.generated_rows_follow_the_rule, "6.7", 3),
         _check(checks_train.loss_and_gradients_are_within_the_numerics_rule, "7.4", 4),
+        _check(checks_train.log_probabilities_are_those_of_the_loss, "7.12", 4),
         _check(checks_train.gradients_stay_within_a_group, "7.3", 4),
         _check(checks_train.training_steps_are_within_the_numerics_rule, "7.8", 5),
         _check(checks_train.accumulated_batches_are_one_update, "7.10", 5),

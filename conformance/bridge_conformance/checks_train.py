@@ -22,7 +22,7 @@ Metrics = Mapping[str, float]
 # A large eps keeps a step a smooth function of its gradients: without it the first step is their
 # sign, which rounding can flip where a gradient is nearly zero.
 OPTIMIZER = AdamW(lr=0.1, betas=(0.8, 0.95), eps=0.1, weight_decay=0.2, max_grad_norm=0.5)
-UPDATES = 2
+RATES = (None, 0.05)  # of the updates: None is the optimizer's
 
 
 def start(target: Target, case: TrainCase) -> tuple[Trial, Batch]:
@@ -44,6 +44,21 @@ def loss_and_gradients_are_within_the_numerics_rule(target: Target, case: TrainC
     allowed = allowed_of_vector(trial, exact, others)
     for name, want in exact.items():
         trial.same(grads[name], want, allowed, f"gradient of {name}", case)
+
+
+def log_probabilities_are_those_of_the_loss(target: Target, case: TrainCase) -> None:
+    """Clause 7.12: of every target at the objective's temperature, and 0 where there is none."""
+    trial, batch = start(target, case)
+    got = trial.model.logprobs(batch, case.temperature)
+    exact, own, *nudged = (
+        reference.logprobs(batch, case.temperature) for reference in references(trial)
+    )
+    # A log-probability is a difference of logits and a logarithm: near 1 at least.
+    largest = max(1.0, float(np.abs(exact).max()))
+    allowed = trial.allowed(exact, own, nudged, largest)
+    trial.same(got, exact, allowed, "log-probabilities of targets", case)
+    none = ~batch.target_mask
+    trial.same(got[none], exact[none], 0, "log-probabilities where there is no target", case)
 
 
 def references(trial: Trial) -> list[Any]:
@@ -120,8 +135,8 @@ def same_updates(
     metrics, the state, and the model's tensors, which are the masters rounded."""
     model = trial.load()
     trainer = model.trainer(case.objective, OPTIMIZER, case.trainable, **options)
-    for update in range(UPDATES):
-        metrics = trainer.step(batches if len(batches) > 1 else batches[0])
+    for update, lr in enumerate(RATES):
+        metrics = trainer.step(batches if len(batches) > 1 else batches[0], lr=lr)
         if update == 0:
             same_first_metrics(trial, case, batch, metrics)
     got = trainer.state()
@@ -168,8 +183,8 @@ def reference_updates(trial: Trial, case: TrainCase, batch: Batch) -> list[Named
     states = []
     for model in trial.references():
         trainer = model.trainer(case.objective, OPTIMIZER, case.trainable)
-        for _ in range(UPDATES):
-            trainer.step(batch)
+        for lr in RATES:
+            trainer.step(batch, lr=lr)
         states.append(trainer.state())
     return states
 

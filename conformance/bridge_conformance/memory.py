@@ -50,6 +50,10 @@ class Remembered:
         """As `BackendModel.loss_and_grads`."""
         return self._once(self.model.loss_and_grads, arguments)
 
+    def logprobs(self, *arguments: Any) -> np.ndarray:
+        """As `BackendModel.logprobs`; the array is read-only."""
+        return self._once(self.model.logprobs, arguments)
+
     def _once(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         def make() -> Any:
             result = function(*arguments)

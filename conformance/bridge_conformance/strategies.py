@@ -176,5 +176,5 @@ def train_cases(draw) -> TrainCase:
     config = rows.model.config
     bridge = [n for i in range(config.num_hidden_layers) for n in bridge_shapes(config, i)]
     trainable = draw(st.sampled_from([tuple(bridge), tuple(tensor_shapes(config))]))
-    objective = draw(st.sampled_from([SFT(), GRPO(0.2, 0.28), GRPO(0.2, 0.28, 0.1)]))
+    objective = draw(st.sampled_from([SFT(), GRPO(0.2, 0.28), GRPO(0.2, 0.28, 0.1, 0.7)]))
     return TrainCase(rows, objective, trainable, draw(SEEDS))

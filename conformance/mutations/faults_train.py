@@ -3,6 +3,7 @@
 from mutations.fault import Edit, Fault
 
 GRADIENTS = "loss_and_gradients_are_within_the_numerics_rule"
+LOGPROBS = "log_probabilities_are_those_of_the_loss"
 STEPS = "training_steps_are_within_the_numerics_rule"
 ACCUMULATED = "accumulated_batches_are_one_update"
 RECOMPUTED = "computing_layers_again_changes_no_update"
@@ -30,7 +31,7 @@ FAULTS = (
         GRADIENTS,
         train(
             "count = len(lp) if count is None else count",
-            "count = int(mask.any(-1).sum()) if count is None else count",
+            "count = int(batch.target_mask.any(-1).sum()) if count is None else count",
         ),
     ),
     Fault(
@@ -38,7 +39,7 @@ FAULTS = (
         "The learning rate depends on how much padding a batch has.",
         "7.4",
         GRADIENTS,
-        train("count = len(lp) if count is None else count", "count = mask.numel()"),
+        train("count = len(lp) if count is None else count", "count = batch.target_mask.size"),
     ),
     Fault(
         "targets are shifted once more",
@@ -49,6 +50,30 @@ FAULTS = (
             "_at_targets(batch.targets, batch",
             "_at_targets(np.roll(batch.targets, -1, 1) % logits.shape[-1], batch",
         ),
+    ),
+    Fault(
+        "log-probabilities are at temperature 1",
+        "Ratios are of another policy than the one that sampled.",
+        "7.1",
+        GRADIENTS,
+        train("(logits if temperature == 1 else logits / temperature)", "logits"),
+    ),
+    Fault(
+        "the sampling policy's log-probabilities are at temperature 1",
+        "The first update already sees ratios that are not 1.",
+        "7.12",
+        LOGPROBS,
+        train(
+            "at_targets(target_logits(model, batch), batch, temperature)",
+            "at_targets(target_logits(model, batch), batch, 1.0)",
+        ),
+    ),
+    Fault(
+        "the learning rate never changes",
+        "Schedules and warm-up have no effect.",
+        "7.8",
+        STEPS,
+        train("self.options.lr if lr is None else lr", "self.options.lr"),
     ),
     Fault(
         "k1 in place of k3",

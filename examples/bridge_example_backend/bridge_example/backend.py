@@ -17,7 +17,7 @@ from bridge_example.block import Grid, block
 from bridge_example.decode import Decoder
 from bridge_example.model import Transformer
 from bridge_example.tape import Array, Var
-from bridge_example.train import Trainer, loss_and_grads
+from bridge_example.train import Trainer, logprobs, loss_and_grads
 
 
 class ExampleBackend:
@@ -79,6 +79,9 @@ class ExampleModel:
         self, batch: Batch, objective: Objective, trainable: Sequence[str]
     ) -> tuple[dict[str, float], dict[str, Array]]:
         return loss_and_grads(self.transformer, batch, objective, trainable)
+
+    def logprobs(self, batch: Batch, temperature: float = 1.0) -> Array:
+        return logprobs(self.transformer, batch, temperature)
 
     def trainer(
         self,

@@ -12,6 +12,7 @@ from bridge.inputs import (
     add_metrics,
     check_batch,
     check_state,
+    check_temperature,
     check_trainable,
     default_positions,
     micro_batches,
@@ -39,17 +40,33 @@ def loss_and_grads(
     """
     check_trainable(model.weights.keys(), trainable)
     check_batch(batch, objective, model.config.vocab_size)
-    positions = default_positions(batch.active) if batch.positions is None else batch.positions
     leaves = {name: Var(model.weights[name].value, trained=True) for name in trainable}
     training = Transformer(model.config, {**model.weights, **leaves})
-    h = training.teacher_forced(
-        batch.tokens, batch.groups, batch.active, positions, checkpoint_activations
-    )
-    value, metrics = loss(training.logits(h[batch.target_mask]), batch, objective, count)
+    logits = target_logits(training, batch, checkpoint_activations)
+    value, metrics = loss(logits, batch, objective, count)
     backward(value, np.ones((), np.float32))
     # A tensor that the loss does not read at all has a gradient of zero.
     grads = {n: np.zeros_like(v.value) if v.grad is None else v.grad for n, v in leaves.items()}
     return metrics, grads
+
+
+def target_logits(model: Transformer, batch: Batch, checkpoint_activations: bool = False) -> Var:
+    """Logits of the cells with a target, `[targets, V]`, in the order of the mask."""
+    positions = default_positions(batch.active) if batch.positions is None else batch.positions
+    h = model.teacher_forced(
+        batch.tokens, batch.groups, batch.active, positions, checkpoint_activations
+    )
+    return model.logits(h[batch.target_mask])
+
+
+def logprobs(model: Transformer, batch: Batch, temperature: float) -> Array:
+    """Clause 7.12: the log-probability of each target, `[B, S]`; 0 where there is none."""
+    check_batch(batch, SFT(), model.config.vocab_size)
+    check_temperature(temperature)
+    logp = log_softmax(target_logits(model, batch) * (1 / temperature)).value
+    mask, out = batch.target_mask, np.zeros(batch.target_mask.shape, np.float32)
+    out[mask] = logp[np.arange(len(logp)), batch.targets[mask]]
+    return out
 
 
 def loss(
@@ -57,7 +74,8 @@ def loss(
 ) -> tuple[Var, Metrics]:
     """Clauses 7.4 and 7.5, from the logits at the cells with a target, `[targets, V]`."""
     mask = batch.target_mask
-    logp = log_softmax(logits)
+    temperature = 1.0 if isinstance(objective, SFT) else objective.temperature
+    logp = log_softmax(logits * (1 / temperature))
     lp = logp[np.arange(len(logp.value)), batch.targets[mask]]
     tokens = len(lp.value)
     count = tokens if count is None else count
@@ -113,7 +131,7 @@ class Trainer:
         self.exp_avg = {name: np.zeros_like(master) for name, master in self.master.items()}
         self.exp_avg_sq = {name: np.zeros_like(master) for name, master in self.master.items()}
 
-    def step(self, batch: Batch | Sequence[Batch]) -> Metrics:
+    def step(self, batch: Batch | Sequence[Batch], *, lr: float | None = None) -> Metrics:
         """One update, of one batch or accumulated over several (clause 7.10)."""
         batches, count = micro_batches(batch, self.objective, self.model.config.vocab_size)
         parts: list[Metrics] = []
@@ -134,19 +152,19 @@ class Trainer:
         scale = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))  # clause 7.7
         self.steps += 1
         for name, grad in total.items():
-            self._update(name, grad * scale)
+            self._update(name, grad * scale, self.optimizer.lr if lr is None else lr)
         self._publish()
         return {**add_metrics(parts), "grad_norm": norm}
 
-    def _update(self, name: str, g: Array) -> None:
+    def _update(self, name: str, g: Array, lr: float) -> None:
         """AdamW on one tensor (clause 7.8). Arrays are replaced, never written to."""
         o, (beta1, beta2) = self.optimizer, self.optimizer.betas
         p, m, v = self.master[name], self.exp_avg[name], self.exp_avg_sq[name]
-        p = p - o.lr * o.weight_decay * p
+        p = p - lr * o.weight_decay * p
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g * g
         m_hat, v_hat = m / (1 - beta1**self.steps), v / (1 - beta2**self.steps)
-        p = p - o.lr * m_hat / (np.sqrt(v_hat) + o.eps)
+        p = p - lr * m_hat / (np.sqrt(v_hat) + o.eps)
         self.master[name], self.exp_avg[name], self.exp_avg_sq[name] = p, m, v
 
     def _publish(self) -> None:
