@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, UInt
 
 from bridge.errors import BridgeError
+from bridge.reading import one_line, show
 from bridge.safetensors_io import TensorSpec
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -191,16 +192,16 @@ def parse_quantization(raw: Mapping[str, Any], source: str = "config.json") -> Q
     for key, value in said.items():
         where = f"{source}: {key}"
         if not isinstance(value, Mapping):
-            raise BridgeError(f"{where} must be an object, not {value!r}")
+            raise BridgeError(f"{where} must be an object, not {show(value)}")
         if "quant_method" in value:
             raise BridgeError(
-                f"{where}.quant_method {value['quant_method']!r} is not supported; use the "
+                f"{where}.quant_method {show(value['quant_method'])} is not supported; use the "
                 "checkpoint before it was quantised"
             )
         settings = {path: s for path, s in value.items() if isinstance(s, Mapping)}
         own = {k: v for k, v in value.items() if k not in settings and not isinstance(v, bool)}
         for path, each in {"": own, **settings}.items():
-            found = _parse_one(each, f"{where}.{path}" if path else where)
+            found = _parse_one(each, f"{where}.{one_line(path)}" if path else where)
             parsed |= set() if path else {found}
     if len(parsed) > 1:
         raise BridgeError(f"{source}: quantization and quantization_config disagree; keep one")
@@ -209,12 +210,12 @@ def parse_quantization(raw: Mapping[str, Any], source: str = "config.json") -> Q
 
 def _parse_one(settings: Mapping[str, Any], where: str) -> Quantization:
     if settings.get("mode", "affine") != "affine":
-        raise BridgeError(f"{where}.mode {settings['mode']!r} is not supported; only affine is")
+        raise BridgeError(f"{where}.mode {show(settings['mode'])} is not supported; only affine is")
     if unknown := sorted(settings.keys() - {"bits", "group_size", "mode"}):
-        raise BridgeError(f"{where}.{unknown[0]} is not known")
+        raise BridgeError(f"{where}.{one_line(unknown[0])} is not known")
     for key in ("bits", "group_size"):
         if type(settings.get(key)) is not int:
-            raise BridgeError(f"{where}.{key} must be an integer, not {settings.get(key)!r}")
+            raise BridgeError(f"{where}.{key} must be an integer, not {show(settings.get(key))}")
     how = Quantization(settings["bits"], settings["group_size"])
     _check(how, where)
     return how
@@ -223,7 +224,7 @@ def _parse_one(settings: Mapping[str, Any], where: str) -> Quantization:
 def _check(how: Quantization, where: str) -> None:
     for name, known in (("bits", BITS), ("group_size", GROUP_SIZES)):
         if (value := getattr(how, name)) not in known:
-            raise BridgeError(f"{where}: {name} {value} is not one of {known}")
+            raise BridgeError(f"{where}: {name} {show(value)} is not one of {known}")
 
 
 def _pieces(rows: int, columns: int) -> Iterator[slice]:

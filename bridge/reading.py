@@ -23,9 +23,10 @@ def exists(path: Path) -> bool:
 
 def open_file(path: Path) -> int:
     """A descriptor of a plain file, for reading. Raises FileNotFoundError where there is none."""
-    directory, real = os.path.realpath(path.parent), os.path.realpath(path)
-    if os.path.dirname(real) != directory and not _in_cache(directory, real):
-        raise BridgeError(f"{path}: is a link to outside of its directory; copy the file there")
+    if os.path.islink(path):
+        directory, real = os.path.realpath(path.parent), os.path.realpath(path)
+        if os.path.dirname(real) != directory and not _in_cache(directory, real):
+            raise BridgeError(f"{path}: is a link to outside of its directory; copy the file there")
     try:
         # What a pipe would wait for is a writer; this does not, and says what it is.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -88,8 +89,9 @@ def show(value: Any) -> str:
 
 def one_line(text: object) -> str:
     """Text of others in one printable line of bounded length."""
-    line = " ".join(str(text).split())
-    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+    line = " ".join(str(text)[:1000].split())
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
     return line if len(line) <= 200 else line[:199] + "…"
 
 
