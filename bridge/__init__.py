@@ -8,6 +8,7 @@ Importing this package imports no framework.
 """
 
 from bridge.contract import GRPO, SFT, AdamW, Batch, Sampling
+from bridge.conversion import Converted, convert
 from bridge.errors import BridgeError
 from bridge.generation import Response, ResponseSet
 from bridge.model import Model, load
@@ -21,10 +22,12 @@ __all__ = [
     "BackendInfo",
     "Batch",
     "BridgeError",
+    "Converted",
     "Model",
     "Response",
     "ResponseSet",
     "Sampling",
     "backends",
+    "convert",
     "load",
 ]

@@ -6,6 +6,7 @@ config; a tensor is read, and checked for NaN and infinity, when it is asked for
 checkpoint can make us read outside its directory or run code.
 """
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,12 +77,7 @@ def open_checkpoint(
         return _open_adapter(path, config, raw, base, headers_only, any_base)
     if base is not None:
         raise BridgeError(f"{path}: is no adapter (no {ADAPTER}), so it takes no base")
-    shapes, found = tensor_shapes(config), find_tensors(path)
-    tensors = _match(path, config, raw, shapes, found, headers_only)
-    form = "mlx" if path / BLOCKS in {file.path for file in found.values()} else None
-    form = form or form_of(tensors.sources.values())
-    quantization = parse_quantization(raw, str(path / "config.json"))
-    return Checkpoint(path, path, config, raw, tensors, form, quantization)
+    return _opened(path, config, raw, tensor_shapes(config), headers_only)
 
 
 def is_adapter(path: Path) -> bool:
@@ -137,12 +133,29 @@ def _read_index(index: Path) -> dict[str, str]:
         raise BridgeError(f"{index}: must be JSON with a weight_map; {DAMAGED}") from None
     for shard in shards:
         plain = isinstance(shard, str) and shard == Path(shard).name and "\\" not in shard
+        plain = plain and len(shard) < 256  # as long as a file's name may be
         if not plain or not shard.isprintable() or not shard.endswith(".safetensors"):
             raise BridgeError(
                 f"{index}: weight_map names {show(shard)}; it must be a .safetensors file in the "
                 "same directory"
             )
     return weight_map
+
+
+def _opened(
+    path: Path,
+    config: ModelConfig,
+    raw: dict[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    headers_only: bool = False,
+) -> Checkpoint:
+    """The checkpoint of a directory that holds exactly the tensors `shapes`."""
+    found = find_tensors(path)
+    tensors = _match(path, config, raw, shapes, found, headers_only)
+    files = {file.path.name for file in found.values()}
+    form = "mlx" if BLOCKS in files else form_of(tensors.sources.values())
+    quantization = parse_quantization(raw, str(path / "config.json"))
+    return Checkpoint(path, path, config, raw, tensors, form, quantization)
 
 
 def _match(
@@ -221,11 +234,12 @@ def _open_adapter(
     any_base: bool,
 ) -> Checkpoint:
     name, digest = read_adapter(path)
-    if config.bridge is None:
-        raise BridgeError(f"{path / 'config.json'}: bridge is missing; an adapter holds blocks")
+    blocks = open_blocks(path)
     directory = base or path / name  # an absolute name stands for itself
-    if not directory.is_dir():
-        raise BridgeError(f"{path / ADAPTER}: its base {name!r} is not there; name it with --base")
+    if not os.path.isdir(directory):  # also for a name that no file can have
+        raise BridgeError(
+            f"{path / ADAPTER}: its base {show(name)} is not there; name it with --base"
+        )
     if is_adapter(directory):
         raise BridgeError(f"{directory}: is an adapter itself, so it cannot be the base of {path}")
     host = open_checkpoint(directory, headers_only=headers_only)
@@ -236,15 +250,21 @@ def _open_adapter(
             f"{directory}: is not the base of {path}: base_sha256 differs; use the base that it "
             "was made for, or take this one with --any-base"
         )
-    shapes = tensor_shapes(config)
-    blocks = {n: s for n, s in shapes.items() if BLOCK in n}
-    added = _match(path, config, raw, blocks, find_tensors(path))
-    sources = {n: (added if n in blocks else host.tensors).sources[n] for n in shapes}
-    form = form_of(added.sources.values())
-    form = "mlx" if exists(path / BLOCKS) else form
-    quantization = host.quantization or parse_quantization(raw, str(path / "config.json"))
-    tensors = CheckpointTensors(sources)
-    return Checkpoint(path, host.assets, config, raw, tensors, form, quantization, host)
+    sources = blocks.tensors.sources | {
+        n: s for n, s in host.tensors.sources.items() if BLOCK not in n
+    }
+    tensors = CheckpointTensors({name: sources[name] for name in tensor_shapes(config)})
+    quantization = host.quantization or blocks.quantization
+    return Checkpoint(path, host.assets, config, raw, tensors, blocks.form, quantization, host)
+
+
+def open_blocks(path: Path) -> Checkpoint:
+    """The blocks of an adapter alone, without its base."""
+    config, raw = read_config(path / "config.json")
+    if config.bridge is None:
+        raise BridgeError(f"{path / 'config.json'}: bridge is missing; an adapter holds blocks")
+    shapes = {name: shape for name, shape in tensor_shapes(config).items() if BLOCK in name}
+    return _opened(path, config, raw, shapes)
 
 
 def read_adapter(path: Path) -> tuple[str, str]:

@@ -1,11 +1,12 @@
 """Writing checkpoints (chapter 9): whole or not at all, and the same bytes for the same tensors.
 
-Tensors come one by one, in canonical order, and are written as they come: one in memory at a time.
+Tensors come in canonical order and are written as they come: whole arrays, one in memory at a time,
+in the torch form; or the bytes of any form in pieces.
 """
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from bridge.atomic import new_directory, new_file
-from bridge.checkpoint import ADAPTER, INDEX, SINGLE, Checkpoint, host_hash
+from bridge.checkpoint import ADAPTER, BLOCKS, INDEX, SINGLE, Checkpoint, host_hash
 from bridge.config import SPEC_VERSION
 from bridge.errors import BridgeError
-from bridge.safetensors_io import TensorSpec, write_safetensors
+from bridge.forms import BLOCK, METADATA, Entry, arrange
+from bridge.safetensors_io import TensorSpec, write_pieces, write_safetensors
 
 SHARD_SIZE = 5_000_000_000  # bytes, Hugging Face's default
-METADATA = {"format": "pt"}  # which transformers wants to see
 # Files of a tokenizer, and of generation, that go along with the weights.
 ASSETS = (
     "tokenizer.json",
@@ -51,23 +52,35 @@ def write_checkpoint(
     `overwrite` allows for a checkpoint in its place, which is exchanged in one step.
     """
     with new_directory(path, overwrite) as directory:
-        _write_json(directory / "config.json", raw_config)
+        write_json(directory / "config.json", raw_config)
         stream = iter(tensors)
-        shards = _plan(specs, shard_size)
-        for name, members in shards.items():
-            part = {member: specs[member] for member in members}
-            write_safetensors(directory / name, part, islice(stream, len(part)), METADATA)
+        files = _plan("torch", arrange("torch", specs, {}), shard_size)
+        for name, entries in files.items():
+            part = _stored(entries)
+            chosen = islice(stream, len(part))
+            write_safetensors(directory / name, part, chosen, METADATA["torch"])
         if (left_over := next(stream, None)) is not None:
             raise BridgeError(
                 f"{path}: tensor {left_over[0]!r} came, but config.json has none such"
             )
-        if len(shards) > 1:
-            total = sum(spec.nbytes for spec in specs.values())
-            weight_map = {member: name for name, members in shards.items() for member in members}
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            _write_json(directory / INDEX, index)
+        _write_index(directory, files)
         if assets is not None:
             copy_assets(assets, directory)
+
+
+def write_entries(
+    directory: Path,
+    form: str,
+    entries: Sequence[Entry],
+    pieces: Callable[[Entry], Iterator[np.ndarray]],
+    shard_size: int,
+) -> None:
+    """Write the files of a form's tensors; `pieces` gives the bytes of an entry, in order."""
+    files = _plan(form, entries, shard_size)
+    for name, members in files.items():
+        stream = (piece for entry in members for piece in pieces(entry))
+        write_pieces(directory / name, _stored(members), stream, METADATA[form])
+    _write_index(directory, files)
 
 
 def write_adapter(
@@ -79,14 +92,19 @@ def write_adapter(
 ) -> None:
     """Write the blocks alone, with their base's place and hash (clause 9.5)."""
     with new_directory(path) as directory:
-        _write_json(directory / "config.json", raw_config)
-        write_safetensors(directory / SINGLE, specs, tensors, METADATA)
-        said = {
-            "spec_version": SPEC_VERSION,
-            "base": str(base.path.resolve()),
-            "base_sha256": host_hash(base),
-        }
-        _write_json(directory / ADAPTER, said)
+        write_json(directory / "config.json", raw_config)
+        write_safetensors(directory / SINGLE, specs, tensors, METADATA["torch"])
+        write_base(directory, base.path, host_hash(base))
+
+
+def write_base(directory: Path, base: Path, digest: str) -> None:
+    """Say what an adapter in `directory` is to be put on."""
+    said = {
+        "spec_version": SPEC_VERSION,
+        "base": str(base.resolve()),
+        "base_sha256": digest,
+    }
+    write_json(directory / ADAPTER, said)
 
 
 def copy_assets(source: Path, target: Path) -> None:
@@ -97,22 +115,42 @@ def copy_assets(source: Path, target: Path) -> None:
                 shutil.copyfileobj(old, new)
 
 
-def _plan(specs: Mapping[str, TensorSpec], shard_size: int) -> dict[str, list[str]]:
-    """The tensors of each file: filled in order, a tensor is never split."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, spec in specs.items():
-        if shards[-1] and size + spec.nbytes > shard_size:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += spec.nbytes
-    if len(shards) == 1:
-        return {SINGLE: shards[0]}
-    count = len(shards)
-    return {f"model-{i:05}-of-{count:05}.safetensors": s for i, s in enumerate(shards, 1)}
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """A JSON file as all of ours look."""
     with new_file(path) as file:
         file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _plan(form: str, entries: Sequence[Entry], shard_size: int) -> dict[str, list[Entry]]:
+    """The entries of each file: filled in order, an entry is never split (clauses 9.4 and 9.10)."""
+    blocks = [e for e in entries if form == "mlx" and BLOCK in e.names[0]]
+    shards: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if form == "mlx" and BLOCK in entry.names[0]:
+            continue
+        if shards[-1] and size + entry.nbytes > shard_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.nbytes
+    count = len(shards)
+    names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    files = dict(zip([SINGLE] if count == 1 else names, shards, strict=True))
+    files[BLOCKS] = blocks
+    return {name: members for name, members in files.items() if members}
+
+
+def _stored(entries: Iterable[Entry]) -> dict[str, TensorSpec]:
+    """The tensors of a file by their stored names."""
+    return {name: spec for entry in entries for name, spec in entry.stored.items()}
+
+
+def _write_index(directory: Path, files: Mapping[str, Sequence[Entry]]) -> None:
+    """The index of what is in shards."""
+    if len(files.keys() - {BLOCKS}) < 2:
+        return
+    stored = {name: _stored(entries) for name, entries in files.items()}
+    total = sum(spec.nbytes for specs in stored.values() for spec in specs.values())
+    weight_map = {member: name for name, specs in stored.items() for member in specs}
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -13,7 +13,7 @@ from typing import Any
 
 from bridge.errors import BridgeError
 from bridge.quantised import parse_quantization
-from bridge.reading import read_object, show
+from bridge.reading import one_line, read_object, show
 from bridge.rope import RopeConfig, parse_rope
 
 SPEC_VERSION = "1.0"
@@ -250,9 +250,10 @@ def parse_bridge(raw: Any, num_layers: int, source: str = "config.json") -> Brid
     if missing := sorted(names - raw.keys()):
         raise BridgeError(f"{where}.{missing[0]} is missing")
     if unknown := sorted(raw.keys() - names):
-        raise BridgeError(f"{where}: {show(unknown[0])} is not known to spec {SPEC_VERSION}")
+        raise BridgeError(f"{where}.{one_line(unknown[0])} is not known to spec {SPEC_VERSION}")
     if raw["spec_version"] != SPEC_VERSION:
-        raise BridgeError(f"{where}.spec_version is {show(raw['spec_version'])}, need {SPEC_VERSION!r}")
+        version = show(raw["spec_version"])
+        raise BridgeError(f"{where}.spec_version is {version}, need {SPEC_VERSION!r}")
     if raw["kind"] not in ("attention", "mlp"):
         raise BridgeError(f"{where}.kind must be 'attention' or 'mlp', not {show(raw['kind'])}")
     layers = raw["layers"]
@@ -360,7 +361,8 @@ def _eos(value: Any, vocab_size: int, source: str) -> tuple[int, ...]:
     for i in ids:
         if type(i) is not int or not 0 <= i < vocab_size:
             raise BridgeError(
-                f"{source}: eos_token_id {show(i)} is not a token of the vocabulary 0..{vocab_size - 1}"
+                f"{source}: eos_token_id {show(i)} is not a token of the vocabulary "
+                f"0..{vocab_size - 1}"
             )
     return tuple(ids)
 

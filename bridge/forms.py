@@ -13,7 +13,8 @@ A logical tensor has a Hugging Face name. Where its numbers lie depends on the f
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from bridge.config import ModelConfig
 from bridge.errors import BridgeError
 from bridge.quantised import Quantization, packing, side_names
 from bridge.reading import show
+from bridge.remote_code import FILES
 from bridge.safetensors_io import SafetensorsFile, TensorSpec
 
 FORMS = ("torch", "jax", "mlx")
@@ -140,6 +142,18 @@ def form_of(sources: Iterable[Source]) -> str:
             if source.file.metadata.get("format") == METADATA[form]["format"]:
                 said = form
     return said
+
+
+def plain_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A raw config without what a conversion adds: how weights are quantised, and the code that it
+    put beside them (clause 9.12). Code of others stays."""
+    kept = {k: v for k, v in raw.items() if k not in ("quantization", "quantization_config")}
+    classes, module = kept.get("auto_map"), Path(FILES["torch"]).stem + "."
+    if isinstance(classes, dict) and all(str(name).startswith(module) for name in classes.values()):
+        del kept["auto_map"]
+    if kept.get("model_file") == FILES["mlx"]:
+        del kept["model_file"]
+    return kept
 
 
 @dataclass(frozen=True)

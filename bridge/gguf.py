@@ -60,6 +60,15 @@ def export_gguf(path: Path, out: Path) -> None:
 
 
 @contextmanager
+def as_directory(path: Path, out: Path) -> Iterator[Path]:
+    """The directory of a GGUF file, beside `out` for as long as it is needed. Raises BridgeError
+    as `export_gguf` does."""
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.host-") as directory:
+        export_gguf(path, Path(directory) / "host")
+        yield Path(directory) / "host"
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
     """Neither logs nor progress bars of the libraries on the user's terminal."""
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):

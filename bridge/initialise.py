@@ -4,7 +4,6 @@ The blocks' outputs start at zero, so the new model is its host, exactly; the ot
 pure function of the seed, the same on every machine.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,8 +18,11 @@ from bridge.checkpoint import FLOATS, Checkpoint, open_checkpoint
 from bridge.checkpoint_writer import write_adapter, write_checkpoint
 from bridge.config import BridgeConfig, ModelConfig, bridge_shapes, parse_config, tensor_shapes
 from bridge.errors import BridgeError
+from bridge.forms import plain_config
+from bridge.gguf import as_directory
 from bridge.philox import philox4x32
 from bridge.registry import ALIASES
+from bridge.rounding import rounded
 from bridge.safetensors_io import DTYPES, TensorSpec
 
 TENSOR_IDS = {"q_proj": 0, "k_proj": 1, "v_proj": 2, "up_proj": 3}  # in the counter
@@ -82,8 +84,8 @@ def init(
             layers=parse_layers(layers, opened.config.num_hidden_layers),
             norm_eps=opened.config.rms_norm_eps if norm_eps is None else norm_eps,
         )
-        raw = {**opened.raw_config, "bridge": chosen.to_json()}
-        stored, numpy_dtype = _float_dtype(dtype or opened.dtype)
+        raw = {**plain_config(opened.raw_config), "bridge": chosen.to_json()}
+        stored, numpy_dtype = float_dtype(dtype or opened.dtype)
         for key in ("dtype", "torch_dtype"):  # the host's own key says what is stored
             if dtype is not None and key in raw:
                 raw[key] = stored
@@ -122,11 +124,8 @@ def _opened(host: Path, out: Path, adapter: bool) -> Iterator[Checkpoint]:
         return
     if adapter:
         raise BridgeError(f"{host}: an adapter needs a host directory to refer to, not a GGUF file")
-    from bridge.gguf import export_gguf  # it needs transformers
-
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.host-") as directory:
-        export_gguf(host, Path(directory) / "host")
-        yield open_checkpoint(Path(directory) / "host")
+    with as_directory(host, out) as directory:
+        yield open_checkpoint(directory)
 
 
 def _with_blocks(
@@ -141,7 +140,7 @@ def _with_blocks(
     done, total = 0, sum(spec.nbytes for spec in specs.values())
     for name, spec in specs.items():
         array = host.tensors[name] if name in host.specs else next(blocks)[1]
-        yield name, array.astype(spec.dtype, copy=False)
+        yield name, rounded(array, spec.dtype, name)
         done += spec.nbytes
         if progress is not None:
             progress(done, total)
@@ -189,7 +188,8 @@ def parse_layers(layers: str | Sequence[int], count: int) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-def _float_dtype(name: str) -> tuple[str, np.dtype]:
+def float_dtype(name: str) -> tuple[str, np.dtype]:
+    """A dtype to store by its name or alias. Raises BridgeError for any other."""
     name = ALIASES.get(name, name)
     codes = {value: code for code, value in FLOATS.items()}
     if name not in codes:

@@ -14,7 +14,9 @@ import math
 import mmap
 import os
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +28,7 @@ from bridge.atomic import new_file
 from bridge.errors import BridgeError
 from bridge.reading import open_file, show
 
+AHEAD = 4  # pieces that may wait to be written
 MAX_HEADER = 100_000_000  # bytes, as in the format's own library
 MAX_AXES = 64  # as in NumPy
 MAX_NUMBER = 2**63 - 1
@@ -173,6 +176,33 @@ def write_safetensors(
             file.write(tensor_bytes(array))
 
 
+def write_pieces(
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    pieces: Iterable[np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors whose bytes come in pieces, back to back in the order of `specs`, atomically.
+
+    A piece is written while the next ones are made, so its memory must not be used again. Raises
+    BridgeError where there are more or fewer bytes than `specs` call for, or the disk refuses.
+    """
+    left = sum(spec.nbytes for spec in specs.values())
+    with new_file(path) as file, ThreadPoolExecutor(1) as writer:
+        file.write(_header(path, specs, metadata or {}))
+        waiting: deque[Future[int]] = deque()
+        for piece in pieces:
+            data = tensor_bytes(piece)
+            left -= data.nbytes
+            waiting.append(writer.submit(file.write, data))
+            if len(waiting) > AHEAD:
+                waiting.popleft().result()
+        for future in waiting:
+            future.result()
+        if left:
+            raise BridgeError(f"{path}: its tensors came {left} bytes short")
+
+
 def tensor_bytes(array: np.ndarray) -> memoryview:
     """The bytes of a tensor as the format stores them; no copy where it is contiguous."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
@@ -256,8 +286,8 @@ def _check_tiling(
             raise BridgeError(f"{path}: the bytes of tensor {show(name)} {what}; {DAMAGED}")
         if end > size:
             raise BridgeError(
-                f"{path}: cut off within tensor {show(name)}, {end} bytes of data needed but {size} "
-                f"there; {DAMAGED}"
+                f"{path}: cut off within tensor {show(name)}, {end} bytes of data needed but "
+                f"{size} there; {DAMAGED}"
             )
         at = end
     if at != size:

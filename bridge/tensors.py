@@ -13,8 +13,8 @@ import numpy as np
 
 from bridge.errors import BridgeError
 from bridge.finite import first_not_finite
-from bridge.forms import PackedPlace, Place, Source, parts_of
-from bridge.quantised import Packed, side_names
+from bridge.forms import Entry, PackedPlace, Place, Source, parts_of
+from bridge.quantised import Packed, Quantization, quantise, side_names
 from bridge.rounding import rounded
 from bridge.safetensors_io import CODES, SafetensorsFile, TensorSpec
 
@@ -93,7 +93,42 @@ def raw_pieces(place: Place, piece: int = PIECE) -> Iterator[np.ndarray]:
         yield buffer
 
 
-def float_pieces(name: str, source: Source, dtype: np.dtype) -> Iterator[np.ndarray]:
+def entry_pieces(
+    entry: Entry,
+    tensors: CheckpointTensors,
+    specs: Mapping[str, TensorSpec],
+    packed: Mapping[str, Quantization],
+) -> Iterator[np.ndarray]:
+    """The bytes of what a writer stores, in order: numbers in the dtypes of `specs`, and the
+    matrices in `packed` quantised, or as they are where they are quantised already.
+
+    Raises BridgeError for a number that is not finite, or not in the dtype.
+    """
+    for name in entry.names:
+        source, spec = tensors.sources[name], specs[name]
+        if name not in packed:
+            yield from _float_pieces(name, source, spec.dtype)
+        elif isinstance(source, PackedPlace):
+            yield from _checked_parts(source)
+        else:
+            yield from _quantised(_float_pieces(name, source, spec.dtype), spec, packed[name])
+
+
+def _quantised(
+    pieces: Iterator[np.ndarray], spec: TensorSpec, how: Quantization
+) -> Iterator[np.ndarray]:
+    """A matrix packed: its words as they come, then all scales and all biases."""
+    scales, biases = [], []
+    for rows in pieces:
+        part = quantise(rows.reshape(-1, spec.shape[1]), how)
+        yield part.weight
+        scales.append(part.scales)
+        biases.append(part.biases)
+    yield from scales
+    yield from biases
+
+
+def _float_pieces(name: str, source: Source, dtype: np.dtype) -> Iterator[np.ndarray]:
     """A tensor's numbers in `dtype`, whole rows of it at a time and flat, all of them finite.
 
     Raises BridgeError for one that is not finite, or not in `dtype`.
@@ -108,7 +143,7 @@ def float_pieces(name: str, source: Source, dtype: np.dtype) -> Iterator[np.ndar
         yield rounded(piece, dtype, name)
 
 
-def checked_parts(source: PackedPlace) -> Iterator[np.ndarray]:
+def _checked_parts(source: PackedPlace) -> Iterator[np.ndarray]:
     """The bytes of a quantised matrix as they are stored, its scales and biases being finite."""
     yield from raw_pieces(source.weight)
     for place in (source.scales, source.biases):

@@ -1,12 +1,12 @@
 """`bridge init`: a host becomes a Bridge model."""
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from bridge_cli.progress import byte_bar
 from bridge_cli.text import count, one_line, print_json, size
 
 
@@ -40,23 +40,10 @@ def init(
 
     Example: bridge init model.gguf ./smol-pmatch --kind mlp --layers 0-14,20
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
     from bridge.initialise import init as make
 
     # A host in GGUF is read first, which says nothing of its progress.
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-    )
-    # Not stderr=True: where the output of other libraries is hidden, the bar is not.
-    console = Console(file=sys.stderr)
-    quiet = json or not sys.stderr.isatty()
-    with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
-        task = bar.add_task("reading", total=None)
+    with byte_bar(json) as progress:
         made = make(
             host,
             out,
@@ -67,9 +54,7 @@ def init(
             seed=seed,
             dtype=dtype,
             adapter=adapter,
-            progress=lambda done, total: bar.update(
-                task, description="writing", completed=done, total=total
-            ),
+            progress=progress,
         )
     if json:
         return print_json(made.to_json())

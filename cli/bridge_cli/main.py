@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from bridge_cli import agree, backends, bench, conformance, generate, init, inspect
+from bridge_cli import agree, backends, bench, conformance, convert, generate, init, inspect
 from bridge_cli.text import one_line
 
 
@@ -59,6 +59,7 @@ app = typer.Typer(
 )
 app.command()(init.init)
 app.command()(generate.generate)
+app.command()(convert.convert)
 app.command()(inspect.inspect)
 app.command()(backends.backends)
 app.command()(conformance.conformance)
