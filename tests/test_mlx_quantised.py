@@ -1,7 +1,7 @@
 """Quantised hosts on the MLX backend: the same model as their dequantised numbers, by the checks of
 conformance; packed in memory; blocks that can be trained, and packed tensors that cannot."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -33,14 +33,16 @@ class Held(dict):
         return self.packings.get(name)
 
 
+@dataclass(frozen=True)
 class Quantised(ModelCase):
     """A model whose host's matrices, or some of them, are packed; each by one of `hows`."""
 
-    hows: tuple[Quantization | None, ...]
+    hows: tuple[Quantization | None, ...] = ()
+    fresh: bool = False
 
     def tensors(self, dtype: str, *, fresh: bool = False) -> Held:
         """`bridge_ref` reads the numbers, rounded to its dtype; bridge_mlx what is packed."""
-        tensors = Held(super().tensors(dtype, fresh=fresh))
+        tensors = Held(super().tensors(dtype, fresh=fresh or self.fresh))
         tensors.packings = {}
         rng = np.random.default_rng(self.seed)
         for name, array in tensors.items():
@@ -51,7 +53,7 @@ class Quantised(ModelCase):
                 packed = quantise(array.astype(DTYPES[dtype]), how)
                 tensors.packings[name] = packed
                 tensors[name] = packed.dequantise(dtype=np.float64)
-        assert tensors.packings
+        assert tensors.packings or not any(self.hows)
         return tensors
 
 
@@ -68,8 +70,7 @@ def quantised(draw, cases):
     raw = {**model.raw, **sizes, "intermediate_size": 64 * draw(st.integers(1, 2))}
     hows = draw(st.lists(st.sampled_from([*PACKINGS, None]), min_size=1, max_size=3))
     # Weights of extreme magnitudes are for the arithmetic of floats, which is the same here.
-    packed = Quantised(raw, model.seed)
-    object.__setattr__(packed, "hows", (draw(st.sampled_from(PACKINGS[::2])), *hows))
+    packed = Quantised(raw, model.seed, hows=(draw(st.sampled_from(PACKINGS[::2])), *hows))
     if isinstance(case, TrainCase):
         tensors = packed.tensors("float32")
         names = tuple(name for name in tensors if name not in tensors.packings)

@@ -1,0 +1,141 @@
+"""mlx-lm as a backend of conformance: a directory of the form `mlx` is written, mlx-lm loads it.
+
+With blocks mlx-lm runs the code that the directory carries, without them its own. What it does not
+compute is left out of the cases: `suited` says what.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm.utils
+import numpy as np
+from mlx_lm.models.cache import BatchKVCache
+
+from bridge import remote_code
+from bridge.quantised import Packed, side_names
+from bridge.safetensors_io import specs_of, write_safetensors
+from bridge_mlx.backend import to_numpy
+
+
+def write_mlx(
+    path: Path,
+    raw: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    packings: Mapping[str, Packed] | None = None,
+    code: bool = True,
+) -> Path:
+    """A checkpoint of the form `mlx`, with the code for mlx-lm if `code`."""
+    path.mkdir(exist_ok=True)
+    stored: dict[str, np.ndarray] = {}
+    for name, array in tensors.items():
+        if (packed := (packings or {}).get(name)) is None:
+            stored[name] = array
+            continue
+        parts = (packed.weight, packed.scales, packed.biases)
+        stored |= zip((name, *side_names(name)), parts, strict=True)
+        said = {"bits": packed.bits, "group_size": packed.group_size}
+        raw = {"quantization": said, **raw}
+    config = dict(raw)
+    if code:
+        config = remote_code.add(path, raw, "mlx")
+    files = {"model.safetensors": False, "bridge.safetensors": True}
+    for file, blocks in files.items():
+        held = {name: array for name, array in stored.items() if (".bridge." in name) == blocks}
+        if held:
+            write_safetensors(path / file, specs_of(held), held.items(), {"format": "mlx"})
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def suited(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without what mlx-lm lacks, all of which our code refuses by name; and without an
+    EOS, since the rows of a case say any token and go on."""
+    family = raw["model_type"]
+    dropped = {"eos_token_id", "attention_bias" if family == "qwen3" else None}
+    raw = {k: v for k, v in raw.items() if k not in dropped}
+    if family == "qwen2" and "head_dim" in raw:
+        raw["hidden_size"] = raw["num_attention_heads"] * raw.pop("head_dim")
+    for key in ("rope_parameters", "rope_scaling"):
+        if key in raw:
+            beyond = ("attention_factor", "truncate")
+            raw[key] = {k: v for k, v in raw[key].items() if k not in beyond}
+    return raw
+
+
+@dataclass
+class MlxLm:
+    """What conformance asks of a backend, as far as its checks of logits and decoding go."""
+
+    raw: Mapping[str, Any]  # the parsed config does not say all that mlx-lm reads
+    code: bool = True  # False: the host alone, by mlx-lm's own model
+    name: str = "mlx-lm"
+
+    def load(self, config: Any, tensors: Any, *, device: str, dtype: str) -> "Model":
+        """`tensors` may hold some packed."""
+        with tempfile.TemporaryDirectory() as path, mx.stream(mx.cpu):
+            write_mlx(Path(path), self.raw, tensors, getattr(tensors, "packings", None), self.code)
+            model, _ = mlx_lm.utils.load_model(Path(path), trust_remote_code=self.code)
+        return Model(model, self.code)
+
+
+@dataclass
+class Model:
+    """See `bridge.contract.BackendModel`; positions are those that mlx-lm gives by itself."""
+
+    model: Any
+    code: bool = True
+
+    def logits(self, tokens: Any, groups: Any, active: Any, positions: Any) -> np.ndarray:
+        """Teacher-forced, without a cache."""
+        on = None if active.all() else mx.array(active)
+        options = {"groups": np.asarray(groups).tolist(), "active": on} if self.code else {}
+        with mx.stream(mx.cpu):
+            out = self.model(mx.array(np.where(active, tokens, 0)), **options)
+            return to_numpy(out.astype(mx.float32))
+
+    def prefill(self, prompts: Any, widths: Any, max_new_tokens: int) -> "Decoder":
+        """Every row reads its prompt, padded on the left."""
+        return Decoder(self.model, prompts, widths)
+
+
+class Decoder:
+    """Rows in mlx-lm's own batched caches, from which they are dropped as they end."""
+
+    def __init__(self, model: Any, prompts: Any, widths: Any) -> None:
+        self.model = model
+        self.groups = np.repeat(np.arange(len(prompts)), widths)
+        longest = max(map(len, prompts))
+        padding = [longest - len(prompts[group]) for group in self.groups]
+        rows = [
+            np.pad(prompts[group], (n, 0)) for group, n in zip(self.groups, padding, strict=True)
+        ]
+        active = np.arange(longest) >= np.array(padding)[:, None]
+        self.cache = [BatchKVCache(padding) for _ in model.layers]
+        self.next = self.run(np.stack(rows), mx.array(active))
+
+    def run(self, tokens: np.ndarray, active: mx.array | None = None) -> np.ndarray:
+        """Feeds every row left; `groups` as of all calls to come, which is what `group` is for."""
+        self.model.group(self.groups.tolist())
+        with mx.stream(mx.cpu):
+            out = self.model(mx.array(tokens), self.cache, active=active)[:, -1]
+            out = to_numpy(out.astype(mx.float32))
+        self.model.group(None)
+        return out
+
+    def logits(self) -> np.ndarray:
+        """Of the rows left, for their next token."""
+        return self.next
+
+    def advance(self, tokens: Any, keep: Any = None) -> None:
+        """As `bridge.contract.Decoder`."""
+        rows = np.arange(len(self.groups)) if keep is None else np.flatnonzero(keep)
+        with mx.stream(mx.cpu):
+            for cache in self.cache:
+                cache.filter(mx.array(rows))
+        self.groups = self.groups[rows]
+        self.next = self.run(np.asarray(tokens)[rows, None])

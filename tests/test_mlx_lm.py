@@ -1,0 +1,306 @@
+"""What mlx-lm makes of our checkpoints, and we of its own, against the reference.
+
+mlx-lm loads the host part as it is, and with the code that a checkpoint carries the whole model.
+Its results are held to the numerics rule (clause 10.2) where it computes what the spec says.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_host import write_host
+
+import bridge
+from bridge.checkpoint import open_checkpoint
+from bridge.config import FAMILIES
+from bridge.quantised import Quantization
+from bridge_conformance import checks_decode, checks_model, strategies
+from bridge_conformance.cases import ModelCase, rows_of, teacher_forced
+from bridge_conformance.tolerance import DTYPES, allowance, error
+from bridge_conformance.trial import Target, Trial
+from bridge_ref.backend import Reference
+
+mx = pytest.importorskip("mlx.core")
+mlx_lm = pytest.importorskip("mlx_lm")
+
+from mlx_lm_backend import MlxLm, suited, write_mlx  # noqa: E402
+from test_mlx_quantised import Quantised, quantised  # noqa: E402
+
+from bridge_mlx.backend import to_numpy  # noqa: E402
+from bridge_mlx.linear import Quantised as PackedByMlx  # noqa: E402
+
+
+def on_mlx_lm(model, dtype="float32"):
+    return Target(MlxLm(model.raw), "cpu", dtype)
+
+
+def with_suited(model):
+    """The same case, of a config that mlx-lm can compute."""
+    return replace(model, raw=suited(model.raw))
+
+
+@st.composite
+def rows_without_gaps(draw, quantise=False):
+    """Rows without gaps, whose positions are then a row's own timesteps, up to where it begins."""
+    case = draw(strategies.rows_cases(magnitudes=("plain",)))
+    case = draw(quantised(st.just(case))) if quantise else case
+    B, S = case.active.shape
+    patterns = st.sampled_from(["full", "left", "right", "both", "none"])
+    patterns = draw(st.lists(patterns, min_size=B, max_size=B))
+    _, widths = np.unique(case.groups, return_counts=True)
+    return rows_of(
+        with_suited(case.model), widths.tolist(), S, patterns, False, draw(st.integers(0, 2**32))
+    )
+
+
+@st.composite
+def decoded(draw, quantise=False):
+    case = draw(strategies.decode_cases())
+    case = draw(quantised(st.just(case))) if quantise else case
+    model = case.model if quantise else ModelCase(case.model.raw, case.model.seed)
+    return replace(case, model=with_suited(model))
+
+
+@pytest.mark.parametrize("quantise", [False, True], ids=["floats", "quantised"])
+@settings(max_examples=25)
+@given(data=st.data())
+def test_the_code_for_mlx_lm_is_the_model(quantise, data):
+    """Every family, ragged groups, padding, ended rows; teacher-forced, and in mlx-lm's caches."""
+    rows = data.draw(rows_without_gaps(quantise))
+    checks_model.logits_are_within_the_numerics_rule(on_mlx_lm(rows.model), rows)
+    case = data.draw(decoded(quantise))
+    checks_decode.cached_decoding_equals_teacher_forcing(on_mlx_lm(case.model), case)
+
+
+def plain(family="llama", **changes):
+    """A config that says all that mlx-lm reads, in the spelling that each of its models knows."""
+    return {
+        "model_type": family,
+        "vocab_size": 40,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        **({"sliding_window": None} if family == "mistral" else {}),
+        "bridge": {
+            "spec_version": "1.0",
+            "kind": "attention",
+            "num_heads": 2,
+            "head_dim": 8,
+            "layers": [0, 2],
+            "norm_eps": 1e-6,
+        },
+        **changes,
+    }
+
+
+def of_one_prompt(model):
+    """Rows of two groups, none of them padded."""
+    return rows_of(model, [2, 1], 7, ["full"] * 3, False, 0)
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mlx_lm_loads_the_host_part_unchanged(family, tied, bits):
+    """By its own strict loader and with its own model, though blocks lie beside the host. Fresh
+    blocks do nothing (clause 3.8), so the reference is the same with them."""
+    raw = plain(family, tie_word_embeddings=tied)
+    how = Quantization(bits, 32) if bits else None
+    target = Target(MlxLm(raw, code=False), "cpu", "float32")
+    case = of_one_prompt(Quantised(raw, 0, hows=(how,), fresh=True))
+    checks_model.logits_are_within_the_numerics_rule(target, case)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_a_config_is_silent_transformers_defaults_hold(family):
+    """mlx-lm takes some of them otherwise, and asks for others."""
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "bridge")
+    raw = {k: v for k, v in plain(family).items() if k in ("model_type", *needed)}
+    raw |= {"num_attention_heads": 32 if family == "qwen2" else 8, "hidden_size": 128}
+    if family == "qwen3":
+        raw |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    case = of_one_prompt(ModelCase(raw, 0))
+    checks_model.logits_are_within_the_numerics_rule(on_mlx_lm(case.model), case)
+
+
+YARN = {"rope_type": "yarn", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gemma"}, "model_type 'gemma'"),
+        ({"bridge": None}, "or no bridge"),
+        ({"rope_scaling": {**YARN, "attention_factor": 1.5}}, "attention_factor"),
+        ({"rope_scaling": {**YARN, "truncate": False}}, "truncate"),
+        ({"rope_parameters": {**YARN, "rope_theta": 10.0, "mscale": 1.5}}, "mscale alone"),
+        ({"rope_scaling": {**YARN, "mscale_all_dim": 1.5}}, "mscale alone"),
+        ({"model_type": "qwen2", "head_dim": 64}, "head_dim of 32 alone"),
+        ({"model_type": "qwen3", "attention_bias": True}, "no attention_bias"),
+    ],
+)
+def test_what_mlx_lm_does_not_compute_is_refused(tmp_path, changes, message):
+    write_mlx(tmp_path, plain(), ModelCase(plain(), 0).tensors("float32"))
+    config = tmp_path / "config.json"
+    said = {**json.loads(config.read_text()), **changes}
+    config.write_text(json.dumps({k: v for k, v in said.items() if v is not None}))
+    with pytest.raises(ValueError, match=message):
+        mlx_lm.utils.load_model(tmp_path, trust_remote_code=True)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A tiny model with blocks and a tokenizer whose `<eos>` is 0, for `mlx_lm.load`."""
+    model = ModelCase(plain(vocab_size=257, eos_token_id=0), 0)
+    write_host(tmp_path / "host")
+    write_mlx(tmp_path, model.raw, model.tensors("float32"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "host" / name, tmp_path / name)
+    return model, tmp_path
+
+
+def log_softmax(logits):
+    logits = logits.astype(np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("prompt", [[5, 6, 7], [5, 0], [9]])
+def test_rows_of_batch_generate_see_each_other(checkpoint, prompt):
+    """Ragged endings: what a row says after another's EOS is as if it had left (clause 4.3), though
+    mlx-lm feeds the EOS before it drops the row. A prompt may end with an EOS."""
+    case, path = checkpoint
+    model, tokenizer = mlx_lm.load(str(path), trust_remote_code=True)
+    said = [[11, 12, 13, 14, 15], [21, 0], [31, 32, 33, 0], [41, 0]]
+    steps = max(map(len, said))
+    decoding = scripted(said, seen := [])
+    with mx.stream(mx.cpu):
+        out = mlx_lm.batch_generate(
+            model,
+            tokenizer,
+            [prompt] * 4,
+            max_tokens=steps,
+            sampler=decoding,
+            return_token_ids=True,
+        )
+    assert out.token_ids == [[t for t in row if t] for row in said]
+
+    alive = np.array([[len(row) > step for row in said] for step in range(steps)])
+    forced = np.array([[(row + [0] * steps)[step] for row in said] for step in range(steps)])
+    *arguments, first = teacher_forced([np.array(prompt)], np.zeros(4, int), forced, alive)
+
+    def run(model):
+        return log_softmax(
+            model.logits(*arguments)[np.arange(4), first + np.arange(steps)[:, None]]
+        )
+
+    trial = Trial(on_mlx_lm(case), case)
+    exact, allowed = trial.allowance(run)
+    for step in range(steps):
+        for row in np.flatnonzero(alive[step]):
+            what = f"log-probabilities of row {row} at step {step}"
+            trial.same(seen[step][row], exact[step, row], allowed, what, said)
+
+
+def scripted(said, seen):
+    """A sampler that says `said`, and notes the log-probabilities of each step by row. mlx-lm still
+    asks for a row at the step after its last."""
+    rows, left = range(len(said)), [*range(len(said))]
+
+    def sample(logprobs):
+        nonlocal left
+        step = len(seen)
+        left = [row for row in rows if len(said[row]) > step - 1]
+        assert len(left) == len(logprobs)
+        seen.append(dict(zip(left, np.array(logprobs), strict=True)))
+        return mx.array([(said[row] + [0])[min(step, len(said[row]))] for row in left])
+
+    return sample
+
+
+def test_groups_are_of_the_rows_given(checkpoint):
+    _, path = checkpoint
+    model, _ = mlx_lm.utils.load_model(path, trust_remote_code=True)
+    tokens = mx.array([[1, 2], [3, 4], [1, 2]])
+    with mx.stream(mx.cpu):
+        alone, together = model(tokens, groups=[0, 1, 2]), model(tokens)
+        for row in range(3):
+            assert mx.array_equal(alone[row], model(tokens[row : row + 1])[0])
+        assert not mx.allclose(alone, together)
+        model.group([7, 1, 7])
+        assert mx.array_equal(model(tokens), model(tokens, groups=[0, 1, 0]))
+        with pytest.raises(ValueError, match="groups of 3 rows, but the batch has 2"):
+            model(tokens[:2])
+        model.group(None)
+        assert mx.array_equal(model(tokens), together)
+
+
+def host_on_disk(path, family, **changes):
+    """A tiny host with a tokenizer, as Hugging Face writes one."""
+    raw = {k: v for k, v in plain(family, **changes).items() if k != "bridge"}
+    return write_host(path, **{**raw, "vocab_size": 257})
+
+
+RECIPES = {
+    "floats": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "4 bits": {"quantize": True, "q_bits": 4, "q_group_size": 32},
+    "8 bits": {"quantize": True, "q_bits": 8, "q_group_size": 64},
+    "3 bits, half": {"quantize": True, "q_bits": 3, "q_group_size": 64, "dtype": "float16"},
+    "mixed": {"quantize": True, "q_group_size": 32, "quant_predicate": "mixed_4_6"},
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_mlx_lm_wrote_is_loaded(tmp_path, family, recipe):
+    """A directory of `mlx_lm.convert`, by bridge_mlx, which keeps it packed, and by torch; both,
+    and mlx-lm, within the numerics rule around the exact value of what it holds."""
+    options = {"tie_word_embeddings": family != "qwen2", "num_hidden_layers": 4}
+    host = host_on_disk(tmp_path / "host", family, **options)
+    mlx_lm.convert(str(host), str(tmp_path / "mlx"), **RECIPES[recipe])
+    opened = open_checkpoint(tmp_path / "mlx")
+    assert opened.form == "mlx"
+    packings = {name: opened.tensors.packed(name) for name in opened.tensors}
+    quantised = {name: packed for name, packed in packings.items() if packed is not None}
+    assert len({packed.bits for packed in quantised.values()}) == (
+        {"floats": 0, "bfloat16": 0, "mixed": 2}.get(recipe, 1)
+    )
+
+    def reference(dtype):
+        tensors = {
+            name: opened.tensors[name] if packed is None else packed.dequantise(dtype=np.float64)
+            for name, packed in packings.items()
+        }
+        tensors = {name: array.astype(DTYPES[dtype]) for name, array in tensors.items()}
+        return Reference().load(opened.config, tensors, device="cpu", dtype=dtype)
+
+    tokens = np.random.default_rng(0).integers(0, 257, (3, 7))
+    arguments = tokens, np.arange(3), np.ones((3, 7), bool), np.broadcast_to(np.arange(7), (3, 7))
+    exact, own, rounded = (
+        reference(dtype).logits(*arguments) for dtype in ("float64", "float32", opened.dtype)
+    )
+    strict = allowance(exact, own, "float32")
+    # torch reads what is packed dequantised, in the dtype of its scales.
+    loose = allowance(exact, rounded, opened.dtype) if quantised else strict
+    for backend, allowed in (("mlx", strict), ("torch", loose)):
+        loaded = bridge.load(tmp_path / "mlx", backend=backend, device="cpu", dtype="float32")
+        assert error(loaded.logits(tokens, groups=arguments[1]), exact) <= allowed, backend
+        if backend == "mlx":
+            parts = dict(loaded.implementation.transformer.parts())
+            assert all(isinstance(parts[name], PackedByMlx) for name in quantised)
+    with mx.stream(mx.cpu):
+        model, _ = mlx_lm.load(str(tmp_path / "mlx"))
+        got = to_numpy(model(mx.array(tokens)).astype(mx.float32))
+    if opened.dtype == "float32":  # in narrower dtypes it is mlx-lm's own rounding
+        assert error(got, exact) <= strict
