@@ -236,12 +236,25 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
         return seen
 
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        header = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=unique,
+            # Minus zero is no natural number to other readers.
+            parse_int=_natural if b"-0" in text else None,
+        )
+        if b"\\u" in text:  # half a surrogate pair, which no other reader takes
+            json.dumps(header, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError):
         raise BridgeError(f"{path}: its header is not JSON; {DAMAGED}") from None
     if not isinstance(header, dict) or not text.startswith(b"{"):
         raise BridgeError(f"{path}: its header is not a JSON object; {DAMAGED}")
     return header
+
+
+def _natural(digits: str) -> int:
+    if digits.startswith("-"):
+        raise ValueError(digits)
+    return int(digits)
 
 
 def _metadata(path: Path, value: Any) -> dict[str, str]:
