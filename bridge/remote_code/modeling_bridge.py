@@ -155,6 +155,7 @@ class BridgeForCausalLM:
     """Stands before a family's model: its layers are `BridgeLayer`s, and are told who is there."""
 
     BridgeLayer: type[nn.Module]
+    _auto_class = "AutoModelForCausalLM"  # so that `save_pretrained` writes this file too
 
     def __init__(self, config: Any) -> None:
         bridge = getattr(config, "bridge", None) or {}
