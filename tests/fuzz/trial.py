@@ -5,6 +5,7 @@ Bridge's) and holds the bytes that the safetensors library reads, and where the 
 is one, works. Whatever else happens is told as a `Fault`.
 """
 
+import json
 import os
 import shutil
 import traceback
@@ -68,9 +69,7 @@ class Workspace:
                 except BaseException as error:
                     raised = error
             outcome = self._outcome(wrong, raised)
-            # The place of the base is the adapter's to say, so only what lies outside is left.
-            allowed = (path, *(self.root / d for d in ("base",) if d + "/config.json" in self.tree))
-            if bad := misdeeds(seen, allowed):
+            if bad := misdeeds(seen, (path, *_bases(path))):
                 outcome = Outcome("fault", f"it did this: {bad[:3]}; then {outcome}")
         return outcome
 
@@ -86,6 +85,8 @@ class Workspace:
                 return Outcome("fault", "".join(traceback.format_exception(raised)[-6:]))
 
     def _judge(self, message: str) -> Outcome:
+        if "MemoryError" in message:
+            return Outcome("fault", f"ran out of memory: {message}")
         names = [*(path.rsplit("/", 1)[-1] for path in self.tree), str(self.root)]
         names.append("tokenizer_config.json")  # where chat templates are looked for
         if not message.isprintable():
@@ -95,6 +96,17 @@ class Workspace:
         if not any(name in message for name in names):
             return Outcome("fault", f"names no file: {message!r}")
         return Outcome("error", message)
+
+
+def _bases(path: Path) -> tuple[Path, ...]:
+    """The base of an adapter, whose place is the adapter's to say (clause 9.1)."""
+    try:
+        if not (path / "bridge_adapter.json").is_file():
+            return ()
+        name = json.loads((path / "bridge_adapter.json").read_bytes())["base"]
+        return (path / name,) if (path / name).is_dir() else ()
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return ()
 
 
 def _use(checkpoint: Checkpoint, headers_only: bool) -> str | None:

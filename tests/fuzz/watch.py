@@ -24,6 +24,8 @@ FORBIDDEN = (
     *("shutil.copyfile", "shutil.move", "shutil.rmtree", "tempfile.mkstemp", "tempfile.mkdtemp"),
 )
 
+PYTHON = tuple(os.path.realpath(place) + os.sep for place in (sys.base_prefix, sys.prefix))
+
 _seen: list[str] | None = None
 
 
@@ -73,13 +75,16 @@ def watched() -> Iterator[list[str]]:
 
 
 def misdeeds(seen: list[str], allowed: tuple[Path, ...]) -> list[str]:
-    """Events that are more than reading a file in an allowed directory, or listing one."""
-    python = (Path(sys.base_prefix), Path(sys.prefix))  # late imports
-    inside = tuple(os.path.realpath(directory) for directory in (*allowed, *python))
+    """Events that are more than reading a file of an allowed directory, or listing it."""
+    inside = [os.path.realpath(directory) for directory in allowed]
     bad = []
     for event in seen:
         kind, _, path = event.partition(" ")
-        if kind != "read" or not any(path == d or path.startswith(d + os.sep) for d in inside):
+        late_import = path.startswith(PYTHON) and path.endswith((".py", ".pyc", ".so"))
+        here = path in inside or os.path.dirname(path) in inside
+        # Python looks for the source of what it cannot compile, under the name that Jinja gives it.
+        source = os.path.basename(path) == "<template>" and not os.path.exists(path)
+        if kind != "read" or not (here or late_import or source):
             bad.append(event)
     return bad
 
