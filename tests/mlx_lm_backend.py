@@ -92,7 +92,7 @@ class Model:
 
     def logits(self, tokens: Any, groups: Any, active: Any, positions: Any) -> np.ndarray:
         """Teacher-forced, without a cache."""
-        on = None if active.all() else mx.array(active)
+        on = None if active.all() else mx.array(active.tolist())
         options = {"groups": np.asarray(groups).tolist(), "active": on} if self.code else {}
         with mx.stream(mx.cpu):
             out = self.model(mx.array(np.where(active, tokens, 0)), **options)
@@ -114,7 +114,7 @@ class Decoder:
         rows = [
             np.pad(prompts[group], (n, 0)) for group, n in zip(self.groups, padding, strict=True)
         ]
-        active = np.arange(longest) >= np.array(padding)[:, None]
+        active = [[slot >= n for slot in range(longest)] for n in padding]
         self.cache = [BatchKVCache(padding) for _ in model.layers]
         self.next = self.run(np.stack(rows), mx.array(active))
 

@@ -6,7 +6,9 @@ Its results are held to the numerics rule (clause 10.2) where it computes what t
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,25 +19,27 @@ from tiny_host import write_host
 import bridge
 from bridge.checkpoint import open_checkpoint
 from bridge.config import FAMILIES
-from bridge.quantised import Quantization
+from bridge.contract import SFT, AdamW, Batch
+from bridge.errors import BridgeError
+from bridge.quantised import Packed, Quantization
+from bridge.safetensors_io import specs_of, write_safetensors
 from bridge_conformance import checks_decode, checks_model, strategies
 from bridge_conformance.cases import ModelCase, rows_of, teacher_forced
-from bridge_conformance.tolerance import DTYPES, allowance, error
 from bridge_conformance.trial import Target, Trial
-from bridge_ref.backend import Reference
 
 mx = pytest.importorskip("mlx.core")
 mlx_lm = pytest.importorskip("mlx_lm")
 
 from mlx_lm_backend import MlxLm, suited, write_mlx  # noqa: E402
-from test_mlx_quantised import Quantised, quantised  # noqa: E402
+from test_mlx_quantised import Held, Quantised, quantised  # noqa: E402
 
 from bridge_mlx.backend import to_numpy  # noqa: E402
 from bridge_mlx.linear import Quantised as PackedByMlx  # noqa: E402
 
 
-def on_mlx_lm(model, dtype="float32"):
-    return Target(MlxLm(model.raw), "cpu", dtype)
+def on_mlx_lm(model, **options):
+    backend: Any = MlxLm(model.raw, **options)  # it has what these checks ask for, and no more
+    return Target(backend, "cpu", "float32")
 
 
 def with_suited(model):
@@ -117,8 +121,8 @@ def test_mlx_lm_loads_the_host_part_unchanged(family, tied, bits):
     blocks do nothing (clause 3.8), so the reference is the same with them."""
     raw = plain(family, tie_word_embeddings=tied)
     how = Quantization(bits, 32) if bits else None
-    target = Target(MlxLm(raw, code=False), "cpu", "float32")
     case = of_one_prompt(Quantised(raw, 0, hows=(how,), fresh=True))
+    target = on_mlx_lm(case.model, code=False)
     checks_model.logits_are_within_the_numerics_rule(target, case)
 
 
@@ -261,46 +265,133 @@ RECIPES = {
 }
 
 
+@dataclass(frozen=True)
+class Written(ModelCase):
+    """What a directory holds: the exact values, in float64 those of what is packed."""
+
+    path: Path = Path()
+    fresh: bool = False
+
+    def tensors(self, dtype: str, *, fresh: bool = False) -> Held:
+        stored, held = open_checkpoint(self.path).tensors, Held()
+        packed = {name: stored.packed(name) for name in stored}
+        held.packings = {name: how for name, how in packed.items() if how is not None}
+        for name, how in packed.items():
+            held[name] = stored[name] if how is None else how.dequantise(dtype=np.float64)
+            if self.fresh and name.endswith(".bridge.o_proj.weight"):
+                held[name] = np.zeros_like(held[name])
+        return held
+
+
+def written(path, dtype="float32", **options):
+    """A trial of what a directory holds; a batch; its exact logits, and their allowance."""
+    case = of_one_prompt(Written(open_checkpoint(path).raw_config, 0, path=path, **options))
+    trial = Trial(replace(on_mlx_lm(case.model), dtype=dtype), case.model)
+    return trial, case, *trial.allowance(lambda model: model.logits(*case.arguments))
+
+
+def packed_in(trial) -> dict[str, Packed]:
+    """What of a trial's model is packed."""
+    return trial.tensors.packings
+
+
+def logits_of_mlx_lm(path, case, **options):
+    """By `mlx_lm.load`, as a user calls it."""
+    model, _ = mlx_lm.load(str(path), trust_remote_code=bool(options))
+    with mx.stream(mx.cpu):
+        return to_numpy(model(mx.array(case.tokens), **options).astype(mx.float32))
+
+
+def logits_of(path, case, backend):
+    """By our backend, which, if it is bridge_mlx, holds packed what is packed."""
+    loaded = bridge.load(path, backend=backend, device="cpu", dtype="float32")
+    if backend == "mlx":
+        parts: Any = loaded.implementation
+        held = {n for n, part in parts.transformer.parts() if isinstance(part, PackedByMlx)}
+        assert held == case.model.tensors("float32").packings.keys()
+    return loaded.logits(case.tokens, groups=case.groups)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_mlx_lm_wrote_is_loaded(tmp_path, family, recipe):
-    """A directory of `mlx_lm.convert`, by bridge_mlx, which keeps it packed, and by torch; both,
-    and mlx-lm, within the numerics rule around the exact value of what it holds."""
+    """A directory of `mlx_lm.convert`, by bridge_mlx, which keeps it packed, by torch, and by
+    mlx-lm: all within the numerics rule around the exact value of what it holds."""
     options = {"tie_word_embeddings": family != "qwen2", "num_hidden_layers": 4}
     host = host_on_disk(tmp_path / "host", family, **options)
-    mlx_lm.convert(str(host), str(tmp_path / "mlx"), **RECIPES[recipe])
-    opened = open_checkpoint(tmp_path / "mlx")
-    assert opened.form == "mlx"
-    packings = {name: opened.tensors.packed(name) for name in opened.tensors}
-    quantised = {name: packed for name, packed in packings.items() if packed is not None}
-    assert len({packed.bits for packed in quantised.values()}) == (
-        {"floats": 0, "bfloat16": 0, "mixed": 2}.get(recipe, 1)
-    )
+    path = tmp_path / "mlx"
+    mlx_lm.convert(str(host), str(path), **RECIPES[recipe])
+    stored = open_checkpoint(path)
+    trial, case, exact, allowed = written(path)
+    packed = packed_in(trial)
+    kinds = {"floats": 0, "bfloat16": 0, "mixed": 2}.get(recipe, 1)
+    assert stored.form == "mlx" and len({how.bits for how in packed.values()}) == kinds
+    trial.same(logits_of(path, case, "mlx"), exact, allowed, "logits of bridge_mlx", case)
+    if stored.dtype == "float32":  # mlx-lm computes in the dtype that is stored
+        trial.same(logits_of_mlx_lm(path, case), exact, allowed, "logits of mlx-lm", case)
+    if packed:  # torch reads them dequantised, in the dtype of their scales
+        trial, case, exact, allowed = written(path, stored.dtype)
+    trial.same(logits_of(path, case, "torch"), exact, allowed, "logits of torch", case)
 
-    def reference(dtype):
-        tensors = {
-            name: opened.tensors[name] if packed is None else packed.dequantise(dtype=np.float64)
-            for name, packed in packings.items()
-        }
-        tensors = {name: array.astype(DTYPES[dtype]) for name, array in tensors.items()}
-        return Reference().load(opened.config, tensors, device="cpu", dtype=dtype)
 
-    tokens = np.random.default_rng(0).integers(0, 257, (3, 7))
-    arguments = tokens, np.arange(3), np.ones((3, 7), bool), np.broadcast_to(np.arange(7), (3, 7))
-    exact, own, rounded = (
-        reference(dtype).logits(*arguments) for dtype in ("float64", "float32", opened.dtype)
+@pytest.fixture
+def with_blocks(tmp_path):
+    """A directory of the form `torch` with blocks that do something, and a tokenizer."""
+    host = host_on_disk(tmp_path / "host", "llama", tie_word_embeddings=True)
+    raw = {**plain(tie_word_embeddings=True), "vocab_size": 257}
+    raw["bridge"] = {**raw["bridge"], "head_dim": 16}
+    tensors = ModelCase(raw, 0).tensors("float32")
+    (host / "config.json").write_text(json.dumps(raw))
+    write_safetensors(host / "model.safetensors", specs_of(tensors), tensors.items())
+    return host
+
+
+@pytest.mark.parametrize(
+    ("bits", "options"),
+    [
+        (None, {}),
+        (None, {"shard_size": 20_000}),
+        (4, {}),
+        (8, {"shard_size": "20KB"}),
+        (4, {"quantize_blocks": True}),
+        (8, {"quantize_blocks": True}),
+    ],
+)
+def test_what_convert_writes_runs_in_mlx_lm(with_blocks, tmp_path, bits, options):
+    """The whole model and the plain host, in bridge_mlx and in mlx-lm, around the exact value."""
+    packing = {"quantize": bits, "group_size": 32} if bits else {}
+    path, plain_ = tmp_path / "mlx", tmp_path / "plain"
+    bridge.convert(with_blocks, path, to="mlx", remote_code=True, **packing, **options)
+    trial, case, exact, allowed = written(path)
+    packed = packed_in(trial)
+    assert bool(packed) == bool(bits)
+    assert any(".bridge." in name for name in packed) == bool(options.get("quantize_blocks"))
+    trial.same(logits_of(path, case, "mlx"), exact, allowed, "logits of bridge_mlx", case)
+    got = logits_of_mlx_lm(path, case, groups=case.groups.tolist())
+    trial.same(got, exact, allowed, "logits of mlx-lm", case)
+
+    bridge.convert(with_blocks, plain_, to="mlx", **packing, **options)
+    trial, case, exact, allowed = written(plain_, fresh=True)  # as its host (clause 3.8)
+    trial.same(logits_of_mlx_lm(plain_, case), exact, allowed, "logits of the host", case)
+
+
+def test_blocks_of_a_converted_model_are_trained_and_packed_tensors_are_not(with_blocks, tmp_path):
+    bridge.convert(with_blocks, tmp_path / "a", to="mlx", quantize=4, group_size=32)
+    model = bridge.load(tmp_path / "a", backend="mlx", device="cpu")
+    tokens = np.arange(12).reshape(2, 6)
+    active = np.ones((2, 6), bool)
+    batch = Batch(tokens, np.zeros(2, int), active, np.roll(tokens, -1, 1), active)
+    losses = [each["loss"] for each in steps_of(model.trainer(SFT(), AdamW(lr=0.01)), batch)]
+    assert losses[-1] < losses[0]
+    with pytest.raises(BridgeError, match="is quantised, which cannot be trained"):
+        model.trainer(SFT(), AdamW(), trainable="all")
+    bridge.convert(
+        with_blocks, tmp_path / "b", to="mlx", quantize=4, group_size=32, quantize_blocks=True
     )
-    strict = allowance(exact, own, "float32")
-    # torch reads what is packed dequantised, in the dtype of its scales.
-    loose = allowance(exact, rounded, opened.dtype) if quantised else strict
-    for backend, allowed in (("mlx", strict), ("torch", loose)):
-        loaded = bridge.load(tmp_path / "mlx", backend=backend, device="cpu", dtype="float32")
-        assert error(loaded.logits(tokens, groups=arguments[1]), exact) <= allowed, backend
-        if backend == "mlx":
-            parts = dict(loaded.implementation.transformer.parts())
-            assert all(isinstance(parts[name], PackedByMlx) for name in quantised)
-    with mx.stream(mx.cpu):
-        model, _ = mlx_lm.load(str(tmp_path / "mlx"))
-        got = to_numpy(model(mx.array(tokens)).astype(mx.float32))
-    if opened.dtype == "float32":  # in narrower dtypes it is mlx-lm's own rounding
-        assert error(got, exact) <= strict
+    packed = bridge.load(tmp_path / "b", backend="mlx", device="cpu")
+    with pytest.raises(BridgeError, match=r"bridge\..* is quantised, which cannot be trained"):
+        packed.trainer(SFT(), AdamW())
+
+
+def steps_of(trainer, batch):
+    return [trainer.step(batch) for _ in range(3)]
