@@ -18,6 +18,7 @@ from bridge.checkpoint import ADAPTER, BLOCKS, INDEX, SINGLE, Checkpoint, host_h
 from bridge.config import SPEC_VERSION
 from bridge.errors import BridgeError
 from bridge.forms import BLOCK, METADATA, Entry, arrange
+from bridge.reading import exists, open_file
 from bridge.safetensors_io import TensorSpec, write_pieces, write_safetensors
 
 SHARD_SIZE = 5_000_000_000  # bytes, Hugging Face's default
@@ -108,10 +109,10 @@ def write_base(directory: Path, base: Path, digest: str) -> None:
 
 
 def copy_assets(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files that there are."""
+    """Copy the tokenizer's files that there are; none from outside of their directory."""
     for name in ASSETS:
-        if (source / name).is_file():
-            with (source / name).open("rb") as old, new_file(target / name) as new:
+        if exists(source / name):
+            with open(open_file(source / name), "rb") as old, new_file(target / name) as new:
                 shutil.copyfileobj(old, new)
 
 

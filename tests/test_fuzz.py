@@ -6,16 +6,26 @@ an input must not do is told in tests/fuzz/trial.py. More: `python -m tests.fuzz
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from fuzz.run import from_recipe
+from fuzz.mutate import mutant
+from fuzz.run import from_recipe, to_recipe
 from fuzz.seeds import Link, Special, seeds
-from fuzz.trial import Workspace
+from fuzz.trial import Workspace, bases
+from fuzz.watch import misdeeds, watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from bridge import convert
+from bridge.checkpoint import open_checkpoint
+from bridge.errors import BridgeError
+from bridge_cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = sorted((Path(__file__).parent / "fuzz" / "corpus").glob("*.json"))
@@ -89,10 +99,42 @@ def test_any_json_value_anywhere(spaces, data):
     assert outcome.kind != "fault", outcome.said
 
 
+@pytest.mark.parametrize("to", ["torch", "jax", "mlx"])
+def test_conversion_of_damaged_checkpoints_is_whole_or_nothing(to, spaces, tmp_path):
+    names, target = list(spaces), tmp_path / "made"
+    codes = Counter()
+    for number in range(100):
+        name = names[number % len(names)]
+        space, changes = spaces[name], mutant(name, 1, number)
+        with space.changed(changes) as source, watched() as seen:
+            ran = CliRunner().invoke(app, ["convert", str(source), str(target), "--to", to])
+            allowed = (source, tmp_path, target, *bases(source))
+        codes[ran.exit_code] += 1
+        recipe = to_recipe(name, changes)
+        reads = [event for event in seen if event.startswith("read ")]
+        assert misdeeds(reads, allowed) == [], recipe
+        if ran.exit_code == 0:
+            assert open_checkpoint(target).form == to
+            shutil.rmtree(target)
+        else:
+            assert ran.exit_code == 2, (ran.exception, recipe)
+            assert re.fullmatch("error: [^\n]+\n", ran.stderr), (ran.stderr, recipe)
+        assert list(tmp_path.iterdir()) == [], recipe
+    assert codes[2] > codes[0] > 5
+
+
+def test_conversion_copies_nothing_from_outside(spaces, tmp_path):
+    secret = {"model/chat_template.jinja": Link("../outside/secret.txt")}
+    with (
+        spaces["torch"].changed(secret) as source,
+        pytest.raises(BridgeError, match="link to outside"),
+    ):
+        convert(source, tmp_path / "made", "torch")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_fault_is_seen(spaces, monkeypatch):
     """The watch itself: reading outside, writing, hanging, taking memory, saying two lines."""
-    from bridge.errors import BridgeError
-
     space = spaces["torch"]
     outside = space.root / "outside" / "secret.txt"
 

@@ -69,7 +69,7 @@ class Workspace:
                 except BaseException as error:
                     raised = error
             outcome = self._outcome(wrong, raised)
-            if bad := misdeeds(seen, (path, *_bases(path))):
+            if bad := misdeeds(seen, (path, *bases(path))):
                 outcome = Outcome("fault", f"it did this: {bad[:3]}; then {outcome}")
         return outcome
 
@@ -98,7 +98,7 @@ class Workspace:
         return Outcome("error", message)
 
 
-def _bases(path: Path) -> tuple[Path, ...]:
+def bases(path: Path) -> tuple[Path, ...]:
     """The base of an adapter, whose place is the adapter's to say (clause 9.1)."""
     try:
         if not (path / "bridge_adapter.json").is_file():

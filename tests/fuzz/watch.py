@@ -80,7 +80,8 @@ def misdeeds(seen: list[str], allowed: tuple[Path, ...]) -> list[str]:
     bad = []
     for event in seen:
         kind, _, path = event.partition(" ")
-        late_import = path.startswith(PYTHON) and path.endswith((".py", ".pyc", ".so"))
+        code = path.endswith((".py", ".pyc", ".so")) or os.path.isdir(path)
+        late_import = code and path.startswith(PYTHON)
         here = path in inside or os.path.dirname(path) in inside
         # Python looks for the source of what it cannot compile, under the name that Jinja gives it.
         source = os.path.basename(path) == "<template>" and not os.path.exists(path)
