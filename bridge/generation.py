@@ -87,11 +87,13 @@ Event = Started | Token | Finished | Done
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt as ids, the text it came from, and how many answers it gets."""
+    """A prompt as ids, the text it came from, and how many answers it gets. `prompt_id` is its
+    number in the sampling counter (clause 6.2)."""
 
     text: str
     tokens: list[int]
     width: int
+    prompt_id: int
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def run(
             [np.asarray(r.tokens, np.int64) for r in batch],
             [r.width for r in batch],
             limits.max_new_tokens,
-            prompt_ids=range(first, first + len(batch)),
+            prompt_ids=[r.prompt_id for r in batch],
         )
         prefilled = time.perf_counter()
         yield Started([len(r.tokens) for r in batch], prefilled - start, first)

@@ -158,6 +158,7 @@ class Model:
         chat: bool = False,
         system: str | None = None,
         max_rows: int = 256,
+        prompt_ids: Sequence[int] | None = None,
     ) -> Iterator[Event]:
         """Answer prompts, token by token: Started, Token, Finished, and at last one Done.
 
@@ -166,11 +167,12 @@ class Model:
         context leaves. `temperature=0` is argmax. `seed`: the same
         seed gives the same tokens on every backend up to rounding. `stop`: texts that end a row.
         `chat`: put texts through the checkpoint's chat template, after `system` if given.
-        `max_rows`: at most so many rows are decoded at once. Raises BridgeError before anything
-        is computed.
+        `max_rows`: at most so many rows are decoded at once. `prompt_ids`: the prompts' numbers in
+        the sampling counter (clause 6.2), so that a request may be cut in any way and draw the
+        same; None: 0, 1, 2, ... Raises BridgeError before anything is computed.
         """
         sampling = check_sampling(temperature, top_k, top_p, min_p, seed)
-        requests = self._requests(prompts, width, chat, system)
+        requests = self._requests(prompts, width, chat, system, prompt_ids)
         max_new_tokens = self._max_new_tokens(requests, max_new_tokens)
         stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if not all(isinstance(s, str) and s for s in stop):
@@ -179,6 +181,17 @@ class Model:
             raise BridgeError("stop needs a tokenizer; this checkpoint has no tokenizer.json")
         limits = Limits(max_new_tokens, frozenset(self.eos_ids), stop, max_rows)
         return run(self.implementation, requests, sampling, limits, self.tokenizer)
+
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        chat: bool = False,
+        system: str | None = None,
+        name: str = "prompt",
+    ) -> list[int]:
+        """The ids that `stream` would read a prompt as. `name`: what errors call it."""
+        return self._encode(prompt, chat, system, name)[1]
 
     def logprobs(self, batch: Batch, temperature: float = 1.0) -> np.ndarray:
         """The log-probability of each target of a batch, `[B, S]`, by the training forward; 0 where
@@ -211,6 +224,7 @@ class Model:
         width: int | Sequence[int],
         chat: bool,
         system: str | None,
+        prompt_ids: Sequence[int] | None,
     ) -> list[Request]:
         listed: Sequence[Any] = [prompts] if isinstance(prompts, str) else prompts
         if not listed:
@@ -223,10 +237,15 @@ class Model:
         for w in widths:
             if type(w) is not int or w < 1:
                 raise BridgeError(f"width must be 1 or above, not {w!r}")
+        ids = list(range(len(listed)) if prompt_ids is None else prompt_ids)
+        if len(ids) != len(listed):
+            raise BridgeError(f"{len(ids)} prompt_ids for {len(listed)} prompts")
+        if not all(0 <= number < 2**32 for number in ids):
+            raise BridgeError("prompt_ids must be in 0..2^32-1, the counter's range (clause 6.2)")
         requests = []
         for number, (prompt, w) in enumerate(zip(listed, widths, strict=True)):
             text, tokens = self._encode(prompt, chat, system, f"prompt {number}")
-            requests.append(Request(text, tokens, w))
+            requests.append(Request(text, tokens, w, ids[number]))
         return requests
 
     def _encode(

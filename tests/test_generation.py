@@ -138,6 +138,18 @@ def test_prompts_are_split_into_batches_without_renumbering():
     assert sets[3].to_json()["prompt"] == "d"
 
 
+def test_prompt_ids_number_the_draws_and_not_the_answers():
+    tokenizer = byte_tokenizer()
+    script = {(p, 0): [*tokenizer.encode(str(p)), EOS] for p in range(10)}
+    backend = ScriptedModel(script)
+    model = Model(backend, "scripted", tokenizer, (EOS,))
+    events = list(model.stream(["a", "b", "c"], width=1, max_rows=2, prompt_ids=[7, 2, 9]))
+    assert backend.prefills == [([7, 2], [1, 1]), ([9], [1])]
+    assert isinstance(events[-1], Done)
+    assert [s.responses[0].text for s in events[-1].sets] == ["7", "2", "9"]
+    assert {e.prompt for e in events if isinstance(e, Finished)} == {0, 1, 2}
+
+
 def test_ids_need_no_tokenizer():
     model = Model(ScriptedModel({(0, 0): [5, EOS], (0, 1): [6, 7, EOS]}), "scripted", None, (EOS,))
     [answers] = model.generate([1, 2, 3], width=2)
@@ -159,6 +171,8 @@ BAD = {
     "min_p must be in [0, 1], not 2": {"min_p": 2},
     "seed must be in 0..2^64-1, not -1": {"seed": -1},
     "stop must hold texts that are not empty": {"stop": [""]},
+    "2 prompt_ids for 1 prompts": {"prompt_ids": [0, 1]},
+    "prompt_ids must be in 0..2^32-1": {"prompt_ids": [2**32]},
     "prompt 0 has 2 tokens, and with max_new_tokens 63 it goes past the context of 64": {
         "max_new_tokens": 63
     },
