@@ -15,6 +15,7 @@ from bridge.errors import BridgeError
 from bridge.initialise import init
 from bridge.inspect import PAPER_SHARES, inspect, summarise
 from bridge_cli.main import app
+from bridge_cli.text import size
 
 
 @pytest.fixture(scope="module")
@@ -131,12 +132,12 @@ def forms(tmp_path_factory):
 
 def stored_bytes(path, part=""):
     """Bytes of all tensors whose names contain `part`, by the safetensors library."""
-    size, total = {"BF16": 2, "U32": 4}, 0
+    widths, total = {"BF16": 2, "U32": 4}, 0
     for file in path.glob("*.safetensors"):
         with safe_open(file, framework="numpy") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             total += sum(
-                prod(stored.get_shape()) * size[stored.get_dtype()]
+                prod(stored.get_shape()) * widths[stored.get_dtype()]
                 for name, stored in slices.items()
                 if part in name
             )
@@ -216,9 +217,8 @@ def test_the_papers_hosts_from_their_configs(name, share):
 
 
 def test_which_inner_width_gives_the_papers_range():
-    """The paper says 2.8 to 5.1 % and not its inner width. 512 gives 2.7 to 5.0: a tenth of a point
-    less at both ends. Of the plain candidates around it, none gives both; only widths of 522 to 531
-    do, by rounding, and then they give Llama-8B, which lies between, 3.4."""
+    """The paper says 2.8 to 5.1 % and not its inner width. 512 gives 2.7 to 5.0, a tenth of a point
+    less at both ends; 522 to 531 give what it says, and Llama-8B, which lies between, 3.4."""
 
     def ends(inner):
         shares = [inspect(paper_host(n), heads=1, head_dim=inner).share for n in PUBLISHED]
@@ -298,6 +298,7 @@ def test_what_the_command_prints(made, forms, columns, monkeypatch):
     said = printed(paper_host("llama-8b"), "--kind", "mlp", "--heads", 4, "--layers", "0-3")
     assert "would add 4 mlp blocks of 4 x 64, after layers 0-3" in said
     said = printed(forms / "packed-4", "--width", 16)
+    assert f"weights {size(stored_bytes(forms / 'packed-4'))} (4-bit)" in said
     assert "form mlx" in said and "4-bit in groups of 64, scales in bfloat16" in said
     assert "adapter on" in printed(forms / "mlx-adapter")
     assert "no blocks" in printed(made / "host")

@@ -10,7 +10,7 @@ from bridge_cli.text import count, one_line, print_json, size
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from bridge.inspect import Memory, Summary
+    from bridge.inspect import Summary
 
 
 def inspect(
@@ -43,8 +43,9 @@ def inspect(
 ) -> None:
     """Show a checkpoint's sizes, and its memory at a width.
 
-    Reads headers and no weights, so it is quick however large the model. Of a config alone, a file
-    or a directory without weights, it shows what blocks would add.
+    Reads headers and no weights, so it is quick however large the model.
+
+    Of a config without weights, it shows what blocks would add.
 
     Example: bridge inspect ./smol-bridge --width 16 --length 1024
 
@@ -79,8 +80,13 @@ def inspect(
 
     console = Console(highlight=False)
     lines = _describe(summary)
-    stored = dtype or _stored(summary)
-    lines[f"memory at width {width}"] = _memory_line(memory, prompt, length, stored)
+    packed = summary.checkpoint.quantization if summary.checkpoint and not dtype else None
+    weights = f"weights {size(memory.weights)}" + (f" ({packed.bits}-bit)" if packed else "")
+    lines[f"memory at width {width}"] = (
+        f"{size(memory.total)} in {dtype or summary.dtype}: {weights}, keys and values of "
+        f"{prompt} prompt tokens {size(memory.prompt_cache)} (shared by the rows) and of {length} "
+        f"new tokens a row {size(memory.row_caches)}"
+    )
     console.print(_listing(lines))
     console.print()
     console.print(_groups(summary))
@@ -111,7 +117,7 @@ def _describe(summary: "Summary") -> dict[str, str]:
         )
     else:
         lines["Bridge"] = "no blocks; bridge init adds them"
-        lines["parameters"] = count(summary.host_parameters)
+        lines["parameters"] = f"{count(summary.host_parameters)} host"
     if opened is None:
         lines["on disk"] = f"no weights; counted as {summary.dtype}"
         return lines
@@ -134,14 +140,6 @@ def _paper() -> str:
     from bridge.inspect import PAPER_SHARES
 
     return " to ".join(f"{share:.1%}" for share in PAPER_SHARES)
-
-
-def _memory_line(memory: "Memory", prompt: int, length: int, dtype: str) -> str:
-    return (
-        f"{size(memory.total)} in {dtype}: weights {size(memory.weights)}, keys and values of "
-        f"{prompt} prompt tokens {size(memory.prompt_cache)} (shared by the rows) and of {length} "
-        f"new tokens a row {size(memory.row_caches)}"
-    )
 
 
 def _listing(lines: dict[str, str]) -> "Table":
