@@ -31,6 +31,7 @@ from bridge.gguf import as_directory
 from bridge.initialise import float_dtype
 from bridge.quantised import GROUP_SIZES, SCALES, Quantization
 from bridge.safetensors_io import TensorSpec
+from bridge.spelling import with_older_rope
 from bridge.tensors import entry_pieces
 
 BITS = (4, 8)  # to quantise to; more are read
@@ -118,6 +119,8 @@ def convert(
             lambda e: entry_pieces(e, opened.tensors, specs, packed), total, progress
         )
         said = _base(src, opened) if adapter else None
+        if to == "mlx":
+            raw = with_older_rope(raw)
         with new_directory(dst, overwrite) as directory:
             if remote_code:
                 raw = code.add(directory, raw, to)

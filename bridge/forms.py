@@ -24,6 +24,7 @@ from bridge.quantised import Quantization, packing, side_names
 from bridge.reading import show
 from bridge.remote_code import FILES
 from bridge.safetensors_io import SafetensorsFile, TensorSpec
+from bridge.spelling import without_older_rope
 
 FORMS = ("torch", "jax", "mlx")
 METADATA = {"torch": {"format": "pt"}, "jax": {"format": "jax"}, "mlx": {"format": "mlx"}}
@@ -145,9 +146,10 @@ def form_of(sources: Iterable[Source]) -> str:
 
 
 def plain_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A raw config without what a conversion adds: how weights are quantised, and the code that it
-    put beside them (clause 9.12). Code of others stays."""
-    kept = {k: v for k, v in raw.items() if k not in ("quantization", "quantization_config")}
+    """A raw config without what a conversion adds: how weights are quantised, rope settings spelled
+    twice, and the code that it put beside them (clause 9.12). Code of others stays."""
+    kept = without_older_rope(raw)
+    kept = {k: v for k, v in kept.items() if k not in ("quantization", "quantization_config")}
     classes, module = kept.get("auto_map"), Path(FILES["torch"]).stem + "."
     if isinstance(classes, dict) and all(str(name).startswith(module) for name in classes.values()):
         del kept["auto_map"]

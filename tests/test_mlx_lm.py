@@ -375,6 +375,45 @@ def test_what_convert_writes_runs_in_mlx_lm(with_blocks, tmp_path, bits, options
     trial.same(logits_of_mlx_lm(plain_, case), exact, allowed, "logits of the host", case)
 
 
+ROPES = {
+    "default": {"rope_theta": 100.0},
+    "linear": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "rope_theta": 100.0,
+    },
+    "yarn": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "rope_theta": 100.0,
+    },
+}
+
+
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("kind", ROPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mlx_lm_reads_the_rope_settings_of_transformers_5(tmp_path, family, kind, outside):
+    """Most of its models read the older spelling alone; converted back, the config is as it was."""
+    rope = dict(ROPES[kind])
+    theta = {"rope_theta": rope.pop("rope_theta")} if outside else {}
+    raw = {k: v for k, v in plain(family).items() if k not in ("rope_theta", "bridge")}
+    source = write_host(tmp_path / "host", **{**raw, **theta, "rope_parameters": rope})
+    bridge.convert(source, tmp_path / "mlx", to="mlx")
+    trial, case, exact, allowed = written(tmp_path / "mlx")
+    trial.same(logits_of_mlx_lm(tmp_path / "mlx", case), exact, allowed, "logits", case)
+    bridge.convert(tmp_path / "mlx", tmp_path / "back", to="torch")
+    before, after = (
+        json.loads((tmp_path / d / "config.json").read_text()) for d in ("host", "back")
+    )
+    assert list(after.items()) == list(before.items())
+
+
 def test_blocks_of_a_converted_model_are_trained_and_packed_tensors_are_not(with_blocks, tmp_path):
     bridge.convert(with_blocks, tmp_path / "a", to="mlx", quantize=4, group_size=32)
     model = bridge.load(tmp_path / "a", backend="mlx", device="cpu")
