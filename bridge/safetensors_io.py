@@ -29,6 +29,7 @@ from bridge.errors import BridgeError
 from bridge.reading import open_file, show
 
 AHEAD = 4  # pieces that may wait to be written
+SETTLE = 1 << 26  # bytes after which what was written is sent to the disk
 MAX_HEADER = 100_000_000  # bytes, as in the format's own library
 MAX_AXES = 64  # as in NumPy
 MAX_NUMBER = 2**63 - 1
@@ -189,12 +190,22 @@ def write_pieces(
     """
     left = sum(spec.nbytes for spec in specs.values())
     with new_file(path) as file, ThreadPoolExecutor(1) as writer:
+        settled = 0
+
+        def write(data: memoryview) -> None:
+            nonlocal settled
+            file.write(data)
+            # Pages that wait for the disk fill the memory, and then hold everyone up.
+            if file.tell() - settled >= SETTLE and hasattr(os, "posix_fadvise"):
+                settled = file.tell()
+                os.posix_fadvise(file.fileno(), 0, settled, os.POSIX_FADV_DONTNEED)
+
         file.write(_header(path, specs, metadata or {}))
-        waiting: deque[Future[int]] = deque()
+        waiting: deque[Future[None]] = deque()
         for piece in pieces:
             data = tensor_bytes(piece)
             left -= data.nbytes
-            waiting.append(writer.submit(file.write, data))
+            waiting.append(writer.submit(write, data))
             if len(waiting) > AHEAD:
                 waiting.popleft().result()
         for future in waiting:
