@@ -28,7 +28,8 @@ from bridge.reading import one_line
 
 MAX_TURNS = 200_000
 MAX_LENGTH = 10_000_000
-MAX_SOURCE = 500_000  # characters of a template
+MAX_SOURCE = 200_000  # characters of a template
+MAX_ADDED = 200_000  # characters that a template may add to four times what it is given
 MAX_BITS = 4096  # of an integer
 MAX_SECONDS = 5.0  # of processor time
 # Filters that may make more than they are given.
@@ -180,9 +181,10 @@ def render_chat(template: str, messages: Sequence[Message], tokens: Mapping[str,
         if len(template) > MAX_SOURCE:
             raise SecurityError(f"it is longer than {MAX_SOURCE} characters")
         pieces, length = [], 0
+        longest = min(MAX_LENGTH, MAX_ADDED + 4 * (len(template) + _size(list(messages))))
         for piece in _Sandbox().from_string(template).generate(variables):
             length += len(piece)
-            if length > MAX_LENGTH:
+            if length > longest:
                 raise SecurityError("its text is too long")
             pieces.append(piece)
         text = "".join(pieces)

@@ -17,6 +17,7 @@ from bridge.chat import Message, render_chat
 from bridge.errors import BridgeError
 from bridge.reading import exists, one_line, read_object, read_text
 
+MAX_TOKEN = 1000  # characters of a special token
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -102,6 +103,9 @@ def read_tokenizer(directory: Path) -> Tokenizer | None:
         value = settings.get(name)
         value = value.get("content") if isinstance(value, dict) else value
         if isinstance(value, str):
+            if len(value) > MAX_TOKEN:
+                where = directory / "tokenizer_config.json"
+                raise BridgeError(f"{where}: {name} is longer than {MAX_TOKEN} characters")
             special[name] = value
     return Tokenizer(fast, special, _chat_template(directory, settings))
 
