@@ -20,6 +20,9 @@ Departures from spec bridge-1.0, whose clauses are cited: a prompt is computed o
 a group (4.2), and the last token of a row that ends by stop words, or by a length limit before
 others do, is read once. What mlx-lm itself does not compute is refused: yarn with
 `attention_factor`, `truncate` or one `mscale` alone; biases of qwen3; another head_dim in qwen2.
+Sliding windows are masks here. Where mlx-lm runs the plain host, without this file, it knows none
+in mistral, qwen2 and qwen3, and takes a config that is silent on `tie_word_embeddings` for tied.
+
 Axes: B rows, S timesteps, D model width, G groups, N rows of the widest group, H heads, d head
 width.
 """
