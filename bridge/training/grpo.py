@@ -1,0 +1,162 @@
+"""GRPO on groups whose rows see each other (clauses 7.5 and 7.6).
+
+This variant, in short: one group a problem; advantages within the group, divided by its std or not
+(Dr. GRPO); clipping by token, asymmetric; one mean over all targets of an update (DAPO);
+log-probabilities at the sampling temperature; no dynamic sampling, but groups of equal rewards may
+be left out. `old` comes from the training forward, once a step has more than one update.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from bridge.contract import GRPO, Batch
+from bridge.model import Model
+from bridge.training.advantages import group_advantages
+from bridge.training.batches import Group, make_batch, pack
+from bridge.training.order import (
+    MINIBATCHES,
+    ROLLOUTS,
+    permutation,
+    problem_number,
+    stream_seed,
+)
+from bridge.training.rollouts import (
+    Rollout,
+    decoder_logprobs,
+    roll_out,
+    split_size,
+    summary,
+    take_problems,
+)
+from bridge.training.run import Run
+from bridge.training.schedule import learning_rate
+from bridge.training.settings import GRPOSettings
+
+AVERAGED = ("loss", "entropy", "clip_fraction", "kl")  # over the targets of a step's updates
+
+
+class PolicySteps:
+    """The steps of GRPO: each samples, scores, and learns."""
+
+    def __init__(self, run: Run, settings: GRPOSettings, reference: Model | None) -> None:
+        """`reference`: the frozen model that the KL penalty is to; needed where beta is not 0."""
+        assert run.task is not None
+        self.run, self.settings, self.reference = run, settings, reference
+        self.task, self.size = run.task, split_size(run.task, "train")
+        self.threshold = getattr(run.task, "threshold", 1.0)
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return self.settings.steps
+
+    def position(self, step: int) -> int:
+        """Problems used before a step."""
+        return step * self.settings.problems
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One step; its figures."""
+        settings, run = self.settings, self.run
+        rollouts = self._roll_out(step)
+        groups = self._groups(rollouts)
+        figures = summary(rollouts, self.threshold)
+        if settings.gap_every and step % settings.gap_every == 0:
+            run.phases("gap")
+            figures |= self._gap(groups[0])
+        kept = [g for g in groups if not settings.drop_equal or np.any(g.advantages)]
+        minibatches = self._minibatches(kept, step)
+        run.phases("update")
+        lr = learning_rate(
+            step, settings.steps, settings.lr, settings.schedule, settings.warmup, settings.lr_end
+        )
+        updates = [
+            run.update(step, batches, lr) for _ in range(settings.epochs) for batches in minibatches
+        ]
+        seconds = run.phases.take()
+        tokens = sum(len(response) for group in groups for response in group.responses)
+        learnt = sum(update["tokens"] for update in updates)
+        return {
+            **figures,
+            **_average(updates),
+            "updates": len(updates),
+            "dropped_groups": len(groups) - len(kept),
+            "lr": lr,
+            "rows": sum(group.rows for group in groups),
+            "rollout_tokens_per_second": tokens / seconds["seconds_rollout"],
+            "train_tokens_per_second": learnt / seconds["seconds_update"],
+            **seconds,
+        }
+
+    def _roll_out(self, step: int) -> list[Rollout]:
+        """The groups of a step: its problems and draws are a pure function of seed and step."""
+        settings, run = self.settings, self.run
+        first = self.position(step)
+        numbers = [
+            problem_number(self.size, settings.seed, first + i) for i in range(settings.problems)
+        ]
+        run.phases("problems")
+        problems = take_problems(self.task, "train", numbers)
+        seed = stream_seed(settings.seed, ROLLOUTS, step)
+        assert run.scorer is not None
+        return roll_out(run.model, run.scorer, problems, settings, seed, phase=run.phases)
+
+    def _groups(self, rollouts: Sequence[Rollout]) -> list[Group]:
+        """What is learnt from: the rows with their advantages."""
+        rewards = np.concatenate([rollout.rewards for rollout in rollouts])
+        numbers = np.repeat(np.arange(len(rollouts)), [len(r.rewards) for r in rollouts])
+        advantages = group_advantages(rewards, numbers, self.settings.normalise_std)
+        return [
+            Group(r.prompt, r.tokens, advantages[numbers == i], f"problem {r.problem.number}")
+            for i, r in enumerate(rollouts)
+        ]
+
+    def _minibatches(self, groups: list[Group], step: int) -> list[list[Batch]]:
+        """The micro-batches of each update of an epoch, with `old` and `ref` where needed."""
+        settings, run = self.settings, self.run
+        if not groups:
+            return []
+        run.phases("logprobs")
+        order = permutation(len(groups), settings.seed, MINIBATCHES, step)
+        parts = np.array_split(order, min(settings.minibatches, len(groups)))
+        packed = [pack([groups[i] for i in p], settings.micro_batch_tokens) for p in parts]
+        if len(packed) * settings.epochs > 1:
+            packed = [[self._with(b, "old_logprobs", run.model) for b in part] for part in packed]
+        if settings.beta:
+            assert self.reference is not None
+            reference = self.reference
+            packed = [[self._with(b, "ref_logprobs", reference) for b in part] for part in packed]
+        return packed
+
+    def _with(self, batch: Batch, field: str, model: Model) -> Batch:
+        return replace(batch, **{field: model.logprobs(batch, self.settings.temperature)})
+
+    def _gap(self, group: Group) -> dict[str, float]:
+        """How far the decoder's log-probabilities of a group are from those that are trained: mean
+        and largest difference over its tokens."""
+        model, temperature = self.run.model, self.settings.temperature
+        batch = make_batch([group])
+        trained = model.logprobs(batch, temperature)[batch.target_mask]
+        decoded = decoder_logprobs(model, group.prompt, group.responses, temperature)
+        gap = np.abs(np.concatenate(decoded) - trained)
+        return {"logprob_gap": float(gap.mean()), "logprob_gap_max": float(gap.max())}
+
+
+def objective(settings: GRPOSettings) -> GRPO:
+    """What a step's updates improve."""
+    return GRPO(settings.eps_low, settings.eps_high, settings.beta, settings.temperature)
+
+
+def _average(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Metrics of a step from those of its updates: means over targets, and of gradient norms."""
+    tokens = sum(update["tokens"] for update in updates)
+    found = {
+        name: sum(update[name] * update["tokens"] for update in updates) / tokens
+        for name in AVERAGED
+        if updates and name in updates[0]
+    }
+    if updates:
+        found["grad_norm"] = float(np.mean([update["grad_norm"] for update in updates]))
+    return {**found, "tokens": tokens}

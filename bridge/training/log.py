@@ -1,0 +1,148 @@
+"""The log of a run: JSONL always, and tensorboard, wandb or trackio where asked for.
+
+A record is one flat object with `kind` (step or evaluation) and `step`, the steps done by then. A
+resumed run drops the records after the step that it goes on from, and half a line that a killed
+process may have left: apart from seconds the log is that of a run that was never stopped.
+"""
+
+import hashlib
+import importlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from bridge.atomic import new_file
+from bridge.errors import BridgeError
+
+Record = Mapping[str, Any]
+
+
+class Sink(Protocol):
+    """Where figures go beside the file."""
+
+    def write(self, record: Record) -> None:
+        """One record."""
+        ...
+
+    def close(self) -> None:
+        """No more will come."""
+        ...
+
+
+class Log:
+    """Appends records to a file, each flushed, and hands them on to sinks."""
+
+    def __init__(self, path: Path, step: int, sinks: list[Sink]) -> None:
+        """Go on at `step`. Raises BridgeError where the file cannot be written."""
+        self.path, self.sinks = path, sinks
+        if path.exists():
+            kept = [line for line in _lines(path) if _before(json.loads(line), step)]
+            with new_file(path) as file:
+                file.write(b"".join(line + b"\n" for line in kept))
+        try:
+            self.file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise BridgeError(f"{path}: cannot be written ({error.strerror})") from None
+
+    def write(self, record: Record) -> None:
+        """Append a record: numbers that are not finite become null. Raises BridgeError for a full
+        disk; the run can be resumed then, since half a line is dropped."""
+        plain = {name: _plain(value) for name, value in record.items()}
+        line = json.dumps(plain, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        try:
+            if self.file.write(line) != len(line):
+                raise OSError(28, "No space left on device")
+        except OSError as error:
+            raise BridgeError(
+                f"{self.path}: cannot be written ({error.strerror}); free some space and resume"
+            ) from None
+        for sink in self.sinks:
+            sink.write(plain)
+
+    def close(self) -> None:
+        """Close the file and every sink."""
+        self.file.close()
+        for sink in self.sinks:
+            sink.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a log, without half a line at its end."""
+    return [json.loads(line) for line in _lines(path)]
+
+
+def open_sinks(names: tuple[str, ...], out: Path, settings: Record, step: int) -> list[Sink]:
+    """The sinks asked for. Raises BridgeError, with the install command, for one that is absent."""
+    kinds = {"tensorboard": _Tensorboard, "wandb": _Tracker, "trackio": _Tracker}
+    sinks: list[Sink] = []
+    for name in names:
+        try:
+            sinks.append(kinds[name](name, out, settings, step))
+        except ImportError as error:
+            raise BridgeError(
+                f"log: {name} cannot be imported ({error}); try: pip install {name}"
+            ) from None
+    return sinks
+
+
+class _Tensorboard:
+    """Event files under OUT/tensorboard, one tag a figure."""
+
+    def __init__(self, name: str, out: Path, settings: Record, step: int) -> None:
+        from tensorboard.summary import Writer
+
+        self.writer = Writer(str(out / name))
+
+    def write(self, record: Record) -> None:
+        for name, value in _figures(record):
+            self.writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Tracker:
+    """wandb, or trackio, which has the same face. A resumed run goes on under the same name."""
+
+    def __init__(self, name: str, out: Path, settings: Record, step: int) -> None:
+        self.module = importlib.import_module(name)
+        place = out.resolve()
+        more = {}
+        if name == "wandb":  # the same directory is the same run
+            digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:8]
+            more = {"dir": str(out), "id": f"{place.name}-{digest}"}
+        self.module.init(
+            project="bridge", name=place.name, config=dict(settings), resume="allow", **more
+        )
+
+    def write(self, record: Record) -> None:
+        figures = {f"{record['kind']}/{name}": value for name, value in _figures(record)}
+        self.module.log(figures, step=record["step"])
+
+    def close(self) -> None:
+        self.module.finish()
+
+
+def _figures(record: Record) -> list[tuple[str, float]]:
+    """What of a record can be drawn."""
+    numbers = [(name, value) for name, value in record.items() if name != "step"]
+    return [(n, float(v)) for n, v in numbers if type(v) in (int, float)]
+
+
+def _lines(path: Path) -> list[bytes]:
+    """Whole lines: what does not end in a newline was being written when the process ended."""
+    return path.read_bytes().split(b"\n")[:-1]
+
+
+def _before(record: Record, step: int) -> bool:
+    """Whether a record is of what was done when the checkpoint of `step` was written: a step's
+    evaluation comes after it."""
+    return record["step"] < step or (record["step"] == step and record["kind"] == "step")
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

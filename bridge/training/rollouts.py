@@ -1,0 +1,201 @@
+"""Problems in, groups of scored responses out; and what the decoder said of their tokens.
+
+Sampling is at a temperature alone, so that the policy that samples is the one whose
+log-probabilities are trained (clause 7.5). A reward that raises, hangs or is no number counts as 0
+and is counted (`bridge.tasks.Scorer` sees to it); whoever else scores must do the same.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float
+
+from bridge.errors import BridgeError
+from bridge.generation import Response, ResponseSet
+from bridge.model import Model
+from bridge.training.settings import Settings
+
+
+class Problem(Protocol):
+    """What is asked; see `bridge.tasks`."""
+
+    number: int
+    prompt: Any  # text, or chat messages
+
+
+class Task(Protocol):
+    """Where problems come from; see `bridge.tasks`."""
+
+    name: str
+
+    def size(self, split: str) -> int | None: ...
+    def problem(self, split: str, number: int) -> Any: ...
+
+
+class Score(Protocol):
+    """A finite reward, and what went wrong with it, if something did."""
+
+    value: float
+    problem: str | None
+
+
+class Scorer(Protocol):
+    """Scores responses; see `bridge.tasks.Scorer`."""
+
+    def score(self, pairs: Sequence[tuple[Any, str]]) -> Sequence[Any]: ...
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The rows that answered one problem, and their rewards."""
+
+    problem: Any
+    prompt: list[int]
+    responses: list[Response]
+    rewards: Float[np.ndarray, " N"]  # finite
+    troubles: list[str]  # what went wrong with rewards, a line each
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Of each response, with the token that ended it."""
+        return [response.tokens for response in self.responses]
+
+
+def roll_out(
+    model: Model,
+    scorer: Scorer,
+    problems: Sequence[Any],
+    settings: Settings,
+    seed: int,
+    *,
+    width: int | None = None,
+    phase: Callable[[str], object] = lambda name: None,
+) -> list[Rollout]:
+    """Sample and score `width` responses a problem (None: the settings' width), in one group each.
+
+    `seed` is of this call. `phase` hears `rollout` and `reward` as each begins. Raises BridgeError
+    for a prompt that does not fit the context.
+    """
+    phase("rollout")
+    sets = generate(model, [problem.prompt for problem in problems], settings, seed, width)
+    phase("reward")
+    texts = [r.text for answers in sets for r in answers.responses]
+    widths = [len(answers.responses) for answers in sets]
+    asked = [problem for problem, rows in zip(problems, widths, strict=True) for _ in range(rows)]
+    scores = list(scorer.score(list(zip(asked, texts, strict=True))))
+    rollouts = []
+    for problem, answers in zip(problems, sets, strict=True):
+        own, scores = scores[: len(answers.responses)], scores[len(answers.responses) :]
+        values = [score.value if np.isfinite(score.value) else 0.0 for score in own]
+        troubles = [
+            score.problem or f"reward is {score.value}"
+            for score in own
+            if score.problem or not np.isfinite(score.value)
+        ]
+        rewards = np.array(values, np.float64)
+        rollouts.append(
+            Rollout(problem, answers.prompt_tokens, answers.responses, rewards, troubles)
+        )
+    return rollouts
+
+
+def generate(
+    model: Model, prompts: Sequence[Any], settings: Settings, seed: int, width: int | None = None
+) -> list[ResponseSet]:
+    """Responses by the settings, as `Model.generate` gives them."""
+    template = model.tokenizer is not None and model.tokenizer.chat_template is not None
+    return model.generate(
+        list(prompts),
+        width=settings.width if width is None else width,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        seed=seed,
+        stop=settings.stop or None,
+        chat=template and not settings.raw,
+        system=settings.system,
+        max_rows=settings.max_rows,
+    )
+
+
+def summary(rollouts: Sequence[Rollout], threshold: float) -> dict[str, Any]:
+    """Figures of scored responses: all rows count alike.
+
+    `accuracy`: the fraction of rewards at `threshold` or above. `equal_groups`: those whose rewards
+    are all equal, which teach nothing. `bad_rewards`: rows whose reward failed and counts as 0,
+    with the commonest failure as `bad_reward`.
+    """
+    rewards = np.concatenate([rollout.rewards for rollout in rollouts])
+    lengths = np.array([len(tokens) for rollout in rollouts for tokens in rollout.tokens])
+    cut = [r.finish_reason == "length" for rollout in rollouts for r in rollout.responses]
+    troubles = Counter(trouble for rollout in rollouts for trouble in rollout.troubles)
+    found = {
+        "reward_mean": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+        "accuracy": float((rewards >= threshold).mean()),
+        "length_mean": float(lengths.mean()),
+        "length_max": int(lengths.max()),
+        "cut_off": float(np.mean(cut)),
+        "equal_groups": sum(bool(np.ptp(rollout.rewards) == 0) for rollout in rollouts),
+        "bad_rewards": troubles.total(),
+    }
+    if troubles:
+        found["bad_reward"] = troubles.most_common(1)[0][0]
+    return found
+
+
+def decoder_logprobs(
+    model: Model, prompt: Sequence[int], responses: Sequence[Sequence[int]], temperature: float
+) -> list[Float[np.ndarray, " R"]]:
+    """The log-probability that cached decoding gives to each token of a group's responses, float64.
+
+    The group is decoded again with its tokens forced, all rows of it since they see each other. It
+    costs one group's decoding, and a copy of its logits to the host at each timestep.
+    """
+    left = list(range(len(responses)))
+    longest = max(len(response) for response in responses)
+    decoder = model.implementation.prefill(
+        [np.asarray(prompt, np.int64)], [len(responses)], longest
+    )
+    found: list[list[float]] = [[] for _ in responses]
+    for step in range(longest):
+        z = decoder.logits().astype(np.float64) / temperature
+        z -= z.max(axis=-1, keepdims=True)
+        said = np.array([responses[row][step] for row in left], np.int64)
+        lp = z[np.arange(len(left)), said] - np.log(np.exp(z).sum(axis=-1))
+        for row, value in zip(left, lp, strict=True):
+            found[row].append(float(value))
+        keep = np.array([step + 1 < len(responses[row]) for row in left])
+        left = [row for row in left if step + 1 < len(responses[row])]
+        if not left:
+            break
+        decoder.advance(said, keep)
+    return [np.array(values) for values in found]
+
+
+def take_problems(task: Task, split: str, numbers: Sequence[int]) -> list[Any]:
+    """Problems of a split by their numbers."""
+    return [task.problem(split, number) for number in numbers]
+
+
+def split_size(task: Task, split: str) -> int | None:
+    """How many problems a split has; None: it is endless. Raises BridgeError for an empty one."""
+    size = task.size(split)
+    if size is not None and size < 1:
+        raise BridgeError(f"task {task.name}: has no {split} problems")
+    return size
+
+
+def evaluate(
+    model: Model, task: Task, scorer: Scorer, settings: Settings, seed: int
+) -> Mapping[str, Any]:
+    """Figures on the first `eval_problems` validation problems, at the training width and
+    temperature: the same problems and draws each time, so that two evaluations compare."""
+    size = split_size(task, "validation")
+    count = settings.eval_problems if size is None else min(size, settings.eval_problems)
+    problems = take_problems(task, "validation", range(count))
+    rollouts = roll_out(model, scorer, problems, settings, seed)
+    found = summary(rollouts, getattr(task, "threshold", 1.0))
+    return {"problems": count, **found}

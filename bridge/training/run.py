@@ -1,0 +1,84 @@
+"""A run while it goes on: its parts, and the one place where weights change."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bridge.contract import Batch, Trainer
+from bridge.errors import BridgeError
+from bridge.model import Model
+from bridge.training.interrupt import Interrupt
+from bridge.training.log import Log
+from bridge.training.rollouts import Scorer, Task
+from bridge.training.run_directory import Progress, RunDirectory
+from bridge.training.saving import ModelWriter
+from bridge.training.settings import Settings
+from bridge.training.watch import Phases, Watcher
+
+
+@dataclass
+class Run:
+    """What both kinds of training work with. `progress` is of the last step boundary."""
+
+    settings: Settings
+    directory: RunDirectory
+    model: Model
+    trainer: Trainer
+    writer: ModelWriter
+    log: Log
+    watch: Watcher
+    interrupt: Interrupt
+    progress: Progress
+    task: Task | None = None
+    scorer: Scorer | None = None
+
+    def __post_init__(self) -> None:
+        self.phases = Phases(self.watch)
+        self.at_boundary = True  # whether the weights are those of `progress`
+
+    def update(self, step: int, batches: Sequence[Batch], lr: float) -> dict[str, float]:
+        """One update of the weights. Raises BridgeError, its batch saved, where the loss or the
+        gradient is not finite, or the gradient's norm is above `stop_grad_norm`."""
+        self.at_boundary = False
+        metrics = self.trainer.step(batches, lr=lr)
+        limit = self.settings.stop_grad_norm
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(metrics[name]):
+                self._fail(step, batches, f"{name} is {metrics[name]}")
+        if metrics["grad_norm"] > limit:
+            self._fail(step, batches, f"grad_norm {metrics['grad_norm']:.3g} is above {limit:.3g}")
+        return metrics
+
+    def done(self, problems: int) -> None:
+        """The step after `progress` is done, and so are so many problems of the data."""
+        self.progress = replace(self.progress, step=self.progress.step + 1, problems=problems)
+        self.at_boundary = True
+
+    def save(self) -> Path:
+        """A checkpoint of this boundary."""
+        assert self.at_boundary
+        self.watch.phase("save")
+        return self.directory.save(
+            self.progress, self.trainer.state(), self.writer, self.settings.keep
+        )
+
+    def stop_if_asked(self) -> None:
+        """At a boundary: after Ctrl-C, save and raise KeyboardInterrupt."""
+        if self.interrupt.asked and self.progress.step:
+            self.watch.note(f"saved {self.save()}; the same command goes on from there")
+        self.interrupt.boundary()
+
+    def _fail(self, step: int, batches: Sequence[Batch], what: str) -> None:
+        """Stop, with the batch kept."""
+        kept = self.directory.save_failed(step + 1, batches)
+        steps = self.directory.steps()
+        last = (
+            f"the last checkpoint is {self.directory.place(steps[-1])}"
+            if steps
+            else ("there is no checkpoint yet")
+        )
+        raise BridgeError(
+            f"step {step + 1}: {what}; its batch is {kept}, and {last}; lower lr or max_grad_norm "
+            "in a new run"
+        )

@@ -1,0 +1,247 @@
+"""The directory of a run: what it was asked, how far it is, and what came of it.
+
+    config.toml                the settings, as run
+    log.jsonl                  a line for each step and evaluation
+    samples.jsonl              of SFT: what was sampled
+    checkpoints/step-000040/   a checkpoint, with trainer.safetensors and progress.json
+    best/, final/              checkpoints; `final` is there when the run is done
+    failed/step-000041.npz     the batch of a step that went wrong
+
+Whatever is here is whole: written under a hidden name, synced, and renamed. One process at a time
+has the directory; whatever a killed one left under hidden names goes when the next one opens it.
+"""
+
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+
+from bridge.atomic import new_directory, new_file
+from bridge.checkpoint_writer import write_json
+from bridge.contract import Batch
+from bridge.errors import BridgeError
+from bridge.reading import read_object
+from bridge.training.saving import ModelWriter, read_state, write_state
+from bridge.training.settings import Settings, read_settings
+from bridge.training.toml import read_toml, write_toml
+
+CONFIG, PROGRESS = "config.toml", "progress.json"
+# What may differ between a run and its resumption: nothing that a step computes depends on it.
+FREE = ("out", "save_every", "keep", "log", "gap_every")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: all that resuming needs beside the trainer's state."""
+
+    step: int = 0  # steps done
+    problems: int = 0  # of the data, so many were used
+    best: dict[str, Any] | None = None  # the evaluation of `best/`
+    source: str = ""  # the content hash of the checkpoint that the run started from
+    seed: int = 0
+
+
+class RunDirectory:
+    """A run's directory, locked while it is open; a context manager."""
+
+    def __init__(self, path: Path, lock: BinaryIO) -> None:
+        self.path, self.lock = path, lock
+        self.checkpoints = path / "checkpoints"
+
+    @classmethod
+    def open(cls, settings: Settings, resume: bool = False) -> Self:
+        """Make the directory, or go on with it where its settings agree.
+
+        `resume`: it must be there. Raises BridgeError, in one line, for one that holds something
+        else, that another process has, or whose settings differ, naming the first field.
+        """
+        path = Path(settings.out)
+        started = check_directory(settings, resume)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = _lock(path)
+        except OSError as error:
+            raise BridgeError(f"{path}: cannot be made ({error.strerror})") from None
+        run = cls(path, lock)
+        run._sweep()
+        if not started:
+            with new_file(path / CONFIG) as file:
+                file.write(write_toml(settings.to_json()).encode())
+        with _told(run.checkpoints):
+            run.checkpoints.mkdir(exist_ok=True)
+        return run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.close()
+
+    @property
+    def log(self) -> Path:
+        """Its log."""
+        return self.path / "log.jsonl"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is done."""
+        return (self.path / "final" / "config.json").is_file()
+
+    def steps(self) -> list[int]:
+        """Of the checkpoints there are, ascending."""
+        found = self.checkpoints.glob("step-*")
+        return sorted(int(p.name[5:]) for p in found if p.name[5:].isdecimal())
+
+    def place(self, step: int) -> Path:
+        """The checkpoint of a step."""
+        return self.checkpoints / f"step-{step:06}"
+
+    def latest(self) -> tuple[Progress, dict[str, np.ndarray]] | None:
+        """The newest checkpoint's progress and trainer's state; None before the first.
+
+        Raises BridgeError for one that is damaged.
+        """
+        if not (steps := self.steps()):
+            return None
+        place = self.place(steps[-1])
+        try:
+            progress = Progress(**read_object(place / PROGRESS))
+        except (OSError, TypeError):
+            raise BridgeError(
+                f"{place / PROGRESS}: is missing or damaged; remove {place} to resume from before"
+            ) from None
+        return progress, read_state(place)
+
+    def save(
+        self, progress: Progress, state: Mapping[str, np.ndarray], writer: ModelWriter, keep: int
+    ) -> Path:
+        """A checkpoint that the run can go on from; all but the latest `keep` are removed."""
+        place = self.place(progress.step)
+        if not place.exists():
+            with new_directory(place) as directory:
+                writer.write(directory, state)
+                write_state(directory, state)
+                write_json(directory / PROGRESS, vars(progress))
+        for step in self.steps()[:-keep]:
+            _remove(self.place(step))
+        return place
+
+    def save_model(
+        self, name: str, state: Mapping[str, np.ndarray], writer: ModelWriter, said: Mapping
+    ) -> Path:
+        """`best` or `final`, in place of an older one, with what is to be said of it."""
+        place = self.path / name
+        with new_directory(place, overwrite=True) as directory:
+            writer.write(directory, state)
+            write_json(directory / "training.json", said)
+        return place
+
+    def save_failed(self, step: int, batches: Sequence[Batch]) -> Path:
+        """The batches of an update that went wrong, as arrays `NUMBER.FIELD`."""
+        place = self.path / "failed" / f"step-{step:06}.npz"
+        arrays = {
+            f"{number}.{name}": value
+            for number, batch in enumerate(batches)
+            for name, value in vars(batch).items()
+            if value is not None
+        }
+        with _told(place.parent):
+            place.parent.mkdir(exist_ok=True)
+        with new_file(place) as file:
+            np.savez(file, **arrays)
+        return place
+
+    def _sweep(self) -> None:
+        """Remove what a killed process left half done; the lock says that nobody is at it."""
+        for directory in (self.path, self.checkpoints, self.path / "failed"):
+            for left in directory.glob(".*.partial-*") if directory.is_dir() else ():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def read_run(path: Path) -> Settings:
+    """The settings of a run, from its directory."""
+    where = path / CONFIG
+    given = read_toml(where)
+    kind = given.get("kind")
+    if kind not in ("sft", "grpo"):
+        raise BridgeError(f"{where}: kind must be sft or grpo, not {kind!r}")
+    return read_settings(kind, given, str(where))
+
+
+def check_directory(settings: Settings, resume: bool = False) -> bool:
+    """Whether `out` holds a run to go on with. Raises BridgeError where it holds another, or
+    something else; writes nothing."""
+    path = Path(settings.out)
+    started = (path / CONFIG).is_file()
+    if resume and not started:
+        raise BridgeError(f"{path}: holds no run to resume (no {CONFIG}); leave out --resume")
+    visible = [name for name in os.listdir(path) if name[0] != "."] if path.is_dir() else []
+    if not started and (visible or (path.exists() and not path.is_dir())):
+        raise BridgeError(f"{path}: exists already and holds no run; choose another name")
+    if started:
+        check_same(read_run(path), settings, path / CONFIG)
+    return started
+
+
+def check_same(old: Settings, new: Settings, where: Path) -> None:
+    """Refuse to go on with other settings; what a step does not depend on is free.
+
+    A run at a constant learning rate may also get more steps, or fewer.
+    """
+    free = {*FREE, *(("steps",) if new.schedule == "constant" else ())}
+    before, now = old.to_json(), new.to_json()
+    for name in dict.fromkeys([*now, *before]):
+        if name not in free and before.get(name) != now.get(name):
+            raise BridgeError(
+                f"{where}: {name} was {before.get(name)!r}, and now is {now.get(name)!r}; resume "
+                "with the same settings, or choose another out"
+            )
+
+
+def absolute(settings: Settings) -> Settings:
+    """The same settings with paths that mean the same in any working directory."""
+    paths = {}
+    for name in ("checkpoint", "base", "data"):
+        if value := getattr(settings, name, None):
+            paths[name] = str(Path(value).resolve())
+    if settings.task and Path(settings.task).is_file():
+        paths["task"] = str(Path(settings.task).resolve())
+    return replace(settings, **paths)
+
+
+def _lock(path: Path) -> BinaryIO:
+    """Hold the directory; the lock goes with the process, however it ends."""
+    lock = (path / ".lock").open("ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise BridgeError(f"{path}: another process is at this run; wait, or stop it") from None
+    return lock
+
+
+def _remove(place: Path) -> None:
+    """Remove a checkpoint such that a killed process leaves none that is half there."""
+    hidden = place.parent / f".{place.name}.partial-{secrets.token_hex(4)}"
+    place.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+class _told:
+    """Turns what the system refuses into one line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: object) -> None:
+        if isinstance(error, OSError):
+            raise BridgeError(f"{self.path}: cannot be written ({error.strerror})") from None

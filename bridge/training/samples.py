@@ -1,0 +1,178 @@
+"""What SFT learns from: correct responses, sampled from the model itself or read from a file.
+
+Sampled ones are kept as JSONL, a line a problem and a whole batch of problems at a time, so that a
+run that was stopped goes on with the next batch and samples none again. A file of a user's needs
+`prompt` and `responses` in each line; what else is in a line is not read, but for the token ids.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bridge.errors import BridgeError
+from bridge.model import Model
+from bridge.reading import one_line, open_file
+from bridge.training.interrupt import Interrupt
+from bridge.training.order import SAMPLES, problem_number, stream_seed
+from bridge.training.rollouts import (
+    Rollout,
+    Scorer,
+    Task,
+    roll_out,
+    split_size,
+    take_problems,
+)
+from bridge.training.settings import SFTSettings
+from bridge.training.watch import Watcher
+
+
+@dataclass(frozen=True)
+class Correct:
+    """The correct responses to one problem, as token ids with the ones that end them."""
+
+    prompt: list[int]
+    responses: list[list[int]]
+    name: str  # for messages
+
+
+def make_samples(
+    path: Path,
+    model: Model,
+    task: Task,
+    scorer: Scorer,
+    settings: SFTSettings,
+    watch: Watcher,
+    interrupt: Interrupt,
+) -> None:
+    """Sample what `path` lacks yet. The problems are those that the train split begins with, in the
+    order of the run's seed. Raises BridgeError for a full disk, losing nothing that is there."""
+    size = split_size(task, "train")
+    total = settings.problems if size is None else min(size, settings.problems)
+    batch = max(1, settings.max_rows // settings.samples)
+    threshold = getattr(task, "threshold", 1.0)
+    lines = _whole_lines(path)
+    lines = lines if len(lines) >= total else lines[: len(lines) // batch * batch]
+    correct = sum(len(json.loads(line)["responses"]) for line in lines)
+    try:
+        with path.open("r+b" if path.exists() else "wb") as file:
+            file.truncate(sum(len(line) + 1 for line in lines))
+            file.seek(0, 2)
+            for first in range(len(lines), total, batch):
+                interrupt.boundary()
+                watch.sampled(first, total, correct)
+                places = range(first, min(first + batch, total))
+                numbers = [problem_number(size, settings.seed, place) for place in places]
+                problems = take_problems(task, "train", numbers)
+                seed = stream_seed(settings.seed, SAMPLES, first)
+                rollouts = roll_out(model, scorer, problems, settings, seed, width=settings.samples)
+                kept = [_line(rollout, threshold) for rollout in rollouts]
+                correct += sum(len(line["responses"]) for line in kept)
+                text = "".join(json.dumps(line) + "\n" for line in kept)
+                file.write(text.encode())
+                file.flush()
+    except OSError as error:
+        raise BridgeError(
+            f"{path}: cannot be written ({error.strerror}); free some space and resume"
+        ) from None
+    watch.sampled(total, total, correct)
+
+
+def _line(rollout: Rollout, threshold: float) -> dict[str, Any]:
+    """What the file says of a problem: its correct responses, and the rewards of all."""
+    right = [r for r, v in zip(rollout.responses, rollout.rewards, strict=True) if v >= threshold]
+    return {
+        "problem": rollout.problem.number,
+        "prompt": rollout.problem.prompt,
+        "responses": [response.text for response in right],
+        "prompt_tokens": rollout.prompt,
+        "tokens": [response.tokens for response in right],
+        "rewards": rollout.rewards.tolist(),
+        "troubles": rollout.troubles,
+    }
+
+
+def read_samples(path: Path, model: Model, settings: SFTSettings) -> list[Correct]:
+    """The problems of a file that have two correct responses or more; with `distinct`, two that
+    differ. Raises BridgeError, naming file and line, for a line that lacks what it needs, and where
+    no problem is left."""
+    found: list[Correct] = []
+    problems = rows = 0
+    for number, line in enumerate(_whole_lines(path, loose=True), 1):
+        where = f"{path}, line {number}"
+        correct = _read(line, model, settings, where)
+        problems, rows = problems + 1, rows + len(correct.responses)
+        responses = correct.responses
+        if settings.distinct:
+            responses = [r for i, r in enumerate(responses) if r not in responses[:i]]
+        if len(responses) >= 2:
+            found.append(Correct(correct.prompt, responses, correct.name))
+    if not found:
+        differ = " that differ" if settings.distinct else ""
+        raise BridgeError(
+            f"{path}: no problem of {problems} has two correct responses{differ} ({rows} correct "
+            "in all), so there is nothing to learn from; choose easier problems, more samples, a "
+            "larger max_new_tokens, or another checkpoint"
+        )
+    return found
+
+
+def _read(line: bytes, model: Model, settings: SFTSettings, where: str) -> Correct:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BridgeError(f"{where}: is not JSON ({one_line(error)})") from None
+    if not isinstance(value, dict) or "prompt" not in value:
+        raise BridgeError(f"{where}: must be an object with prompt and responses")
+    responses = value.get("responses")
+    if not isinstance(responses, list) or not all(isinstance(r, str) for r in responses):
+        raise BridgeError(f"{where}: responses must be a list of texts")
+    prompt, tokens = value.get("prompt_tokens"), value.get("tokens")
+    if prompt is None or tokens is None:
+        prompt, tokens = _encode(value["prompt"], responses, model, settings, where)
+    if not _ids(prompt, model) or not isinstance(tokens, list):
+        raise BridgeError(f"{where}: prompt_tokens and tokens must hold ids of this model")
+    if not all(_ids(response, model) for response in tokens):
+        raise BridgeError(f"{where}: tokens must hold ids of this model, at least one a response")
+    context = model.config.max_position_embeddings
+    if len(prompt) + max(map(len, tokens), default=0) > context:
+        raise BridgeError(f"{where}: goes past the context of {context} tokens; leave it out")
+    return Correct(prompt, tokens, where)
+
+
+def _encode(
+    prompt: Any, responses: Sequence[str], model: Model, settings: SFTSettings, where: str
+) -> tuple[list[int], list[list[int]]]:
+    """Ids of a prompt as generation reads it, and of responses as if said after it, to EOS."""
+    if not isinstance(prompt, str | list):
+        raise BridgeError(f"{where}: prompt must be a text or a list of messages")
+    if isinstance(prompt, list) and not all(isinstance(message, dict) for message in prompt):
+        raise BridgeError(f"{where}: prompt must be a text or a list of messages")
+    template = model.tokenizer is not None and model.tokenizer.chat_template is not None
+    chat = template and not settings.raw
+    ids = model.encode(prompt, chat=chat, system=settings.system, name=where)
+    assert model.tokenizer is not None
+    named = model.tokenizer.eos_token_id
+    eos = named if named in model.eos_ids else model.eos_ids[0]
+    fast = model.tokenizer.fast
+    said = [fast.encode(text, add_special_tokens=False).ids for text in responses]
+    return ids, [[*tokens, eos] for tokens in said]
+
+
+def _ids(value: Any, model: Model) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(type(i) is int and 0 <= i < model.config.vocab_size for i in value)
+
+
+def _whole_lines(path: Path, loose: bool = False) -> list[bytes]:
+    """The lines of a file; what follows the last newline is left out, unless `loose`."""
+    try:
+        with open(open_file(path), "rb") as file:
+            *lines, rest = file.read().split(b"\n")
+    except FileNotFoundError:
+        if loose:
+            raise BridgeError(f"{path}: no such file") from None
+        return []
+    return [*lines, rest] if loose and rest.strip() else lines

@@ -1,0 +1,85 @@
+"""What a run writes of its model: checkpoints that anyone can load, with trained tensors in them.
+
+Trained tensors come from the trainer's masters, rounded to the dtype in which the checkpoint that
+the run started from stores them; all others are that checkpoint's own bytes. So nothing is lost by
+computing in another dtype. Directories are filled here, and made and renamed by who calls.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from bridge.checkpoint import SINGLE, Checkpoint, host_hash
+from bridge.checkpoint_writer import (
+    SHARD_SIZE,
+    copy_assets,
+    write_base,
+    write_entries,
+    write_json,
+)
+from bridge.errors import BridgeError
+from bridge.forms import BLOCK, METADATA, Entry, arrange, plain_config
+from bridge.rounding import rounded
+from bridge.safetensors_io import SafetensorsFile, TensorSpec, specs_of, write_safetensors
+
+TRAINER = "trainer.safetensors"
+
+
+class ModelWriter:
+    """Writes the model of a trainer's state (clause 7.9), whole or as an adapter (clause 9.5)."""
+
+    def __init__(self, source: Checkpoint, trained: list[str], adapter: bool) -> None:
+        """`source`: what the run started from; `trained`: names of tensors.
+
+        Raises BridgeError for an adapter with host tensors trained, and for a whole checkpoint of
+        a quantised host.
+        """
+        host = [name for name in trained if BLOCK not in name]
+        if adapter and host:
+            raise BridgeError(f"adapter: {host[0]} is trained too; an adapter holds blocks alone")
+        if source.quantization and not adapter:
+            raise BridgeError(
+                f"{source.path}: is quantised, so train its blocks alone, with --adapter and "
+                "--trainable bridge"
+            )
+        self.source, self.adapter = source, adapter
+        names = [n for n in source.specs if BLOCK in n or not adapter]
+        self.specs = {name: source.specs[name] for name in names}
+        base = source.base or source
+        self.base = base.path
+        self.digest = host_hash(base) if adapter else ""
+
+    def write(self, directory: Path, state: Mapping[str, np.ndarray]) -> None:
+        """Fill an empty directory. Raises BridgeError where the disk refuses."""
+        write_json(directory / "config.json", plain_config(self.source.raw_config))
+        if self.adapter:
+            tensors = ((name, self._tensor(name, state)) for name in self.specs)
+            write_safetensors(directory / SINGLE, self.specs, tensors, METADATA["torch"])
+            write_base(directory, self.base, self.digest)
+            return
+
+        def pieces(entry: Entry) -> Iterator[np.ndarray]:
+            yield self._tensor(entry.names[0], state)
+
+        entries = arrange("torch", self.specs, {})
+        write_entries(directory, "torch", entries, pieces, SHARD_SIZE)
+        copy_assets(self.source.assets, directory)
+
+    def _tensor(self, name: str, state: Mapping[str, np.ndarray]) -> np.ndarray:
+        master = state.get(f"master.{name}")
+        if master is None:
+            return self.source.tensors[name]
+        return rounded(master, self.specs[name].dtype, name)
+
+
+def write_state(directory: Path, state: Mapping[str, np.ndarray]) -> None:
+    """A trainer's state as safetensors."""
+    specs: dict[str, TensorSpec] = specs_of(state)
+    write_safetensors(directory / TRAINER, specs, iter(state.items()))
+
+
+def read_state(directory: Path) -> dict[str, np.ndarray]:
+    """What `write_state` wrote. Raises BridgeError for a file that is damaged."""
+    file = SafetensorsFile(directory / TRAINER)
+    return {name: file[name] for name in file}

@@ -1,0 +1,257 @@
+"""What a run is, as one frozen object: the only list of settings, their defaults and their ranges.
+
+A TOML file has a key for each field, the command line a flag; a flag overrides the file. Paths are
+relative to the working directory. A wrong key, type or range is a BridgeError of one line.
+"""
+
+import math
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
+
+from bridge.errors import BridgeError
+from bridge.training.schedule import SCHEDULES
+
+LOGS = ("tensorboard", "wandb", "trackio")
+FILTERED = "would sample from another policy than log-probabilities describe (spec 7.5); leave it"
+REFUSED = {name: FILTERED for name in ("top_k", "top_p", "min_p")}
+
+
+def setting(default: Any, help: str, panel: str, valid: str = "") -> Any:
+    """A field with what `--help` says of it; `valid` names one of RANGES."""
+    metadata = {"help": help, "panel": panel, "valid": valid}
+    return field(default=default, metadata=metadata)
+
+
+RANGES: dict[str, Callable[[Any], bool]] = {
+    "1 or above": lambda x: x >= 1,
+    "2 or above": lambda x: x >= 2,
+    "0 or above": lambda x: x >= 0,
+    "above 0": lambda x: x > 0,
+    "in [0, 1]": lambda x: 0 <= x <= 1,
+    "in [0, 1)": lambda x: 0 <= x < 1,
+    "in 0..2^64-1": lambda x: 0 <= x < 2**64,
+    f"one of {', '.join(SCHEDULES)}": lambda x: x in SCHEDULES,
+    f"of {', '.join(LOGS)}": lambda x: set(x) <= set(LOGS),
+    "two numbers in [0, 1)": lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x),
+}
+SCHEDULE, LOG = f"one of {', '.join(SCHEDULES)}", f"of {', '.join(LOGS)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What both kinds of training need."""
+
+    kind: ClassVar[str] = ""
+
+    checkpoint: str = setting("", "The model to start from: a checkpoint directory.", "Model")
+    out: str = setting("", "The run's directory, to make or to go on with.", "Run")
+    task: str = setting(
+        "", "reasoning-gym:NAME, a JSONL file, or module:function; see the README.", "Task"
+    )
+    task_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Options of the task, as KEY=VALUE.", "panel": "Task", "valid": ""},
+    )
+    reward_seconds: float = setting(10.0, "Time limit of a reward.", "Task", "above 0")
+    system: str | None = setting(None, "The system message of the chat.", "Task")
+    raw: bool = setting(False, "Feed prompts as they are, without the chat template.", "Task")
+    stop: tuple[str, ...] = setting((), "Texts that end a row.", "Task")
+
+    base: str | None = setting(None, "The host of an adapter checkpoint.", "Model")
+    backend: str | None = setting(None, "See bridge backends; else the best.", "Model")
+    device: str | None = setting(None, "Such as cpu or cuda:0; else the best.", "Model")
+    dtype: str | None = setting(None, "float32, bfloat16, float16, float64.", "Model")
+    trainable: tuple[str, ...] = setting((), "bridge, all, or names of tensors.", "Model")
+    adapter: bool = setting(False, "Save the blocks alone; only where they alone train.", "Model")
+    checkpoint_activations: bool = setting(
+        False, "Compute layers again in the backward pass: less memory, more time.", "Model"
+    )
+
+    width: int = setting(8, "Rows of a group.", "Sampling", "1 or above")
+    max_new_tokens: int = setting(256, "Of each row.", "Sampling", "1 or above")
+    temperature: float = setting(
+        1.0, "Of the sampling, at which log-probabilities are taken too.", "Sampling", "above 0"
+    )
+    max_rows: int = setting(256, "At most so many rows are decoded at once.", "Sampling", "above 0")
+
+    lr: float = setting(1e-5, "Peak learning rate.", "Optimizer", "above 0")
+    schedule: str = setting(
+        "constant", "Of the learning rate after warm-up.", "Optimizer", SCHEDULE
+    )
+    warmup: int = setting(0, "Steps of linear warm-up.", "Optimizer", "0 or above")
+    lr_end: float = setting(
+        0.0, "Where linear and cosine lead, as a fraction of lr.", "Optimizer", "in [0, 1]"
+    )
+    betas: tuple[float, ...] = setting(
+        (0.9, 0.999), "Of AdamW.", "Optimizer", "two numbers in [0, 1)"
+    )
+    adam_eps: float = setting(1e-8, "Of AdamW.", "Optimizer", "above 0")
+    weight_decay: float = setting(0.0, "Of AdamW, decoupled.", "Optimizer", "0 or above")
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to it.", "Optimizer", "above 0")
+    micro_batch_tokens: int = setting(
+        32768,
+        "Cells of one forward pass, padding included; groups stay whole.",
+        "Optimizer",
+        "1 or above",
+    )
+    stop_grad_norm: float = setting(
+        1e4, "A gradient norm above it ends the run, its batch saved.", "Run", "above 0"
+    )
+
+    seed: int = setting(0, "Of data order and sampling.", "Run", "in 0..2^64-1")
+    save_every: int = setting(20, "Steps between checkpoints.", "Run", "1 or above")
+    keep: int = setting(2, "Checkpoints kept: the latest ones.", "Run", "1 or above")
+    eval_every: int = setting(20, "Steps between evaluations; 0: none.", "Run", "0 or above")
+    eval_problems: int = setting(64, "Validation problems of an evaluation.", "Run", "1 or above")
+    log: tuple[str, ...] = setting((), f"Beside log.jsonl: {', '.join(LOGS)}.", "Run", LOG)
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for f in fields(self):
+            value = _typed(f.name, getattr(self, f.name), hints[f.name])
+            valid = f.metadata["valid"]
+            if valid and value is not None and not RANGES[valid](value):
+                raise BridgeError(f"{f.name} must be {valid}, not {_shown(value)}")
+            object.__setattr__(self, f.name, value)
+        for name in ("checkpoint", "out"):
+            if not getattr(self, name):
+                raise BridgeError(f"{name} is missing; name a directory")
+
+    @property
+    def trained(self) -> str | tuple[str, ...]:
+        """As `Model.trainer` takes it."""
+        return self.trainable[0] if self.trainable in (("bridge",), ("all",)) else self.trainable
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field that is set, with plain lists, in order; `kind` first."""
+        found: dict[str, Any] = {"kind": self.kind}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is not None:
+                found[f.name] = list(value) if isinstance(value, tuple) else value
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTSettings(Settings):
+    """The warm-up of fresh blocks on groups of correct responses."""
+
+    kind: ClassVar[str] = "sft"
+
+    data: str | None = setting(
+        None, "JSONL of prompt and correct responses, in place of sampling them.", "Data"
+    )
+    problems: int = setting(256, "Problems to sample responses to.", "Data", "1 or above")
+    samples: int = setting(8, "Responses sampled a problem.", "Data", "2 or above")
+    distinct: bool = setting(False, "Count equal responses to a problem once.", "Data")
+    width: int = setting(8, "At most so many correct responses are a group.", "Data", "2 or above")
+    epochs: int = setting(3, "Times that every group is learnt from.", "Data", "1 or above")
+    groups: int = setting(16, "Groups of an update.", "Optimizer", "1 or above")
+    lr: float = setting(1e-3, "Peak learning rate.", "Optimizer", "above 0")
+    warmup: int = setting(10, "Steps of linear warm-up.", "Optimizer", "0 or above")
+    trainable: tuple[str, ...] = setting(("bridge",), "bridge, all, or names of tensors.", "Model")
+    eval_every: int = setting(0, "Steps between evaluations; 0: none.", "Run", "0 or above")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.task and (self.data is None or self.eval_every):
+            raise BridgeError("task is missing; name one, or give data and no eval_every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOSettings(Settings):
+    """Reinforcement learning by group-relative advantages (clauses 7.5 and 7.6)."""
+
+    kind: ClassVar[str] = "grpo"
+
+    steps: int = setting(100, "Steps: each samples, scores and learns.", "Run", "1 or above")
+    problems: int = setting(16, "Problems of a step, each one group.", "Sampling", "1 or above")
+    width: int = setting(8, "Rows of a group.", "Sampling", "2 or above")
+    minibatches: int = setting(1, "Updates of a step, of whole groups.", "Optimizer", "1 or above")
+    epochs: int = setting(1, "Times that a step's rows are learnt from.", "Optimizer", "1 or above")
+    eps_low: float = setting(0.2, "Ratios are clipped to 1 - eps_low.", "Objective", "in [0, 1)")
+    eps_high: float = setting(0.28, "And to 1 + eps_high.", "Objective", "0 or above")
+    beta: float = setting(
+        0.0, "Weight of the KL penalty to the model at the start.", "Objective", "0 or above"
+    )
+    normalise_std: bool = setting(
+        True, "Divide advantages by the group's std; Dr. GRPO does not.", "Objective"
+    )
+    drop_equal: bool = setting(
+        False, "Leave groups of equal rewards out of the batch.", "Objective"
+    )
+    gap_every: int = setting(
+        10, "Steps between measurements of the log-probability gap; 0: none.", "Run", "0 or above"
+    )
+    trainable: tuple[str, ...] = setting(("all",), "bridge, all, or names of tensors.", "Model")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.task:
+            raise BridgeError("task is missing; name one, such as reasoning-gym:countdown")
+        if self.minibatches > self.problems:
+            raise BridgeError(
+                f"minibatches must be at most problems ({self.problems}), since groups stay whole; "
+                f"not {self.minibatches}"
+            )
+
+
+KINDS: dict[str, type[Settings]] = {"sft": SFTSettings, "grpo": GRPOSettings}
+
+
+def read_settings(kind: str, given: Mapping[str, Any], where: str = "settings") -> Settings:
+    """Settings from names and values, such as a TOML file's; `where` they are from, for messages.
+
+    Raises BridgeError for a key that there is not, a value of the wrong type or out of range, and
+    for settings of another kind of training.
+    """
+    known = [f.name for f in fields(KINDS[kind])]
+    for name in given:
+        if name in REFUSED:
+            raise BridgeError(f"{where}: {name} is refused in training: it {REFUSED[name]} out")
+        if name != "kind" and name not in known:
+            raise BridgeError(
+                f"{where}: {name} is no setting of bridge train {kind}{_near(name, known)}"
+            )
+    if given.get("kind", kind) != kind:
+        raise BridgeError(f"{where}: kind is {given['kind']!r}; use bridge train {given['kind']}")
+    try:
+        return KINDS[kind](**{name: value for name, value in given.items() if name != "kind"})
+    except BridgeError as error:
+        raise BridgeError(f"{where}: {error}") from None
+
+
+def _near(name: str, known: list[str]) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """The value as the field's type, where it is one: an int serves as a float, a list or a single
+    value as a tuple."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    wanted = options[0]
+    if get_origin(wanted) is tuple:
+        inner = get_args(wanted)[0]
+        listed = value if isinstance(value, list | tuple) else [value]
+        return tuple(_typed(name, item, inner) for item in listed)
+    if get_origin(wanted) is dict:
+        if not isinstance(value, Mapping):
+            raise BridgeError(f"{name} must be a table, not {_shown(value)}")
+        return dict(value)
+    if wanted is float and type(value) is int:
+        value = float(value)
+    if type(value) is not wanted or (isinstance(value, float) and not math.isfinite(value)):
+        names = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+        raise BridgeError(f"{name} must be {names[wanted]}, not {_shown(value)}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    return repr(list(value) if isinstance(value, tuple) else value)

@@ -1,0 +1,58 @@
+"""TOML files of settings, read and written; Python itself only reads them."""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bridge.errors import BridgeError
+from bridge.reading import one_line, read_text
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A file's keys and values. Raises BridgeError of one line for what is no TOML."""
+    try:
+        return tomllib.loads(read_text(path))
+    except FileNotFoundError:
+        raise BridgeError(f"{path}: no such file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise BridgeError(f"{path}: is not TOML: {one_line(error)}") from None
+
+
+def toml_value(text: str) -> Any:
+    """A value as TOML writes it; whatever is none stands for itself, as a text."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def write_toml(values: Mapping[str, Any]) -> str:
+    """TOML of plain values, lists, and tables within each other."""
+    return "".join(f"{_key(key)} = {_value(value)}\n" for key, value in values.items())
+
+
+def _key(key: str) -> str:
+    plain = key.isascii() and key.replace("-", "").replace("_", "").isalnum()
+    return key if plain else _text(key)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{_key(key)} = {_value(item)}" for key, item in value.items())
+        return f"{{ {inner} }}" if inner else "{}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_value(item) for item in value)}]"
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    raise BridgeError(f"{value!r} cannot be written as TOML; use texts, numbers, lists or tables")
+
+
+def _text(value: str) -> str:
+    # JSON's escapes are TOML's too; beyond ASCII nothing needs one, but for DEL.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
