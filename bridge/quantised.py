@@ -64,9 +64,10 @@ class Packed:
         for piece in _pieces(*packed.shape):
             q = _unpack(packed.weight[piece], self.bits).astype(wide)
             q = q.reshape(*packed.scales[piece].shape, self.group_size)
-            q *= packed.scales[piece].astype(wide)[..., None]
-            q += packed.biases[piece].astype(wide)[..., None]
-            out[piece] = q.reshape(len(q), -1)
+            with np.errstate(over="ignore", invalid="ignore"):  # who reads weights checks them
+                q *= packed.scales[piece].astype(wide)[..., None]
+                q += packed.biases[piece].astype(wide)[..., None]
+                out[piece] = q.reshape(len(q), -1)
         return out
 
 

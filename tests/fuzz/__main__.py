@@ -1,18 +1,24 @@
 """`python -m tests.fuzz --inputs 200000 --seed 7`: as many inputs as wanted, under a memory limit.
 
-Prints one JSON object: outcomes by kind, and each fault with its recipe. Where native code ends or
-hangs the process, the file of --note holds the input that did.
+Prints one JSON object: outcomes by kind, and each fault with its recipe. Where native code ends a
+process, the file of --note holds the input that did.
 """
 
 import argparse
 import json
+import subprocess
 import sys
+import tempfile
 import time
+import warnings
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
-from .run import Tally, run
+from .run import run
 from .watch import limit_memory
 
+CHUNK = 5000  # inputs a process
 MEMORY = 128 << 20  # bytes that a checkpoint of a few kilobytes may take, whatever it says
 
 
@@ -27,32 +33,63 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=20, help="stop after so many")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     options = parser.parse_args()
+    if options.inputs > CHUNK:
+        return _in_chunks(options)
     names = tuple(filter(None, options.checkpoints.split(",")))
-    began = time.monotonic()
     run(seed=-1, inputs=50, names=names)  # imports and caches, before memory is limited
     limit_memory(MEMORY)
+    warnings.simplefilter("error")  # what would be written beside our one line is a fault
     note = options.note.open("r+b", buffering=0) if options.note else None
 
     def at(name: str, number: int) -> None:
         if note:
             note.seek(0)
             note.write(f"{name} {number}".ljust(40).encode())
-        if not options.quiet and number % 1000 == 0:
-            rate = (number - options.start) / (time.monotonic() - began)
-            print(f"\r{number} inputs, {rate:.0f} a second ", end="", file=sys.stderr, flush=True)
 
-    tally: Tally = run(
-        options.seed,
-        options.inputs,
-        names,
-        start=options.start,
-        at=at,
-        most_faults=options.faults,
-    )
-    if not options.quiet:
-        print(file=sys.stderr)
+    start, most = options.start, options.faults
+    tally = run(options.seed, options.inputs, names, start=start, at=at, most_faults=most)
     print(json.dumps({"outcomes": tally.outcomes, "faults": tally.faults}))
     return 1 if tally.faults else 0
+
+
+def _in_chunks(options: argparse.Namespace) -> int:
+    """Run in one process after another, each told by its inputs, so that none grows old and the
+    death of one is a fault like any other."""
+    outcomes: Counter[str] = Counter()
+    faults: list[dict[str, Any]] = []
+    began, end = time.monotonic(), options.start + options.inputs
+    with tempfile.NamedTemporaryFile() as note:
+        for start in range(options.start, end, CHUNK):
+            given = {
+                "--seed": options.seed,
+                "--start": start,
+                "--inputs": min(CHUNK, end - start),
+                "--checkpoints": options.checkpoints,
+                "--faults": options.faults,
+                "--note": note.name,
+            }
+            flags = [f"{name}={value}" for name, value in given.items()]
+            command = [sys.executable, "-m", "tests.fuzz", *flags]
+            ran = subprocess.run(command, capture_output=True, text=True)
+            if ran.stdout:
+                part = json.loads(ran.stdout)
+                outcomes.update(part["outcomes"])
+                faults += part["faults"]
+            else:
+                where = Path(note.name).read_text().strip()
+                faults.append(
+                    {"input": where, "said": f"ended with {ran.returncode}: {ran.stderr}"}
+                )
+            done = start + given["--inputs"] - options.start
+            if not options.quiet:
+                rate = done / (time.monotonic() - began)
+                print(f"\r{done} inputs, {rate:.0f} a second ", end="", file=sys.stderr, flush=True)
+            if len(faults) >= options.faults:
+                break
+    if not options.quiet:
+        print(file=sys.stderr)
+    print(json.dumps({"outcomes": outcomes, "faults": faults}))
+    return 1 if faults else 0
 
 
 sys.exit(main())
