@@ -75,6 +75,7 @@ class RunDirectory:
                 file.write(write_toml(settings.to_json()).encode())
         with _told(run.checkpoints):
             run.checkpoints.mkdir(exist_ok=True)
+        run.prune(settings.keep)  # a killed process may have come to saving, and no further
         return run
 
     def __enter__(self) -> Self:
@@ -128,9 +129,13 @@ class RunDirectory:
                 writer.write(directory, state)
                 write_state(directory, state)
                 write_json(directory / PROGRESS, vars(progress))
+        self.prune(keep)
+        return place
+
+    def prune(self, keep: int) -> None:
+        """Remove all checkpoints but the latest `keep`."""
         for step in self.steps()[:-keep]:
             _remove(self.place(step))
-        return place
 
     def save_model(
         self, name: str, state: Mapping[str, np.ndarray], writer: ModelWriter, said: Mapping

@@ -69,6 +69,7 @@ class Settings:
         False, "Compute layers again in the backward pass: less memory, more time.", "Model"
     )
 
+    problems: int = setting(16, "Problems that are sampled.", "Sampling", "1 or above")
     width: int = setting(8, "Rows of a group.", "Sampling", "1 or above")
     max_new_tokens: int = setting(256, "Of each row.", "Sampling", "1 or above")
     temperature: float = setting(

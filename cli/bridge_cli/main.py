@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from bridge_cli import agree, backends, bench, conformance, convert, generate, init, inspect
+from bridge_cli import agree, backends, bench, conformance, convert, generate, init, inspect, train
 from bridge_cli.text import one_line
 
 
@@ -65,6 +65,7 @@ app.command()(backends.backends)
 app.command()(conformance.conformance)
 app.command()(agree.agree)
 app.command()(bench.bench)
+app.add_typer(train.app, name="train")
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,256 @@
+"""`--dry-run`: what a run would do, what memory it needs, and how long it may take.
+
+Sizes follow from the settings; the time from one measured micro-step and a few measured timesteps
+of decoding, on the task's own prompts. Both are upper bounds where they can be: every row is taken
+to reach `max_new_tokens`. The weights that the measured step changes are nowhere kept.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from math import ceil, prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bridge.checkpoint import open_checkpoint
+from bridge.config import ModelConfig, tensor_shapes
+from bridge.contract import SFT
+from bridge.inspect import WIDTHS, summarise
+from bridge.model import Model, build, trainable_names
+from bridge.training import grpo
+from bridge.training.batches import Group, check_fits, pack
+from bridge.training.loop import find_task, optimizer
+from bridge.training.order import problem_number
+from bridge.training.rollouts import Task, generate, split_size, take_problems
+from bridge.training.run_directory import absolute, check_directory
+from bridge.training.samples import read_samples
+from bridge.training.saving import ModelWriter
+from bridge.training.settings import GRPOSettings, Settings, SFTSettings
+
+TIMESTEPS = 16  # of decoding that are measured
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `--dry-run` shows; bytes and seconds."""
+
+    kind: str
+    checkpoint: str
+    out: str
+    model: str
+    task: str
+    train_problems: int | None  # None: endless
+    trained_parameters: int
+    parameters: int
+    steps: int  # of SFT: at most
+    groups: int  # of a step
+    rows: int  # of a step
+    updates: int  # of a step
+    micro_batches: int  # of an update, at most
+    micro_batch: list[int]  # rows and timesteps of the largest
+    memory: dict[str, int]
+    seconds: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """For machines."""
+        return asdict(self)
+
+
+def plan(settings: Settings, *, task: Task | None = None) -> Plan:
+    """Load the model, measure, and write nothing. Raises BridgeError for all that `train` refuses
+    before its first step."""
+    settings = absolute(settings)
+    check_directory(settings)
+    base = None if settings.base is None else Path(settings.base)
+    opened = open_checkpoint(Path(settings.checkpoint), base)
+    names = trainable_names(opened.config, settings.trained)
+    ModelWriter(opened, names, settings.adapter)
+    task = find_task(settings) if task is None else task
+    where = (settings.backend, settings.device, settings.dtype)
+    model = build(opened, opened.config, opened.tensors, *where)
+    prompts, size = _prompts(settings, model, task)
+    groups, minibatches, updates, beta = 1, 1, 1, 0.0
+    if isinstance(settings, SFTSettings):
+        groups = settings.groups
+    elif isinstance(settings, GRPOSettings):
+        groups, minibatches, beta = settings.problems, settings.minibatches, settings.beta
+        updates = minibatches * settings.epochs
+    of_update = ceil(groups / minibatches)
+    example = _longest(settings, prompts, opened.config)
+    check_fits(example, settings.micro_batch_tokens)
+    fitting = min(of_update, settings.micro_batch_tokens // example.cells)
+    micro_batches = ceil(of_update / fitting)
+    decode = _decoding(settings, model, prompts) if prompts and task else {}
+    micro = _micro_step(settings, model, names, [example] * fitting)
+    steps = _steps(settings, size)
+    parts = _seconds(settings, decode, micro, micro_batches, updates)
+    shapes = tensor_shapes(opened.config)
+    trained = sum(prod(shapes[name]) for name in names)
+    rows = fitting * example.rows
+    summary = summarise(opened)
+    caches = summary.memory(settings.max_rows, 0, settings.max_new_tokens, model.dtype)
+    wide = 8 if model.dtype == "float64" else 4
+    targets = rows * settings.max_new_tokens
+    memory = {
+        "weights": caches.weights,
+        "reference": caches.weights if beta else 0,
+        "optimizer": 3 * wide * trained,  # masters and two moments
+        "gradients": 2 * wide * trained,  # of a micro-batch, and added up
+        "activations": _activations(opened.config, rows, example.length, model.dtype, settings),
+        "logits": 3 * wide * targets * opened.config.vocab_size,
+        "decoding": caches.row_caches,
+    }
+    if model.device.startswith("cpu"):
+        memory["measured_peak"] = _peak()
+    every = settings.eval_every
+    evaluations = (steps // every + 1 + bool(steps % every)) if every else 0
+    total = steps * parts["step"] + evaluations * parts["evaluation"] + parts["sampling"]
+    return Plan(
+        settings.kind,
+        settings.checkpoint,
+        settings.out,
+        str(model),
+        settings.task or str(getattr(settings, "data", "")),
+        size,
+        trained,
+        sum(prod(shape) for shape in shapes.values()),
+        steps,
+        groups,
+        groups * settings.width,
+        updates,
+        micro_batches,
+        [rows, example.length],
+        memory,
+        {**parts, "total": total},
+    )
+
+
+def _prompts(
+    settings: Settings, model: Model, task: Task | None
+) -> tuple[list[list[int]], int | None]:
+    """Ids of the first prompts, and the size of the data."""
+    if isinstance(settings, SFTSettings) and settings.data is not None:
+        data = read_samples(Path(settings.data), model, settings)
+        return [correct.prompt for correct in data], len(data)
+    assert task is not None
+    size = split_size(task, "train")
+    count = settings.problems if size is None else min(size, settings.problems)
+    numbers = [problem_number(size, settings.seed, i) for i in range(min(count, 64))]
+    template = model.tokenizer is not None and model.tokenizer.chat_template is not None
+    chat = template and not settings.raw
+    ids = [
+        model.encode(problem.prompt, chat=chat, system=settings.system)
+        for problem in take_problems(task, "train", numbers)
+    ]
+    return ids, size
+
+
+def _longest(settings: Settings, prompts: list[list[int]], config: ModelConfig) -> Group:
+    """The largest group that there may be: the longest prompt seen, rows of `max_new_tokens`."""
+    prompt = max(prompts, key=len)
+    length = min(settings.max_new_tokens, config.max_position_embeddings - len(prompt))
+    response = [prompt[-1]] * max(length, 1)
+    advantages = np.where(np.arange(settings.width) % 2, 1.0, -1.0)
+    return Group(prompt, [response] * settings.width, advantages, "the longest group")
+
+
+def _decoding(settings: Settings, model: Model, prompts: list[list[int]]) -> dict[str, float]:
+    """Seconds of a timestep of a full decoding batch, and its rows."""
+    width = settings.samples if isinstance(settings, SFTSettings) else settings.width
+    count = max(1, min(settings.problems, settings.max_rows // width))
+    asked = [prompts[i % len(prompts)] for i in range(count)]
+    short = replace(settings, max_new_tokens=min(TIMESTEPS, settings.max_new_tokens))
+    seconds = _second(lambda: generate(model, asked, short, 0, width))
+    return {"timestep": seconds / short.max_new_tokens, "rows": count * width}
+
+
+def _micro_step(
+    settings: Settings, model: Model, names: list[str], groups: list[Group]
+) -> dict[str, float]:
+    """Seconds of an update on one full micro-batch, and of its log-probabilities."""
+    [batch] = pack(groups, settings.micro_batch_tokens)
+    objective = SFT()
+    if isinstance(settings, GRPOSettings):
+        objective = replace(grpo.objective(settings), beta=0.0)
+    trainer = model.trainer(
+        objective,
+        optimizer(settings),
+        names,
+        checkpoint_activations=settings.checkpoint_activations,
+    )
+    logprobs = _second(lambda: model.logprobs(batch))
+    # At rate 0 the weights stay as they are, and the second update is timed on the same.
+    update = _second(lambda: trainer.step(batch, lr=0.0))
+    return {"update": update, "logprobs": logprobs}
+
+
+def _second(run: Callable[[], object]) -> float:
+    """Seconds of a second call: the first may compile."""
+    run()
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _steps(settings: Settings, size: int | None) -> int:
+    if isinstance(settings, GRPOSettings):
+        return settings.steps
+    assert isinstance(settings, SFTSettings)
+    problems = settings.problems if size is None else min(size, settings.problems)
+    problems = size if settings.data is not None and size is not None else problems
+    parts = ceil(settings.samples / settings.width) if settings.data is None else 1
+    return settings.epochs * ceil(problems * parts / settings.groups)
+
+
+def _seconds(
+    settings: Settings,
+    decode: dict[str, float],
+    micro: dict[str, float],
+    micro_batches: int,
+    updates: int,
+) -> dict[str, float]:
+    """Of the parts of a step, of an evaluation, and of SFT's sampling."""
+
+    def sampling(problems: int, width: int) -> float:
+        if not decode:
+            return 0.0
+        return (
+            ceil(problems * width / decode["rows"]) * settings.max_new_tokens * decode["timestep"]
+        )
+
+    update = updates * micro_batches * micro["update"]
+    found = {"rollout": 0.0, "logprobs": 0.0, "update": update, "sampling": 0.0}
+    if isinstance(settings, GRPOSettings):
+        found["rollout"] = sampling(settings.problems, settings.width)
+        forwards = (updates > 1) + bool(settings.beta)
+        found["logprobs"] = forwards * settings.minibatches * micro_batches * micro["logprobs"]
+    elif isinstance(settings, SFTSettings) and settings.data is None:
+        found["sampling"] = sampling(settings.problems, settings.samples)
+    found["step"] = found["rollout"] + found["logprobs"] + found["update"]
+    found["evaluation"] = sampling(settings.eval_problems, settings.width)
+    return found
+
+
+def _activations(
+    config: ModelConfig, rows: int, timesteps: int, dtype: str, settings: Settings
+) -> int:
+    """A rough count of what the forward pass of a micro-batch keeps for the backward pass: some ten
+    vectors of the model's width and three of the FFN's a cell and layer, and attention scores; with
+    recomputation, one vector a cell and layer, and one layer's."""
+    D, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    scores = 2 * config.num_attention_heads * timesteps
+    layer = rows * timesteps * (10 * D + 3 * F + scores) * WIDTHS[dtype]
+    if settings.checkpoint_activations:
+        return layer + L * rows * timesteps * D * WIDTHS[dtype]
+    return L * layer
+
+
+def _peak() -> int:
+    """The most memory that this process has had, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
