@@ -1,0 +1,184 @@
+"""Finding the groups of an evaluation, batch by batch: decode, score, write down.
+
+A draw is a function of seed, problem, number of the group and row (clause 6.2), so that the same
+rows meet the same uniforms at every width and in a baseline. Batches are cut by place alone, not by
+what is left to do: an evaluation that was interrupted ends with the same bytes as one that was not.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from bridge.evaluation.records import Group, Journal, Row
+from bridge.generation import Done, Finished, ResponseSet, Token
+from bridge.model import Model
+
+if TYPE_CHECKING:
+    from bridge.tasks import Problem, Score, Task
+
+GROUP_SHIFT = 20  # a prompt's number in the counter is problem + (group << 20)
+
+
+class Scores(Protocol):
+    """What `bridge.tasks.Scorer` does."""
+
+    def score(self, pairs: "Sequence[tuple[Problem, str]]") -> "list[Score]":
+        """One score a response, and never an exception of the task's."""
+        ...
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How responses are drawn: the options of `Model.stream`, the same for all prompts."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int = 0
+    max_new_tokens: int | None = None  # None: 256, or what the context leaves
+    stop: tuple[str, ...] = ()
+    chat: bool = False
+    system: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked, all of it checked."""
+
+    problems: "Sequence[Problem]"
+    prompts: Sequence[list[int]]  # ids, one list a problem
+    digests: Sequence[str]
+    groups: int
+    decoding: Decoding
+    max_rows: int
+    threshold: float  # a score from which on a response is correct
+
+    def batches(self, width: int) -> list[list[tuple[int, int]]]:
+        """Each group as (its number, the place of its problem): first one of every problem."""
+        places = [(g, i) for g in range(self.groups) for i in range(len(self.problems))]
+        size = max(1, self.max_rows // width)
+        return [places[at : at + size] for at in range(0, len(places), size)]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a width is; what was found earlier counts as done."""
+
+    width: int
+    done: int  # groups
+    of: int
+    accuracy: float | None  # the mean over the rows of those
+    running: int  # rows of the present batch that have not ended
+    tokens: int  # drawn since the start, at all widths
+    seconds: float  # since the start
+
+
+class Run:
+    """One go at a plan."""
+
+    def __init__(
+        self,
+        model: Model,
+        task: "Task",
+        plan: Plan,
+        journal: Journal,
+        scores: Scores,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.model, self.task, self.plan = model, task, plan
+        self.journal, self.scores, self.progress = journal, scores, progress
+        self.tokens, self.start = 0, time.perf_counter()
+
+    def find(self, width: int) -> None:
+        """Every group of a width that is not in the journal yet, and with it then."""
+        batches = self.plan.batches(width)
+        self.done = self.rows = self.correct = 0
+        self.of = sum(map(len, batches))
+        for batch in batches:
+            self._count(self._known(width, batch))
+        self._tell(width, 0)
+        for batch in batches:
+            known = self._known(width, batch)
+            if len(known) < len(batch):
+                # The whole batch even if part of it is known: a smaller one would round otherwise.
+                found = self._score(width, batch, self._decode(width, batch))
+                keys = {group.key for group in known}
+                self.journal.append([group for group in found if group.key not in keys])
+                self._count([group for group in found if group.key not in keys])
+                self._tell(width, 0)
+
+    def _known(self, width: int, batch: Sequence[tuple[int, int]]) -> list[Group]:
+        keys = [(width, self.plan.problems[i].number, g) for g, i in batch]
+        return [self.journal.groups[key] for key in keys if key in self.journal.groups]
+
+    def _decode(self, width: int, batch: Sequence[tuple[int, int]]) -> list[ResponseSet]:
+        plan, d = self.plan, self.plan.decoding
+        events = self.model.stream(
+            [plan.prompts[i] for _, i in batch],
+            width=width,
+            max_new_tokens=d.max_new_tokens,
+            temperature=d.temperature,
+            top_k=d.top_k,
+            top_p=d.top_p,
+            min_p=d.min_p,
+            seed=d.seed,
+            stop=d.stop,
+            max_rows=width * len(batch),
+            prompt_ids=[plan.problems[i].number + (g << GROUP_SHIFT) for g, i in batch],
+        )
+        running = width * len(batch)
+        for event in events:
+            if isinstance(event, Token):
+                self.tokens += 1
+            elif isinstance(event, Finished):
+                self.tokens += event.reason == "eos"  # which is no Token event
+                running -= 1
+                self._tell(width, running)
+            elif isinstance(event, Done):
+                return event.sets
+        raise AssertionError("a stream ends with Done")
+
+    def _score(
+        self, width: int, batch: Sequence[tuple[int, int]], sets: Sequence[ResponseSet]
+    ) -> list[Group]:
+        plan = self.plan
+        asked = [plan.problems[i] for _, i in batch]
+        pairs = [
+            (problem, response.text)
+            for problem, answers in zip(asked, sets, strict=True)
+            for response in answers.responses
+        ]
+        scores = iter(self.scores.score(pairs))
+        found = []
+        for (number, i), problem, answers in zip(batch, asked, sets, strict=True):
+            rows = []
+            for response in answers.responses:
+                score = next(scores)
+                rows.append(
+                    Row(
+                        text=response.text,
+                        tokens=len(response.tokens),
+                        finish_reason=response.finish_reason,
+                        answer=self.task.read_answer(response.text),
+                        score=float(score.value),
+                        trouble=score.problem,
+                    )
+                )
+            found.append(Group(width, problem.number, number, plan.digests[i], tuple(rows)))
+        return found
+
+    def _count(self, groups: Sequence[Group]) -> None:
+        self.done += len(groups)
+        scores = [row.score for group in groups for row in group.rows]
+        self.rows += len(scores)
+        self.correct += sum(score >= self.plan.threshold for score in scores)
+
+    def _tell(self, width: int, running: int) -> None:
+        if self.progress is not None:
+            accuracy = self.correct / self.rows if self.rows else None
+            seconds = time.perf_counter() - self.start
+            self.progress(
+                Progress(width, self.done, self.of, accuracy, running, self.tokens, seconds)
+            )

@@ -1,0 +1,169 @@
+"""A model at a task, width by width: prompts in, every response scored, nothing done twice.
+
+Checks all that can be checked before the first token, then goes on from what the directory holds.
+It knows tasks and models; how batches are cut is in `batches.py`, and what the numbers come to is
+in `summary.py`.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bridge.errors import BridgeError
+from bridge.evaluation.batches import GROUP_SHIFT, Decoding, Plan, Progress, Run, Scores
+from bridge.evaluation.records import Journal
+from bridge.evaluation.summary import Evaluation, rows_are_independent, widths_decoded
+from bridge.generation import check_sampling
+from bridge.model import Model
+
+if TYPE_CHECKING:
+    from bridge.tasks import Problem, Task
+
+PROBLEMS = 200  # where nobody says how many
+NEW_TOKENS = 256
+GROUPS = 1 << (32 - GROUP_SHIFT)  # as many as the counter tells apart
+
+
+def evaluate(
+    model: Model,
+    task: "Task",
+    *,
+    widths: Sequence[int] = (1, 2, 4, 8, 16),
+    problems: int | None = None,
+    groups: int = 1,
+    split: str = "test",
+    decoding: Decoding | None = None,
+    max_rows: int = 256,
+    name: str = "",
+    directory: Path | None = None,
+    scorer: Scores | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Evaluation:
+    """Answer the first `problems` problems of a split with `groups` groups at each width.
+
+    `problems` None: 200, or all where there are fewer. A model whose rows are independent is
+    decoded at the largest width alone; the narrower ones are estimated from the same rows.
+    `directory`: what is found is kept there, and what was found there with the same settings is
+    not done again; widths, problems and groups may grow. `name`: of the weights, one of those
+    settings. `max_rows`: rows decoded at once, which changes rounding and nothing else.
+    `scorer`: None is a `bridge.tasks.Scorer` of the task.
+    Raises BridgeError before anything is computed, for a prompt that does not fit too.
+    """
+    widths = tuple(sorted(set(widths)))
+    if not widths or widths[0] < 1:
+        raise BridgeError("width must be 1 or above, one or more of them")
+    if not 1 <= groups <= GROUPS:
+        raise BridgeError(f"groups must be in 1..{GROUPS}, not {groups}")
+    if max_rows < 1:
+        raise BridgeError(f"max_rows must be 1 or above, not {max_rows}")
+    plan = _plan(model, task, split, problems, groups, decoding or Decoding(), max_rows)
+    settings = {
+        "task": task.name,
+        "split": split,
+        "threshold": plan.threshold,
+        "model": name,
+        "backend": model.backend,
+        "device": model.device,
+        "dtype": model.dtype,
+        **vars(plan.decoding),
+        "stop": list(plan.decoding.stop),
+    }
+    independent = rows_are_independent(model.config)
+    with Journal(directory, settings) as journal, _scoring(task, scorer) as scores:
+        _check_asked(journal, plan, split)
+        run = Run(model, task, plan, journal, scores, progress)
+        for width in widths_decoded(widths, independent):
+            run.find(width)
+    return Evaluation(
+        settings=settings,
+        widths=widths,
+        problems=tuple(p.number for p in plan.problems),
+        groups=groups,
+        threshold=plan.threshold,
+        independent=independent,
+        asked=tuple(_digest(p.prompt, p.answer) for p in plan.problems),
+        found=journal.groups,
+    )
+
+
+def _plan(
+    model: Model,
+    task: "Task",
+    split: str,
+    count: int | None,
+    groups: int,
+    decoding: Decoding,
+    max_rows: int,
+) -> Plan:
+    d = decoding
+    check_sampling(d.temperature, d.top_k, d.top_p, d.min_p, d.seed)
+    if not all(d.stop):
+        raise BridgeError("stop must hold texts that are not empty")
+    problems = _problems(task, split, count)
+    prompts = [
+        model.encode(p.prompt, chat=d.chat, system=d.system, name=_called(p, split))
+        for p in problems
+    ]
+    # The limit of a row must not depend on how prompts are batched.
+    context = model.config.max_position_embeddings
+    longest, number = max((len(ids), i) for i, ids in enumerate(prompts))
+    asked = d.max_new_tokens
+    limit = min(NEW_TOKENS, max(1, context - longest)) if asked is None else asked
+    if limit < 1:
+        raise BridgeError(f"max_new_tokens must be 1 or above, not {limit}")
+    if longest + limit > context:
+        raise BridgeError(
+            f"{_called(problems[number], split)} has {longest} tokens, and with max_new_tokens "
+            f"{limit} it goes past the context of {context}; lower max_new_tokens or leave it out"
+        )
+    return Plan(
+        problems,
+        prompts,
+        [_digest(ids, p.answer) for ids, p in zip(prompts, problems, strict=True)],
+        groups,
+        replace(d, max_new_tokens=limit),
+        max_rows,
+        float(getattr(task, "threshold", 1.0)),
+    )
+
+
+def _problems(task: "Task", split: str, count: int | None) -> "list[Problem]":
+    size = task.size(split)
+    most = 1 << GROUP_SHIFT if size is None else min(size, 1 << GROUP_SHIFT)
+    count = min(PROBLEMS, most) if count is None else count
+    if not 1 <= count <= most:
+        raise BridgeError(f"problems must be in 1..{most}, as split {split!r} has, not {count}")
+    return [task.problem(split, number) for number in range(count)]
+
+
+def _called(problem: "Problem", split: str) -> str:
+    return f"problem {problem.number} of {split}"
+
+
+def _digest(prompt: Any, answer: str | None) -> str:
+    return sha256(json.dumps([prompt, answer]).encode()).hexdigest()[:16]
+
+
+def _check_asked(journal: Journal, plan: Plan, split: str) -> None:
+    """Refuse to go on where the task, the tokenizer or the template has changed since."""
+    now = {p.number: (p, digest) for p, digest in zip(plan.problems, plan.digests, strict=True)}
+    for group in journal.groups.values():
+        problem, digest = now.get(group.problem, (None, ""))
+        if problem is not None and digest != group.digest:
+            raise BridgeError(
+                f"{journal.path}: {_called(problem, split)} was another one then; the task or the "
+                "tokenizer has changed, so evaluate into another directory"
+            )
+
+
+def _scoring(task: "Task", scorer: Scores | None) -> Any:
+    """The scorer given, which stays its owner's, or one of our own, which ends with us."""
+    if scorer is not None:
+        return nullcontext(scorer)
+    from bridge.tasks import Scorer
+
+    return Scorer(task)
