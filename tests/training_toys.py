@@ -67,6 +67,14 @@ class Sums:
         return response[:1] or None
 
 
+class Graded(Sums):
+    """The same, but what is wrong is worth something too, more or less: no group's rewards are
+    equal for long, so every step moves the weights."""
+
+    def score(self, problem: Problem, response: str) -> float:
+        return max(super().score(problem, response), sum(map(ord, response)) % 50 / 100)
+
+
 class InProcess:
     """Scores with no process of its own; what a test wants to go wrong, goes wrong here."""
 

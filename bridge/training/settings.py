@@ -208,6 +208,8 @@ def read_settings(kind: str, given: Mapping[str, Any], where: str = "settings") 
     Raises BridgeError for a key that there is not, a value of the wrong type or out of range, and
     for settings of another kind of training.
     """
+    if given.get("kind", kind) != kind:
+        raise BridgeError(f"{where}: kind is {given['kind']!r}; use bridge train {given['kind']}")
     known = [f.name for f in fields(KINDS[kind])]
     for name in given:
         if name in REFUSED:
@@ -216,8 +218,6 @@ def read_settings(kind: str, given: Mapping[str, Any], where: str = "settings") 
             raise BridgeError(
                 f"{where}: {name} is no setting of bridge train {kind}{_near(name, known)}"
             )
-    if given.get("kind", kind) != kind:
-        raise BridgeError(f"{where}: kind is {given['kind']!r}; use bridge train {given['kind']}")
     try:
         return KINDS[kind](**{name: value for name, value in given.items() if name != "kind"})
     except BridgeError as error:

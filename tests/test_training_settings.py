@@ -1,0 +1,273 @@
+"""Settings from TOML and flags, what is refused and how, and the command line around them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from training_toys import Graded, InProcess, write_model
+from typer.testing import CliRunner
+
+from bridge.errors import BridgeError
+from bridge.training import GRPOSettings, SFTSettings, read_settings
+from bridge.training.settings import KINDS
+from bridge.training.toml import read_toml, toml_value, write_toml
+from bridge_cli.main import app
+
+GIVEN = {"checkpoint": "c", "out": "o", "task": "t"}
+PLAIN = dict.fromkeys(("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "GITHUB_ACTIONS"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the other tests of training."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("settings") / "model")
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """The task `toy`, scored within this process."""
+
+    class Worker(InProcess):
+        def __init__(self, task, *, time_limit):
+            super().__init__(task)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+    def find_task(name, **options):
+        if name != "toy":
+            raise BridgeError(f"task {name!r} is not known")
+        return Graded(**options)
+
+    tasks = ModuleType("bridge.tasks")
+    tasks.__dict__.update(find_task=find_task, Scorer=Worker)
+    monkeypatch.setitem(sys.modules, "bridge.tasks", tasks)
+
+
+def bridge(*arguments, code=0, columns=None):
+    """A command line run within this process."""
+    result = CliRunner(env={**PLAIN, "COLUMNS": columns}).invoke(
+        app, ["train", *map(str, arguments)]
+    )
+    if result.exit_code != code:
+        raise AssertionError(f"exit {result.exit_code}: {result.output}") from result.exception
+    return result
+
+
+def refusal(*arguments) -> str:
+    """The one line that a command line is refused with."""
+    lines = bridge(*arguments, code=2).stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_settings_survive_toml(kind, tmp_path):
+    more = {
+        "system": 'Say "yes"\n\x7f\\ \U0001f600',
+        "stop": ["\n\n", "é"],
+        "lr": 3e-7,
+        "betas": [0.5, 0.25],
+        "raw": True,
+        "task_options": {"a key": 1, "deep": {"list": [1, 2.5, "x"], "on": False}, "empty": {}},
+        "log": ["tensorboard"],
+        "trainable": ["all"],
+        "seed": 2**64 - 1,
+    }
+    settings = read_settings(kind, {**GIVEN, **more})
+    path = tmp_path / "config.toml"
+    path.write_text(write_toml(settings.to_json()), encoding="utf-8")
+    assert read_settings(kind, read_toml(path)) == settings
+
+
+@given(st.dictionaries(st.text(max_size=5), st.text() | st.integers() | st.floats(-1e9, 1e9)))
+def test_toml_is_what_python_reads(tmp_path_factory, values):
+    path = tmp_path_factory.mktemp("toml") / "x.toml"
+    text = write_toml(values)
+    path.write_text(text, encoding="utf-8", newline="")
+    assert read_toml(path) == values
+
+
+BAD = [
+    ({"learning_rate": 1}, "learning_rate is no setting of bridge train grpo"),
+    ({"step": 1}, "step is no setting of bridge train grpo; did you mean steps?"),
+    ({"top_p": 0.9}, "top_p is refused in training: it would sample from another policy"),
+    ({"kind": "sft"}, "kind is 'sft'; use bridge train sft"),
+    ({"lr": "fast"}, "lr must be a number, not 'fast'"),
+    ({"lr": True}, "lr must be a number, not True"),
+    ({"lr": 0}, "lr must be above 0, not 0.0"),
+    ({"lr": float("nan")}, "lr must be a number, not nan"),
+    ({"steps": 2.5}, "steps must be an integer, not 2.5"),
+    ({"steps": 0}, "steps must be 1 or above, not 0"),
+    ({"width": 1}, "width must be 2 or above, not 1"),
+    ({"temperature": 0}, "temperature must be above 0, not 0.0"),
+    ({"seed": -1}, "seed must be in 0..2^64-1, not -1"),
+    ({"schedule": "step"}, "schedule must be one of constant, linear, cosine, not 'step'"),
+    ({"log": ["excel"]}, "log must be of tensorboard, wandb, trackio, not ['excel']"),
+    ({"betas": [0.9]}, "betas must be two numbers in [0, 1), not [0.9]"),
+    ({"betas": 0.9}, "betas must be two numbers in [0, 1), not [0.9]"),
+    ({"stop": [1]}, "stop must be a text, not 1"),
+    ({"raw": "yes"}, "raw must be true or false, not 'yes'"),
+    ({"task_options": "x"}, "task_options must be a table, not 'x'"),
+    ({"task": ""}, "task is missing"),
+    ({"out": ""}, "out is missing; name a directory"),
+    ({"minibatches": 17}, "minibatches must be at most problems (16)"),
+    ({"lr_end": 2}, "lr_end must be in [0, 1], not 2.0"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD)
+def test_what_is_wrong_is_one_line_that_names_it(tmp_path, change, message):
+    with pytest.raises(BridgeError) as error:
+        read_settings("grpo", {**GIVEN, **change}, "run.toml")
+    said = str(error.value)
+    assert said.startswith("run.toml: ") and message in said and "\n" not in said
+    if all(value == value for value in change.values()):  # a file cannot say nan as we write it
+        path = tmp_path / "run.toml"
+        path.write_text(write_toml({**GIVEN, **change}))
+        assert message in refusal("grpo", path)
+
+
+def test_every_field_has_a_flag_and_says_what_it_is_for():
+    for kind in KINDS:
+        shown = " ".join(bridge(kind, "--help", columns="200").stdout.split())
+        for field in fields(KINDS[kind]):
+            if field.name != "checkpoint":
+                assert f"--{field.name.replace('_', '-')} " in shown
+            assert field.metadata["help"].endswith(".")
+    assert "Example: bridge train grpo" in shown and "--top-k" not in shown
+
+
+def test_flags_override_the_file(model, tmp_path, toy):
+    config = tmp_path / "run.toml"
+    config.write_text(
+        f'checkpoint = "{model}"\nout = "{tmp_path / "run"}"\ntask = "toy"\nsteps = 9\nlr = 1e-3\n'
+        'width = 2\nproblems = 2\nmax_new_tokens = 2\neval_every = 0\nbackend = "torch"\n'
+        "task_options = { first = false }\n"
+    )
+    options = ("--steps", 2, "--no-normalise-std", "--task-options", "first=true", "--json")
+    found = json.loads(bridge("grpo", config, *options).stdout)
+    assert found["steps"] == 2 and found["final"] == str(tmp_path / "run" / "final")
+    kept = read_toml(tmp_path / "run" / "config.toml")
+    assert kept["steps"] == 2 and kept["lr"] == 1e-3 and kept["normalise_std"] is False
+    assert kept["task_options"] == {"first": True}
+    again = bridge("grpo", "--resume", "--out", tmp_path / "run")
+    assert "2 steps" in again.stdout and "bridge generate" in again.stdout
+    assert "lr was 0.001, and now is 0.5" in refusal("grpo", config, *options, "--lr", 0.5)
+    assert "use bridge train grpo" in refusal("sft", "--resume", "--out", tmp_path / "run")
+
+
+def test_a_run_says_each_step_and_what_came_of_it(model, tmp_path, toy):
+    common = ("--task", "toy", "--max-new-tokens", 2, "--backend", "torch", "--eval-problems", 2)
+    out = tmp_path / "warm"
+    done = bridge("sft", model, "--out", out, *common, "--problems", 40, "--eval-every", 4)
+    assert re.search(r"sampled 40 of 40 problems, \d+ responses correct", done.stderr)
+    assert re.search(r"step 1/\d+, loss [\d.]+, gradient [\d.]+, lr 1.00e-04", done.stderr)
+    assert "best: step" in done.stdout
+    options = ("--steps", 2, "--problems", 2, "--width", 4)
+    done = bridge("grpo", out / "final", "--out", tmp_path / "run", *common, *options)
+    assert re.search(r"step 2/2, reward [\d.]+, accuracy [\d.]+%, .*0:00:00 left", done.stderr)
+    assert "evaluation, step 0: accuracy" in done.stderr
+
+
+def test_ctrl_c_exits_130_and_the_same_command_goes_on(model, tmp_path, toy, monkeypatch):
+    import bridge.training.log as log
+
+    write = log.Log.write
+
+    def then_interrupt(self, record):
+        write(self, record)
+        if record["kind"] == "step" and record["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    arguments = ("grpo", model, "--out", tmp_path / "run", "--task", "toy", "--steps", 4)
+    arguments = (*arguments, "--problems", 2, "--max-new-tokens", 2, "--backend", "torch")
+    with monkeypatch.context() as patch:
+        patch.setattr(log.Log, "write", then_interrupt)
+        stopped = bridge(*arguments, code=130)
+    assert "stopping after this step" in stopped.stderr and "step-000002" in stopped.stderr
+    assert "4 steps, the first 2 before" in bridge(*arguments).stdout
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dry_run_writes_nothing_and_tells_sizes(model, tmp_path, toy, kind):
+    arguments = (kind, model, "--out", tmp_path / "run", "--task", "toy", "--width", 4)
+    arguments = (*arguments, "--max-new-tokens", 6, "--backend", "torch", "--dry-run")
+    plan = json.loads(bridge(*arguments, "--json").stdout)
+    assert plan["train_problems"] == 80 and plan["micro_batch"] == [64, 9]  # 4 + 6 - 1
+    assert plan["rows"] == 64 and plan["groups"] == 16 and plan["micro_batches"] == 1
+    trained, all_ = plan["trained_parameters"], plan["parameters"]
+    blocks = 2 * (16 + 4 * 8 * 16)
+    assert trained == (blocks if kind == "sft" else all_)
+    assert plan["memory"]["optimizer"] == 12 * trained and plan["memory"]["weights"] == 4 * all_
+    assert plan["seconds"]["total"] > 0
+    shown = bridge(*arguments).stdout
+    assert "a step" in shown and "memory" in shown
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_dry_run_tells_in_advance_what_would_be_refused(model, tmp_path, toy):
+    common = ("grpo", model, "--out", tmp_path / "run", "--task", "toy", "--dry-run")
+    said = refusal(*common, "--micro-batch-tokens", 40, "--max-new-tokens", 6)
+    assert "a group is never split" in said
+    assert "adapter: model.embed_tokens.weight is trained too" in refusal(*common, "--adapter")
+
+
+def test_refusals_of_the_command_line(model, tmp_path, toy):
+    out = ("--out", tmp_path / "run")
+    assert "SOURCE is missing" in refusal("grpo")
+    assert "no such checkpoint" in refusal("grpo", tmp_path / "none", *out, "--task", "toy")
+    assert "no such file" in refusal("grpo", tmp_path / "none.toml")
+    assert "--top-k is refused in training" in refusal("grpo", model, "--top-k", 5)
+    assert "write KEY=VALUE" in refusal("grpo", model, *out, "--task-options", "x")
+    assert "task 'sudoku' is not known" in refusal("grpo", model, *out, "--task", "sudoku")
+    assert "no tensor is named 'x'" in refusal(
+        "grpo", model, *out, "--task", "toy", "--trainable", "x"
+    )
+    broken = tmp_path / "broken.toml"
+    broken.write_text("steps = [1")
+    assert "broken.toml: is not TOML" in refusal("grpo", broken)
+    host = model.parent / f"{model.name}-host"
+    assert "the model has no Bridge blocks" in refusal("sft", host, *out, "--task", "toy")
+    assert not (tmp_path / "run").exists()
+
+
+def test_sft_needs_a_task_or_data():
+    with pytest.raises(BridgeError, match="task is missing"):
+        SFTSettings(checkpoint="c", out="o")
+    with pytest.raises(BridgeError, match="task is missing"):
+        SFTSettings(checkpoint="c", out="o", data="d", eval_every=1)
+    assert SFTSettings(checkpoint="c", out="o", data="d").trained == "bridge"
+    assert GRPOSettings(**GIVEN).trained == "all"
+
+
+def test_values_of_task_options_are_as_toml_writes_them():
+    given = ("3", "2.5", "true", '"3"', "[1, 2]", "plain words", "2020-13-99")
+    assert [toml_value(text) for text in given] == [
+        *(3, 2.5, True, "3", [1, 2], "plain words", "2020-13-99")
+    ]
+
+
+def test_training_is_not_imported_by_other_commands():
+    code = "import sys, bridge_cli.main; sys.exit('bridge.training' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
