@@ -280,6 +280,13 @@ def test_a_run_goes_on_only_with_its_own_settings(settings, model, tmp_path):
         run(replace(linear, steps=5))
 
 
+def test_a_run_that_has_saved_nothing_may_begin_with_other_settings(settings):
+    with pytest.raises(BridgeError, match="goes past the context"):
+        run(replace(settings, max_new_tokens=70))
+    assert run(settings).steps == 6
+    assert "max_new_tokens = 2\n" in (Path(settings.out) / "config.toml").read_text()
+
+
 def test_a_finished_run_is_left_alone(settings):
     first = run(settings)
     before = outcome(Path(settings.out))

@@ -230,6 +230,7 @@ def test_a_dry_run_tells_in_advance_what_would_be_refused(model, tmp_path, toy):
     common = ("grpo", model, "--out", tmp_path / "run", "--task", "toy", "--dry-run")
     said = refusal(*common, "--micro-batch-tokens", 40, "--max-new-tokens", 6)
     assert "a group is never split" in said
+    assert "goes past the context of 64" in refusal(*common, "--max-new-tokens", 61)
     assert "adapter: model.embed_tokens.weight is trained too" in refusal(*common, "--adapter")
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from bridge.checkpoint import open_checkpoint
 from bridge.config import ModelConfig, tensor_shapes
 from bridge.contract import SFT
+from bridge.inputs import check_prompts
 from bridge.inspect import WIDTHS, summarise
 from bridge.model import Model, build, trainable_names
 from bridge.training import grpo
@@ -29,6 +30,7 @@ from bridge.training.run_directory import absolute, check_directory
 from bridge.training.samples import read_samples
 from bridge.training.saving import ModelWriter
 from bridge.training.settings import GRPOSettings, Settings, SFTSettings
+from bridge.training.sft import deal
 
 TIMESTEPS = 16  # of decoding that are measured
 
@@ -71,7 +73,7 @@ def plan(settings: Settings, *, task: Task | None = None) -> Plan:
     task = find_task(settings) if task is None else task
     where = (settings.backend, settings.device, settings.dtype)
     model = build(opened, opened.config, opened.tensors, *where)
-    prompts, size = _prompts(settings, model, task)
+    prompts, size, example = _data(settings, model, task)
     groups, minibatches, updates, beta = 1, 1, 1, 0.0
     if isinstance(settings, SFTSettings):
         groups = settings.groups
@@ -79,11 +81,10 @@ def plan(settings: Settings, *, task: Task | None = None) -> Plan:
         groups, minibatches, beta = settings.problems, settings.minibatches, settings.beta
         updates = minibatches * settings.epochs
     of_update = ceil(groups / minibatches)
-    example = _longest(settings, prompts, opened.config)
     check_fits(example, settings.micro_batch_tokens)
     fitting = min(of_update, settings.micro_batch_tokens // example.cells)
     micro_batches = ceil(of_update / fitting)
-    decode = _decoding(settings, model, prompts) if prompts and task else {}
+    decode = _decoding(settings, model, prompts) if task is not None else {}
     micro = _micro_step(settings, model, names, [example] * fitting)
     steps = _steps(settings, size)
     parts = _seconds(settings, decode, micro, micro_batches, updates)
@@ -93,7 +94,7 @@ def plan(settings: Settings, *, task: Task | None = None) -> Plan:
     summary = summarise(opened)
     caches = summary.memory(settings.max_rows, 0, settings.max_new_tokens, model.dtype)
     wide = 8 if model.dtype == "float64" else 4
-    targets = rows * settings.max_new_tokens
+    targets = rows * (example.length - len(example.prompt) + 1)
     memory = {
         "weights": caches.weights,
         "reference": caches.weights if beta else 0,
@@ -128,33 +129,31 @@ def plan(settings: Settings, *, task: Task | None = None) -> Plan:
     )
 
 
-def _prompts(
+def _data(
     settings: Settings, model: Model, task: Task | None
-) -> tuple[list[list[int]], int | None]:
-    """Ids of the first prompts, and the size of the data."""
+) -> tuple[list[list[int]], int | None, Group]:
+    """Ids of the first prompts, the size of the data, and the largest group that there may be: the
+    largest of a file; else the longest prompt seen, and rows of `max_new_tokens`."""
+    advantages = np.where(np.arange(settings.width) % 2, 1.0, -1.0)
     if isinstance(settings, SFTSettings) and settings.data is not None:
         data = read_samples(Path(settings.data), model, settings)
-        return [correct.prompt for correct in data], len(data)
+        largest = max(deal(data, settings, 0), key=lambda group: group.cells)
+        return [correct.prompt for correct in data], len(data), largest
     assert task is not None
     size = split_size(task, "train")
     count = settings.problems if size is None else min(size, settings.problems)
     numbers = [problem_number(size, settings.seed, i) for i in range(min(count, 64))]
     template = model.tokenizer is not None and model.tokenizer.chat_template is not None
     chat = template and not settings.raw
-    ids = [
+    prompts = [
         model.encode(problem.prompt, chat=chat, system=settings.system)
         for problem in take_problems(task, "train", numbers)
     ]
-    return ids, size
-
-
-def _longest(settings: Settings, prompts: list[list[int]], config: ModelConfig) -> Group:
-    """The largest group that there may be: the longest prompt seen, rows of `max_new_tokens`."""
-    prompt = max(prompts, key=len)
-    length = min(settings.max_new_tokens, config.max_position_embeddings - len(prompt))
-    response = [prompt[-1]] * max(length, 1)
-    advantages = np.where(np.arange(settings.width) % 2, 1.0, -1.0)
-    return Group(prompt, [response] * settings.width, advantages, "the longest group")
+    arrays = [np.array(prompt) for prompt in prompts]
+    check_prompts(model.config, arrays, [settings.width] * len(prompts), settings.max_new_tokens)
+    longest = max(prompts, key=len)
+    rows = [[longest[-1]] * settings.max_new_tokens] * settings.width
+    return prompts, size, Group(longest, rows, advantages, "the longest group")
 
 
 def _decoding(settings: Settings, model: Model, prompts: list[list[int]]) -> dict[str, float]:

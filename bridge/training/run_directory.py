@@ -31,7 +31,7 @@ from bridge.training.saving import ModelWriter, read_state, write_state
 from bridge.training.settings import Settings, read_settings
 from bridge.training.toml import read_toml, write_toml
 
-CONFIG, PROGRESS = "config.toml", "progress.json"
+CONFIG, PROGRESS, SAMPLES = "config.toml", "progress.json", "samples.jsonl"
 # What may differ between a run and its resumption: nothing that a step computes depends on it.
 FREE = ("out", "save_every", "keep", "log", "gap_every")
 
@@ -181,17 +181,21 @@ def read_run(path: Path) -> Settings:
 
 def check_directory(settings: Settings, resume: bool = False) -> bool:
     """Whether `out` holds a run to go on with. Raises BridgeError where it holds another, or
-    something else; writes nothing."""
+    something else; writes nothing.
+
+    A run that has saved nothing yet has nothing to lose, and may begin again with other settings.
+    """
     path = Path(settings.out)
-    started = (path / CONFIG).is_file()
-    if resume and not started:
+    there = (path / CONFIG).is_file()
+    if resume and not there:
         raise BridgeError(f"{path}: holds no run to resume (no {CONFIG}); leave out --resume")
     visible = [name for name in os.listdir(path) if name[0] != "."] if path.is_dir() else []
-    if not started and (visible or (path.exists() and not path.is_dir())):
+    if not there and (visible or (path.exists() and not path.is_dir())):
         raise BridgeError(f"{path}: exists already and holds no run; choose another name")
-    if started:
+    begun = any((path / "checkpoints").glob("step-*")) or (path / SAMPLES).exists()
+    if there and begun:
         check_same(read_run(path), settings, path / CONFIG)
-    return started
+    return there and begun
 
 
 def check_same(old: Settings, new: Settings, where: Path) -> None:

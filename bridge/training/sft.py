@@ -14,6 +14,7 @@ from bridge.contract import SFT
 from bridge.training.batches import Group, check_fits, pack
 from bridge.training.order import GROUPS, ROWS, permutation
 from bridge.training.run import Run
+from bridge.training.run_directory import SAMPLES
 from bridge.training.samples import Correct, make_samples, read_samples
 from bridge.training.schedule import learning_rate
 from bridge.training.settings import SFTSettings
@@ -27,7 +28,7 @@ class WarmUp:
     def __init__(self, run: Run, settings: SFTSettings) -> None:
         """Samples first, or goes on with it. Raises BridgeError where nothing is correct."""
         self.run, self.settings = run, settings
-        path = run.directory.path / "samples.jsonl"
+        path = run.directory.path / SAMPLES
         if settings.data is None:
             assert run.task is not None and run.scorer is not None
             make_samples(path, run.model, run.task, run.scorer, settings, run.watch, run.interrupt)
