@@ -84,6 +84,43 @@ class Figures:
         }
 
 
+@dataclass(frozen=True)
+class Report:
+    """All that one command says: a function of what was found alone, and of no clock."""
+
+    evaluation: Evaluation
+    figures: list[Figures]
+    baseline: Evaluation | None = None
+    baseline_figures: list[Figures] = field(default_factory=list)
+    differences: list[Figures] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers and texts."""
+        e, b = self.evaluation, self.baseline
+        return {
+            "format": 1,
+            "task": e.settings["task"],
+            "split": e.settings["split"],
+            "problems": len(e.problems),
+            "groups": e.groups,
+            "threshold": e.threshold,
+            "intervals": f"BCa bootstrap over problems, {RESAMPLES} resamples, {CONFIDENCE:.0%}",
+            "model": _of_one(e, self.figures),
+            "baseline": None if b is None else _of_one(b, self.baseline_figures),
+            "differences": [f.to_json() for f in self.differences],
+        }
+
+
+def _of_one(evaluation: Evaluation, figures: list[Figures]) -> dict[str, Any]:
+    return {
+        "settings": evaluation.settings,
+        "independent_rows": evaluation.independent,
+        "widths_decoded": list(evaluation.decoded),
+        "not_scored": len(evaluation.troubles()),
+        "widths": [f.to_json() for f in figures],
+    }
+
+
 def rows_are_independent(config: ModelConfig) -> bool:
     """Whether rows of a group cannot see each other: no blocks, or P-Match's (clause 8.1)."""
     return config.bridge is None or config.bridge.kind == "mlp"
@@ -153,6 +190,14 @@ def compare(
         apart = {name: one[name] - other[name] for name in one}
         found.append(_figures(width, apart, (-1.0, 1.0), resamples, seed))
     return found
+
+
+def report(evaluation: Evaluation, baseline: Evaluation | None = None) -> Report:
+    """All figures of an evaluation, and its differences from a baseline."""
+    if baseline is None:
+        return Report(evaluation, summarise(evaluation))
+    differences = compare(evaluation, baseline)
+    return Report(evaluation, summarise(evaluation), baseline, summarise(baseline), differences)
 
 
 def _figures(

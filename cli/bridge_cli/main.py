@@ -11,7 +11,18 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from bridge_cli import agree, backends, bench, conformance, convert, generate, init, inspect, train
+from bridge_cli import (
+    agree,
+    backends,
+    bench,
+    conformance,
+    convert,
+    eval,
+    generate,
+    init,
+    inspect,
+    train,
+)
 from bridge_cli.text import one_line
 
 
@@ -66,6 +77,7 @@ app.command()(conformance.conformance)
 app.command()(agree.agree)
 app.command()(bench.bench)
 app.add_typer(train.app, name="train")
+app.command("eval")(eval.evaluate)
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,112 @@
+"""The tables of `bridge eval`: a row a width, and under it its baseline and the difference.
+
+Shares are in percent; a difference whose interval excludes 0 has a mark.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bridge_cli.text import one_line
+
+if TYPE_CHECKING:
+    from bridge.evaluation.summary import Evaluation, Figures, Report
+
+SHOWN = {
+    "accuracy": {
+        "pass@1": "pass@1",
+        "coverage": "any row",
+        "majority": "majority",
+        "best": "best reward",
+    },
+    "G-Pass": {
+        "gpass@0.25": "τ 0.25",
+        "gpass@0.5": "τ 0.5",
+        "gpass@0.75": "τ 0.75",
+        "gpass@1.0": "τ 1 (all rows)",
+    },
+}
+
+
+def show(report: "Report") -> None:
+    """Print the tables, and what should be known before they are believed."""
+    # Elsewhere than on a terminal, wide enough for every table.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    for title, columns in SHOWN.items():
+        console.print(_table(report, title, columns))
+        console.print()
+    for line in _remarks(report):
+        console.print(Text(line, "dim"))
+
+
+def _table(report: "Report", title: str, columns: dict[str, str]) -> Table:
+    table = Table(title, *columns.values(), box=None, pad_edge=False, header_style="bold")
+    for figures, theirs, difference in _by_width(report):
+        cells = [_cell(figures, metric) for metric in columns]
+        table.add_row(f"width {figures.width}", *cells)
+        if theirs is not None and difference is not None:
+            cells = [_cell(theirs, metric) for metric in columns]
+            table.add_row("  baseline", *cells)
+            cells = [_difference(difference, metric) for metric in columns]
+            table.add_row("  difference", *cells)
+    return table
+
+
+def _by_width(
+    report: "Report",
+) -> "Iterator[tuple[Figures, Figures | None, Figures | None]]":
+    if report.baseline is None:
+        yield from ((figures, None, None) for figures in report.figures)
+    else:
+        yield from zip(report.figures, report.baseline_figures, report.differences, strict=True)
+
+
+def _cell(figures: "Figures", metric: str) -> Text:
+    """A mean and its interval; shares in percent, and rewards as they are."""
+    mean, low, high = _numbers(figures, metric, "")
+    return Text.assemble(mean, (f" [{low}, {high}]", "dim"))
+
+
+def _difference(figures: "Figures", metric: str) -> Text:
+    interval = figures.metrics[metric]
+    mean, low, high = _numbers(figures, metric, "+")
+    if not interval.excludes_zero:
+        return Text.assemble(mean, (f" [{low}, {high}]", "dim"))
+    return Text(f"{mean} [{low}, {high}] *", "green" if interval.mean > 0 else "red")
+
+
+def _numbers(figures: "Figures", metric: str, sign: str) -> list[str]:
+    i = figures.metrics[metric]
+    scale, form = (1, ".3f") if metric == "best" else (100, ".1f")
+    return [f"{scale * x + 0.0:{sign}{form}}" for x in (i.mean, i.low, i.high)]
+
+
+def _remarks(report: "Report") -> "Iterator[str]":
+    ours, settings = report.evaluation, report.evaluation.settings
+    yield (
+        f"{one_line(settings['task'])}, {len(ours.problems)} problems of {settings['split']}, "
+        f"{ours.groups} group{'s' * (ours.groups > 1)} each; temperature "
+        f"{settings['temperature']:g}, seed {settings['seed']}; percent, with 95 % intervals over "
+        "problems"
+    )
+    if report.baseline is not None:
+        yield "* the interval of this paired difference excludes 0; not corrected for their number"
+    yield from _of_one("model", ours, report.figures)
+    if report.baseline is not None:
+        yield from _of_one("baseline", report.baseline, report.baseline_figures)
+
+
+def _of_one(name: str, evaluation: "Evaluation", figures: "list[Figures]") -> "Iterator[str]":
+    if evaluation.independent and len(evaluation.widths) > 1:
+        widest = evaluation.widths[-1]
+        yield f"{name}: its rows do not see each other; all widths are from its rows at {widest}"
+    if (cut := max(f.metrics["cut_off"].mean for f in figures)) > 0:
+        limit = evaluation.settings["max_new_tokens"]
+        yield f"{name}: up to {cut:.1%} of rows were cut off at {limit} tokens"
+    if troubles := evaluation.troubles():
+        first = one_line(troubles[0])
+        yield f"{name}: {len(troubles)} responses could not be scored and count 0, such as: {first}"
