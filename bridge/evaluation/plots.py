@@ -74,7 +74,7 @@ def _panels(count: int) -> "tuple[Figure, list[Axes]]":
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise BridgeError("plots need matplotlib; try: pip install 'bridge-llm[plots]'") from None
-    figure = Figure(figsize=(2.9 * count + 0.6, 3.5), layout="constrained")
+    figure = Figure(figsize=(max(2.9 * count + 0.6, 6), 3.5), layout="constrained")
     return figure, list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
 
 
@@ -96,11 +96,17 @@ def _finish(
         ax.grid(color="0.9", linewidth=0.8)
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
-    # A dollar sign would begin a formula.
-    names = [name.replace("$", r"\$") for name in (title, *models)]
+    names = [_short(title, 72), *(_short(name, 40) for name in models)]
     figure.suptitle(names[0], fontsize=10, x=0.01, ha="left")
     if len(names) > 2:
         lines = axes[-1].get_lines()
-        figure.legend(lines, names[1:], loc="outside upper right", ncols=2, frameon=False)
+        figure.legend(lines, names[1:], loc="outside lower center", ncols=2, frameon=False)
     with new_file(path) as file:
         figure.savefig(file, format="png", dpi=160)
+
+
+def _short(text: str, most: int) -> str:
+    """Text that fits beside others; a dollar sign in it begins no formula."""
+    if len(text) > most:
+        text = f"{text[: most // 3]}…{text[len(text) + 1 + most // 3 - most :]}"
+    return text.replace("$", r"\$")

@@ -30,7 +30,8 @@ TAUS = ("0.25", "0.5", "0.75", "1.0")
 GPASS = tuple(f"gpass@{tau}" for tau in TAUS)
 # The last two are of rows: that met the length limit, and that gave no answer.
 SHARES = ("pass@1", "coverage", "majority", *GPASS, "mgpass", "cut_off", "no_answer")
-AMOUNTS = ("score", "best", "tokens")  # what has no bounds that we know
+SCORES = ("score", "best")  # shares too, if every score is in [0, 1]
+AMOUNTS = ("tokens",)  # what has no bounds that we know
 CONFIDENCE = 0.95
 
 
@@ -60,6 +61,12 @@ class Evaluation:
         if self.independent:
             return [[[row for rows in problem for row in rows]] for problem in groups]
         return [list(problem) for problem in groups]
+
+    @property
+    def scores_are_shares(self) -> bool:
+        """Whether every score is in [0, 1], as far as was seen."""
+        pools = (pool for width in self.decoded for p in self.pools(width) for pool in p)
+        return all(0 <= row.score <= 1 for pool in pools for row in pool)
 
     def troubles(self) -> list[str]:
         """Why responses could not be scored, one a response."""
@@ -166,8 +173,9 @@ def summarise(
     evaluation: Evaluation, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> list[Figures]:
     """Every metric at every width, with 95 % intervals over problems."""
+    shares = evaluation.scores_are_shares
     return [
-        _figures(width, values(evaluation, width), (0.0, 1.0), resamples, seed)
+        _figures(width, values(evaluation, width), (0.0, 1.0), shares, resamples, seed)
         for width in evaluation.widths
     ]
 
@@ -184,11 +192,12 @@ def compare(
     asked = [(e.settings["task"], e.settings["split"], e.asked) for e in (evaluation, baseline)]
     if asked[0] != asked[1]:
         raise BridgeError("baseline: was asked other problems; evaluate both on the same ones")
+    shares = evaluation.scores_are_shares and baseline.scores_are_shares
     found = []
     for width in sorted(set(evaluation.widths) & set(baseline.widths)):
         one, other = values(evaluation, width), values(baseline, width)
         apart = {name: one[name] - other[name] for name in one}
-        found.append(_figures(width, apart, (-1.0, 1.0), resamples, seed))
+        found.append(_figures(width, apart, (-1.0, 1.0), shares, resamples, seed))
     return found
 
 
@@ -204,14 +213,16 @@ def _figures(
     width: int,
     found: dict[str, Float[np.ndarray, "*curve P"]],
     bounds: tuple[float, float],
+    scores_are_shares: bool,
     resamples: int,
     seed: int,
 ) -> Figures:
     """Intervals of all metrics, from the same draws of problems."""
-    bounded = np.stack([*(found[name] for name in SHARES), *found["curve"]])
-    amounts = np.stack([found[name] for name in AMOUNTS])
+    shares = SHARES + SCORES * scores_are_shares
+    amounts = SCORES * (not scores_are_shares) + AMOUNTS
     options: dict[str, Any] = {"confidence": CONFIDENCE, "resamples": resamples, "seed": seed}
-    shares = bootstrap(bounded, bounds=bounds, **options)
-    metrics = dict(zip(SHARES, shares, strict=False))
-    metrics |= dict(zip(AMOUNTS, bootstrap(amounts, bounds=None, **options), strict=True))
-    return Figures(width, metrics, shares[len(SHARES) :])
+    bounded = np.stack([*(found[name] for name in shares), *found["curve"]])
+    inside = bootstrap(bounded, bounds=bounds, **options)
+    outside = bootstrap(np.stack([found[name] for name in amounts]), bounds=None, **options)
+    metrics = dict(zip((*shares, *amounts), inside[: len(shares)] + outside, strict=True))
+    return Figures(width, metrics, inside[len(shares) :])

@@ -32,26 +32,30 @@ SHOWN = {
 }
 
 
+WIDE = 104  # characters that a table needs with each interval beside its mean
+
+
 def show(report: "Report") -> None:
     """Print the tables, and what should be known before they are believed."""
     # Elsewhere than on a terminal, wide enough for every table.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     for title, columns in SHOWN.items():
-        console.print(_table(report, title, columns))
+        console.print(_table(report, title, columns, " " if console.width >= WIDE else "\n"))
         console.print()
     for line in _remarks(report):
         console.print(Text(line, "dim"))
 
 
-def _table(report: "Report", title: str, columns: dict[str, str]) -> Table:
+def _table(report: "Report", title: str, columns: dict[str, str], gap: str) -> Table:
+    """`gap`: what stands between a mean and its interval."""
     table = Table(title, *columns.values(), box=None, pad_edge=False, header_style="bold")
     for figures, theirs, difference in _by_width(report):
-        cells = [_cell(figures, metric) for metric in columns]
+        cells = [_cell(figures, metric, gap) for metric in columns]
         table.add_row(f"width {figures.width}", *cells)
         if theirs is not None and difference is not None:
-            cells = [_cell(theirs, metric) for metric in columns]
+            cells = [_cell(theirs, metric, gap) for metric in columns]
             table.add_row("  baseline", *cells)
-            cells = [_difference(difference, metric) for metric in columns]
+            cells = [_difference(difference, metric, gap) for metric in columns]
             table.add_row("  difference", *cells)
     return table
 
@@ -65,18 +69,18 @@ def _by_width(
         yield from zip(report.figures, report.baseline_figures, report.differences, strict=True)
 
 
-def _cell(figures: "Figures", metric: str) -> Text:
+def _cell(figures: "Figures", metric: str, gap: str) -> Text:
     """A mean and its interval; shares in percent, and rewards as they are."""
     mean, low, high = _numbers(figures, metric, "")
-    return Text.assemble(mean, (f" [{low}, {high}]", "dim"))
+    return Text.assemble(mean, gap, (f"[{low}, {high}]", "dim"))
 
 
-def _difference(figures: "Figures", metric: str) -> Text:
+def _difference(figures: "Figures", metric: str, gap: str) -> Text:
     interval = figures.metrics[metric]
     mean, low, high = _numbers(figures, metric, "+")
     if not interval.excludes_zero:
-        return Text.assemble(mean, (f" [{low}, {high}]", "dim"))
-    return Text(f"{mean} [{low}, {high}] *", "green" if interval.mean > 0 else "red")
+        return Text.assemble(mean, gap, (f"[{low}, {high}]", "dim"))
+    return Text(f"{mean}*{gap}[{low}, {high}]", "green" if interval.mean > 0 else "red")
 
 
 def _numbers(figures: "Figures", metric: str, sign: str) -> list[str]:
