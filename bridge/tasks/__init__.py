@@ -1,0 +1,10 @@
+"""What models are asked, and what their responses are worth: tasks, rewards, a safe place to score.
+
+task = find_task("reasoning-gym:countdown", min_numbers=3, max_numbers=3)
+with Scorer(task) as scorer:
+    [score] = scorer.score([(task.problem("test", 0), "<answer>3 + 4</answer>")])
+"""
+
+from bridge.tasks.problem import SPLITS, Problem, Score, Task
+
+__all__ = ["SPLITS", "Problem", "Score", "Task"]
