@@ -10,7 +10,9 @@ import importlib
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -115,16 +117,19 @@ class _Tracker:
         if name == "wandb":  # the same directory is the same run
             digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:8]
             more = {"dir": str(out), "id": f"{place.name}-{digest}"}
-        self.module.init(
-            project="bridge", name=place.name, config=dict(settings), resume="allow", **more
-        )
+        with redirect_stdout(sys.stderr):  # stdout is for what came of the run
+            self.module.init(
+                project="bridge", name=place.name, config=dict(settings), resume="allow", **more
+            )
 
     def write(self, record: Record) -> None:
         figures = {f"{record['kind']}/{name}": value for name, value in _figures(record)}
-        self.module.log(figures, step=record["step"])
+        with redirect_stdout(sys.stderr):
+            self.module.log(figures, step=record["step"])
 
     def close(self) -> None:
-        self.module.finish()
+        with redirect_stdout(sys.stderr):
+            self.module.finish()
 
 
 def _figures(record: Record) -> list[tuple[str, float]]:

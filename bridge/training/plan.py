@@ -221,7 +221,7 @@ def _seconds(
         )
 
     update = updates * micro_batches * micro["update"]
-    found = {"rollout": 0.0, "logprobs": 0.0, "update": update, "sampling": 0.0}
+    found = {"rollout": 0.0, "logprobs": 0.0, "update": update, "sampling": 0.0, "evaluation": 0.0}
     if isinstance(settings, GRPOSettings):
         found["rollout"] = sampling(settings.problems, settings.width)
         forwards = (updates > 1) + bool(settings.beta)
@@ -229,7 +229,8 @@ def _seconds(
     elif isinstance(settings, SFTSettings) and settings.data is None:
         found["sampling"] = sampling(settings.problems, settings.samples)
     found["step"] = found["rollout"] + found["logprobs"] + found["update"]
-    found["evaluation"] = sampling(settings.eval_problems, settings.width)
+    if settings.eval_every:
+        found["evaluation"] = sampling(settings.eval_problems, settings.width)
     return found
 
 
