@@ -29,8 +29,8 @@ from bridge_cli.main import app
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = (
-    *("init", "generate", "inspect", "backends", "convert", "conformance", "agree", "bench", "eval"),
-    *("train sft", "train grpo"),
+    *("init", "generate", "inspect", "backends", "convert", "train sft", "train grpo", "eval"),
+    *("conformance", "agree", "bench"),
 )
 BRIDGE = [sys.executable, "-m", "bridge_cli.main"]
 # What would change how rich writes, and is not ours to choose: pytest-xdist sets COLUMNS.
