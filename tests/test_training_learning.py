@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training_toys import Graded, InProcess, Score, Sums, write_model
+from training_toys import Graded, InProcess, Nasty, Sums, write_model
 
 import bridge
 from bridge.contract import GRPO
 from bridge.errors import BridgeError
+from bridge.tasks import Score
 from bridge.training import GRPOSettings, SFTSettings, train
 from bridge.training.batches import Group, make_batch, pack
 from bridge.training.log import read_log
@@ -229,6 +230,16 @@ def test_rewards_that_fail_are_counted_and_cost_nothing_else(settings):
     _, steps = run(settings, scorer=Failing())
     assert [s["bad_rewards"] for s in steps] == [2, 2]
     assert steps[0]["reward_mean"] == 14 / 16 and "ValueError" in steps[0]["bad_reward"]
+
+
+def test_rewards_that_raise_and_hang_leave_the_run_alone(settings):
+    """With the scorer's own process, as `bridge train` has it."""
+    chosen = replace(settings, reward_seconds=2.0, width=2, steps=1, seed=12)
+    assert [problem_number(80, 12, i) % 4 for i in range(4)] == [2, 3, 0, 1]
+    train(chosen, task=Nasty())
+    [step] = read_log(Path(chosen.out) / "log.jsonl")
+    assert step["bad_rewards"] == 6
+    assert step["bad_reward"].count("\n") == 0 and (Path(chosen.out) / "final").is_dir()
 
 
 def test_figures_of_a_step(settings):

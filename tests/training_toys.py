@@ -5,7 +5,7 @@ few and a model of a few thousand parameters can be trained on them in seconds.
 """
 
 import json
-from dataclasses import dataclass, field
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from bridge.config import parse_config, tensor_shapes
 from bridge.initialise import init
+from bridge.tasks import Problem, Score
 
 LETTERS = "0123456789+="
 CONFIG = {
@@ -28,20 +29,6 @@ CONFIG = {
     "max_position_embeddings": 64,
     "tie_word_embeddings": False,
 }
-
-
-@dataclass(frozen=True)
-class Problem:
-    number: int
-    prompt: str
-    answer: str
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Score:
-    value: float
-    problem: str | None = None
 
 
 class Sums:
@@ -73,6 +60,18 @@ class Graded(Sums):
 
     def score(self, problem: Problem, response: str) -> float:
         return max(super().score(problem, response), sum(map(ord, response)) % 50 / 100)
+
+
+class Nasty(Graded):
+    """Its reward raises, hangs or is no number, by the problem."""
+
+    def score(self, problem: Problem, response: str) -> float:
+        wrong = problem.number % 4
+        if wrong == 1:
+            raise RuntimeError("no\nluck")
+        if wrong == 2:
+            time.sleep(3600)
+        return float("nan") if wrong == 3 else super().score(problem, response)
 
 
 class InProcess:

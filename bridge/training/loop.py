@@ -15,12 +15,13 @@ from bridge.checkpoint import open_checkpoint
 from bridge.contract import SFT, AdamW
 from bridge.errors import BridgeError
 from bridge.model import build, trainable_names
+from bridge.tasks import Task
 from bridge.tensors import content_hash
 from bridge.training import grpo
 from bridge.training.interrupt import Interrupt
 from bridge.training.log import Log, open_sinks, read_log
 from bridge.training.order import VALIDATION, stream_seed
-from bridge.training.rollouts import Scorer, Task, evaluate, split_size
+from bridge.training.rollouts import Scorer, evaluate, split_size
 from bridge.training.run import Run
 from bridge.training.run_directory import Progress, RunDirectory, absolute, check_directory
 from bridge.training.saving import ModelWriter

@@ -21,11 +21,12 @@ from bridge.contract import SFT
 from bridge.inputs import check_prompts
 from bridge.inspect import WIDTHS, summarise
 from bridge.model import Model, build, trainable_names
+from bridge.tasks import Task
 from bridge.training import grpo
 from bridge.training.batches import Group, check_fits, pack
 from bridge.training.loop import find_task, optimizer
 from bridge.training.order import problem_number
-from bridge.training.rollouts import Task, generate, split_size, take_problems
+from bridge.training.rollouts import generate, split_size, take_problems
 from bridge.training.run_directory import absolute, check_directory
 from bridge.training.samples import read_samples
 from bridge.training.saving import ModelWriter

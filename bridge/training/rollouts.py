@@ -16,43 +16,23 @@ from jaxtyping import Float
 from bridge.errors import BridgeError
 from bridge.generation import Response, ResponseSet
 from bridge.model import Model
+from bridge.tasks import Problem, Score, Task
 from bridge.training.settings import Settings
 
 
-class Problem(Protocol):
-    """What is asked; see `bridge.tasks`."""
-
-    number: int
-    prompt: Any  # text, or chat messages
-
-
-class Task(Protocol):
-    """Where problems come from; see `bridge.tasks`."""
-
-    name: str
-
-    def size(self, split: str) -> int | None: ...
-    def problem(self, split: str, number: int) -> Any: ...
-
-
-class Score(Protocol):
-    """A finite reward, and what went wrong with it, if something did."""
-
-    value: float
-    problem: str | None
-
-
 class Scorer(Protocol):
-    """Scores responses; see `bridge.tasks.Scorer`."""
+    """Who scores: `bridge.tasks.Scorer`, or what stands in for it."""
 
-    def score(self, pairs: Sequence[tuple[Any, str]]) -> Sequence[Any]: ...
+    def score(self, pairs: Sequence[tuple[Problem, str]]) -> Sequence[Score]:
+        """One score a pair, in order; none raises."""
+        ...
 
 
 @dataclass(frozen=True)
 class Rollout:
     """The rows that answered one problem, and their rewards."""
 
-    problem: Any
+    problem: Problem
     prompt: list[int]
     responses: list[Response]
     rewards: Float[np.ndarray, " N"]  # finite
@@ -67,7 +47,7 @@ class Rollout:
 def roll_out(
     model: Model,
     scorer: Scorer,
-    problems: Sequence[Any],
+    problems: Sequence[Problem],
     settings: Settings,
     seed: int,
     *,
@@ -175,7 +155,7 @@ def decoder_logprobs(
     return [np.array(values) for values in found]
 
 
-def take_problems(task: Task, split: str, numbers: Sequence[int]) -> list[Any]:
+def take_problems(task: Task, split: str, numbers: Sequence[int]) -> list[Problem]:
     """Problems of a split by their numbers."""
     return [task.problem(split, number) for number in numbers]
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from bridge.contract import Batch, Trainer
 from bridge.errors import BridgeError
 from bridge.model import Model
+from bridge.tasks import Task
 from bridge.training.interrupt import Interrupt
 from bridge.training.log import Log
-from bridge.training.rollouts import Scorer, Task
+from bridge.training.rollouts import Scorer
 from bridge.training.run_directory import Progress, RunDirectory
 from bridge.training.saving import ModelWriter
 from bridge.training.settings import Settings

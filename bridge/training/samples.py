@@ -14,12 +14,12 @@ from typing import Any
 from bridge.errors import BridgeError
 from bridge.model import Model
 from bridge.reading import one_line, open_file
+from bridge.tasks import Task
 from bridge.training.interrupt import Interrupt
 from bridge.training.order import SAMPLES, problem_number, stream_seed
 from bridge.training.rollouts import (
     Rollout,
     Scorer,
-    Task,
     roll_out,
     split_size,
     take_problems,
