@@ -53,7 +53,7 @@ def extract_answer(text: str, complete: bool = True) -> str | None:
     follows the last "answer is" or "answer:", of an equation its right side; and else the last
     number, if the response is `complete`, since one that was cut off had not concluded.
     """
-    boxed = _last_boxed(text)
+    boxed = last_boxed(text)
     if boxed is not None:
         return normalise(boxed) or None
     for pattern in (HASHES, STATED):
@@ -83,7 +83,7 @@ def normalise(answer: str) -> str:
     return "0" if text == "-0" else text
 
 
-def _last_boxed(text: str) -> str | None:
+def last_boxed(text: str) -> str | None:
     """What is in the box that opens last, of those that close."""
     last: tuple[int, int] | None = None
     opened: list[int | None] = []  # where a box's inside starts; None for other braces

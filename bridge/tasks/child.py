@@ -1,0 +1,149 @@
+"""A process of our own that answers requests: what runs in it can hang, die or print as it likes.
+
+It is a fresh interpreter, not a copy of ours, so that no script runs again and no thread or device
+is shared; it hashes texts the same way in every run. It is killed, with all that it started, when
+it takes too long, when we close it, and when we die ourselves, even by SIGKILL. Bytes go in and
+come out; what they mean is up to the handler that it is started with (`worker.py`).
+"""
+
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+from bridge.errors import BridgeError
+
+START_LIMIT = 120.0  # seconds until a child has imported what it needs
+MOST = 1 << 26  # bytes of an answer
+LENGTH = struct.Struct("!Q")
+RUN = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import bridge.tasks.worker as w; "
+
+
+class ChildLost(Exception):
+    """The child is gone, and why: in words that finish the sentence "the reward ..."."""
+
+
+class Child:
+    """One worker process and the line to it: one question at a time, each with its time limit."""
+
+    def __init__(self, handler: str, payload: bytes, memory: int | None = None) -> None:
+        """Start `handler`, "module:function", which makes of `payload` what answers requests.
+
+        `memory`: bytes that it may take on top of what it holds once it is ready, where the system
+        can limit that. Does not wait; `ready` does.
+        """
+        self.line, theirs = socket.socketpair()
+        ends, self.life = os.pipe()  # closed when we end, however we end
+        arguments = [
+            json.dumps(_path()),
+            str(theirs.fileno()),
+            str(ends),
+            str(memory or 0),
+            handler,
+        ]
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", RUN + "w.main(*sys.argv[2:])", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), ends),
+                start_new_session=True,  # Ctrl-C is for us, and what it starts dies with it
+                env=os.environ | {"PYTHONHASHSEED": "0"},
+            )
+        except OSError as error:
+            self.line.close()
+            os.close(self.life)
+            raise BridgeError(f"a process for the task cannot be started ({error})") from None
+        finally:
+            theirs.close()
+            os.close(ends)
+        self.payload: bytes | None = payload
+
+    def ready(self) -> None:
+        """Wait until it can answer. Raises BridgeError, of one line, where it never will."""
+        if self.payload is None:
+            return
+        try:
+            answer = self._ask(self.payload, START_LIMIT)
+        except ChildLost as error:
+            raise BridgeError(f"the process for the task did not start: it {error}") from None
+        self.payload = None
+        if answer:
+            self.close()
+            raise BridgeError(answer.decode("utf-8", "replace"))
+
+    def ask(self, request: bytes, limit: float) -> bytes:
+        """The answer, within `limit` seconds. Raises ChildLost where none comes: it is killed."""
+        self.ready()
+        return self._ask(request, limit)
+
+    def _ask(self, request: bytes, limit: float) -> bytes:
+        deadline = time.monotonic() + limit
+        try:
+            self._send(LENGTH.pack(len(request)) + request, deadline)
+            [length] = LENGTH.unpack(self._receive(LENGTH.size, deadline))
+            if length > MOST:
+                self.close()
+                raise ChildLost("wrote into the line to its own process")
+            return self._receive(length, deadline)
+        except TimeoutError:
+            self.close()
+            raise ChildLost(f"took more than {limit:g} s") from None
+        except OSError:
+            raise ChildLost(self._cause()) from None
+        except BaseException:  # Ctrl-C leaves an answer on its way, which the next must not read
+            self.close()
+            raise
+
+    def _send(self, data: bytes, deadline: float) -> None:
+        self.line.settimeout(max(0.001, deadline - time.monotonic()))
+        self.line.sendall(data)
+
+    def _receive(self, length: int, deadline: float) -> bytes:
+        data = bytearray()
+        while len(data) < length:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            self.line.settimeout(left)
+            piece = self.line.recv(min(length - len(data), 1 << 20))
+            if not piece:
+                raise ConnectionResetError
+            data += piece
+        return bytes(data)
+
+    def _cause(self) -> str:
+        """How it came to its end."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(1.0)
+        code = self.process.returncode
+        self.close()
+        if code is None:
+            return "closed the line to its own process"
+        if code >= 0:
+            return f"ended its process (exit status {code})"
+        names = {number.value: number.name for number in signal.Signals}
+        return f"killed its process ({names.get(-code, f'signal {-code}')})"
+
+    def close(self) -> None:
+        """Kill it and all that it started; may be called again."""
+        if self.line.fileno() == -1:
+            return
+        self.line.close()
+        os.close(self.life)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            self.process.kill()
+        self.process.wait()
+
+
+def _path() -> list[str]:
+    """Where we find modules, as a process elsewhere finds them."""
+    return [os.path.abspath(place) if place else os.getcwd() for place in sys.path]
