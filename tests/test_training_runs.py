@@ -238,7 +238,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(settings, monkeypatch, where)
 
     def fill(self, record):
         if where == "log.jsonl" and record["step"] == 5:
-            self.file = Full(self.file)
+            self.lines.file = Full(self.lines.file)
         write(self, record)
 
     with monkeypatch.context() as patch:
@@ -285,6 +285,26 @@ def test_a_run_that_has_saved_nothing_may_begin_with_other_settings(settings):
         run(replace(settings, max_new_tokens=70))
     assert run(settings).steps == 6
     assert "max_new_tokens = 2\n" in (Path(settings.out) / "config.toml").read_text()
+
+
+def test_a_best_checkpoint_is_worth_keeping(settings):
+    """Even where nothing else was saved; that of the start is not, since it is the start."""
+    slow = replace(settings, save_every=100, lr=1e30, eval_every=1)
+    with pytest.raises(BridgeError, match=r"step 2: loss is nan.*there is no checkpoint yet"):
+        run(slow)
+    kept = Path(settings.out) / "best" / "training.json"
+    assert json.loads(kept.read_text())["evaluation"]["step"] == 0
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(slow, lr=1e-2), Watch(1, die, "evaluation"))
+    said = json.loads(kept.read_text())
+    kept.write_text(json.dumps({**said, "evaluation": {"step": 1}}))
+    with pytest.raises(BridgeError, match=r"lr was 0.01, and now is 0.02"):
+        run(replace(slow, lr=2e-2))
+
+
+def die():
+    """What ends a run at once, with nothing saved."""
+    raise KeyboardInterrupt
 
 
 def test_a_finished_run_is_left_alone(settings):

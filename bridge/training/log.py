@@ -16,8 +16,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
 
-from bridge.atomic import new_file
 from bridge.errors import BridgeError
+from bridge.training.lines import Lines, whole_lines
 
 Record = Mapping[str, Any]
 
@@ -39,41 +39,31 @@ class Log:
 
     def __init__(self, path: Path, step: int, sinks: list[Sink]) -> None:
         """Go on at `step`. Raises BridgeError where the file cannot be written."""
-        self.path, self.sinks = path, sinks
-        if path.exists():
-            kept = [line for line in _lines(path) if _before(json.loads(line), step)]
-            with new_file(path) as file:
-                file.write(b"".join(line + b"\n" for line in kept))
-        try:
-            self.file = path.open("ab", buffering=0)
-        except OSError as error:
-            raise BridgeError(f"{path}: cannot be written ({error.strerror})") from None
+        kept = [line for line in whole_lines(path) if _before(json.loads(line), step)]
+        self.lines, self.sinks = Lines(path, kept), sinks
 
     def write(self, record: Record) -> None:
-        """Append a record: numbers that are not finite become null. Raises BridgeError for a full
-        disk; the run can be resumed then, since half a line is dropped."""
+        """Append a record; numbers that are not finite become null. Raises BridgeError for a full
+        disk."""
         plain = {name: _plain(value) for name, value in record.items()}
-        line = json.dumps(plain, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-        try:
-            if self.file.write(line) != len(line):
-                raise OSError(28, "No space left on device")
-        except OSError as error:
-            raise BridgeError(
-                f"{self.path}: cannot be written ({error.strerror}); free some space and resume"
-            ) from None
+        self.lines.append([plain])
         for sink in self.sinks:
             sink.write(plain)
 
+    def sync(self) -> None:
+        """What was written outlives a power cut from here on."""
+        self.lines.sync()
+
     def close(self) -> None:
         """Close the file and every sink."""
-        self.file.close()
+        self.lines.close()
         for sink in self.sinks:
             sink.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The records of a log, without half a line at its end."""
-    return [json.loads(line) for line in _lines(path)]
+    return [json.loads(line) for line in whole_lines(path)]
 
 
 def open_sinks(names: tuple[str, ...], out: Path, settings: Record, step: int) -> list[Sink]:
@@ -136,11 +126,6 @@ def _figures(record: Record) -> list[tuple[str, float]]:
     """What of a record can be drawn."""
     numbers = [(name, value) for name, value in record.items() if name != "step"]
     return [(n, float(v)) for n, v in numbers if type(v) in (int, float)]
-
-
-def _lines(path: Path) -> list[bytes]:
-    """Whole lines: what does not end in a newline was being written when the process ended."""
-    return path.read_bytes().split(b"\n")[:-1]
 
 
 def _before(record: Record, step: int) -> bool:

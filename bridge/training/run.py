@@ -60,6 +60,7 @@ class Run:
         """A checkpoint of this boundary."""
         assert self.at_boundary
         self.watch.phase("save")
+        self.log.sync()
         return self.directory.save(
             self.progress, self.trainer.state(), self.writer, self.settings.keep
         )

@@ -32,6 +32,7 @@ from bridge.training.settings import Settings, read_settings
 from bridge.training.toml import read_toml, write_toml
 
 CONFIG, PROGRESS, SAMPLES = "config.toml", "progress.json", "samples.jsonl"
+SAID = "training.json"  # what is said of a model that was saved
 # What may differ between a run and its resumption: nothing that a step computes depends on it.
 FREE = ("out", "save_every", "keep", "log", "gap_every")
 
@@ -71,6 +72,8 @@ class RunDirectory:
         run = cls(path, lock)
         run._sweep()
         if not started:
+            if (path / "best").is_dir():  # what an earlier start began with
+                _remove(path / "best")
             with new_file(path / CONFIG) as file:
                 file.write(write_toml(settings.to_json()).encode())
         with _told(run.checkpoints):
@@ -144,7 +147,7 @@ class RunDirectory:
         place = self.path / name
         with new_directory(place, overwrite=True) as directory:
             writer.write(directory, state)
-            write_json(directory / "training.json", said)
+            write_json(directory / SAID, said)
         return place
 
     def save_failed(self, step: int, batches: Sequence[Batch]) -> Path:
@@ -192,10 +195,20 @@ def check_directory(settings: Settings, resume: bool = False) -> bool:
     visible = [name for name in os.listdir(path) if name[0] != "."] if path.is_dir() else []
     if not there and (visible or (path.exists() and not path.is_dir())):
         raise BridgeError(f"{path}: exists already and holds no run; choose another name")
-    begun = any((path / "checkpoints").glob("step-*")) or (path / SAMPLES).exists()
-    if there and begun:
-        check_same(read_run(path), settings, path / CONFIG)
-    return there and begun
+    if not there or not _worth_keeping(path):
+        return False
+    check_same(read_run(path), settings, path / CONFIG)
+    return True
+
+
+def _worth_keeping(path: Path) -> bool:
+    """Whether a run has come to something: samples, a checkpoint, or a best one after the start."""
+    if any((path / "checkpoints").glob("step-*")) or (path / SAMPLES).exists():
+        return True
+    try:
+        return read_object(path / "best" / SAID)["evaluation"]["step"] > 0
+    except (OSError, KeyError, TypeError):
+        return False
 
 
 def check_same(old: Settings, new: Settings, where: Path) -> None:

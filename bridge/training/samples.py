@@ -7,15 +7,17 @@ run that was stopped goes on with the next batch and samples none again. A file 
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bridge.errors import BridgeError
 from bridge.model import Model
-from bridge.reading import one_line, open_file
+from bridge.reading import one_line, read_text
 from bridge.tasks import Task
 from bridge.training.interrupt import Interrupt
+from bridge.training.lines import Lines, whole_lines
 from bridge.training.order import SAMPLES, problem_number, stream_seed
 from bridge.training.rollouts import (
     Rollout,
@@ -52,30 +54,22 @@ def make_samples(
     total = settings.problems if size is None else min(size, settings.problems)
     batch = max(1, settings.max_rows // settings.samples)
     threshold = getattr(task, "threshold", 1.0)
-    lines = _whole_lines(path)
-    lines = lines if len(lines) >= total else lines[: len(lines) // batch * batch]
-    correct = sum(len(json.loads(line)["responses"]) for line in lines)
-    try:
-        with path.open("r+b" if path.exists() else "wb") as file:
-            file.truncate(sum(len(line) + 1 for line in lines))
-            file.seek(0, 2)
-            for first in range(len(lines), total, batch):
-                interrupt.boundary()
-                watch.sampled(first, total, correct)
-                places = range(first, min(first + batch, total))
-                numbers = [problem_number(size, settings.seed, place) for place in places]
-                problems = take_problems(task, "train", numbers)
-                seed = stream_seed(settings.seed, SAMPLES, first)
-                rollouts = roll_out(model, scorer, problems, settings, seed, width=settings.samples)
-                kept = [_line(rollout, threshold) for rollout in rollouts]
-                correct += sum(len(line["responses"]) for line in kept)
-                text = "".join(json.dumps(line) + "\n" for line in kept)
-                file.write(text.encode())
-                file.flush()
-    except OSError as error:
-        raise BridgeError(
-            f"{path}: cannot be written ({error.strerror}); free some space and resume"
-        ) from None
+    done = whole_lines(path)
+    done = done if len(done) >= total else done[: len(done) // batch * batch]
+    correct = sum(len(json.loads(line)["responses"]) for line in done)
+    with closing(Lines(path, done)) as lines:
+        for first in range(len(done), total, batch):
+            interrupt.boundary()
+            watch.sampled(first, total, correct)
+            places = range(first, min(first + batch, total))
+            numbers = [problem_number(size, settings.seed, place) for place in places]
+            problems = take_problems(task, "train", numbers)
+            seed = stream_seed(settings.seed, SAMPLES, first)
+            rollouts = roll_out(model, scorer, problems, settings, seed, width=settings.samples)
+            kept = [_line(rollout, threshold) for rollout in rollouts]
+            correct += sum(len(line["responses"]) for line in kept)
+            lines.append(kept)
+            lines.sync()
     watch.sampled(total, total, correct)
 
 
@@ -97,9 +91,11 @@ def read_samples(path: Path, model: Model, settings: SFTSettings) -> list[Correc
     """The problems of a file that have two correct responses or more; with `distinct`, two that
     differ. Raises BridgeError, naming file and line, for a line that lacks what it needs, and where
     no problem is left."""
+    if not path.is_file():
+        raise BridgeError(f"{path}: no such file")
     found: list[Correct] = []
     problems = rows = 0
-    for number, line in enumerate(_whole_lines(path, loose=True), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         where = f"{path}, line {number}"
         correct = _read(line, model, settings, where)
         problems, rows = problems + 1, rows + len(correct.responses)
@@ -118,7 +114,7 @@ def read_samples(path: Path, model: Model, settings: SFTSettings) -> list[Correc
     return found
 
 
-def _read(line: bytes, model: Model, settings: SFTSettings, where: str) -> Correct:
+def _read(line: str, model: Model, settings: SFTSettings, where: str) -> Correct:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -164,15 +160,3 @@ def _ids(value: Any, model: Model) -> bool:
     if not isinstance(value, list) or not value:
         return False
     return all(type(i) is int and 0 <= i < model.config.vocab_size for i in value)
-
-
-def _whole_lines(path: Path, loose: bool = False) -> list[bytes]:
-    """The lines of a file; what follows the last newline is left out, unless `loose`."""
-    try:
-        with open(open_file(path), "rb") as file:
-            *lines, rest = file.read().split(b"\n")
-    except FileNotFoundError:
-        if loose:
-            raise BridgeError(f"{path}: no such file") from None
-        return []
-    return [*lines, rest] if loose and rest.strip() else lines
