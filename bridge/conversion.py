@@ -4,7 +4,6 @@ Tensors stream from SRC to DST in pieces, so that a checkpoint larger than memor
 never written to, and DST appears whole or not at all (clauses 9.7 and 9.12).
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bridge import remote_code as code
-from bridge.atomic import new_directory, new_file, refuse_existing
+from bridge.atomic import new_directory, refuse_existing
 from bridge.checkpoint import (
     Checkpoint,
     host_hash,
@@ -124,7 +123,7 @@ def convert(
         with new_directory(dst, overwrite) as directory:
             if remote_code:
                 raw = code.add(directory, raw, to)
-            _write_config(directory / "config.json", raw, opened)
+            write_json(directory / "config.json", raw)
             write_entries(directory, to, entries, pieces, largest)
             if said:
                 write_base(directory, *said)
@@ -276,16 +275,6 @@ def _config(
         said = opened.base.raw_config["quantization"]
     said = new.to_json() if new else said
     return raw | {"quantization": said, "quantization_config": said}
-
-
-def _write_config(path: Path, raw: Mapping[str, Any], opened: Checkpoint) -> None:
-    """The config: where nothing in it changed, the very bytes of the source's."""
-    text = (opened.path / "config.json").read_bytes()
-    if list(json.loads(text).items()) == list(raw.items()):
-        with new_file(path) as file:
-            file.write(text)
-    else:
-        write_json(path, raw)
 
 
 def _reported(
