@@ -5,6 +5,8 @@ with Scorer(task) as scorer:
     [score] = scorer.score([(task.problem("test", 0), "<answer>3 + 4</answer>")])
 """
 
+from bridge.tasks.find import find_task
 from bridge.tasks.problem import SPLITS, Problem, Score, Task
+from bridge.tasks.scorer import Scorer
 
-__all__ = ["SPLITS", "Problem", "Score", "Task"]
+__all__ = ["SPLITS", "Problem", "Score", "Scorer", "Task", "find_task"]

@@ -131,9 +131,14 @@ class Child:
         names = {number.value: number.name for number in signal.Signals}
         return f"killed its process ({names.get(-code, f'signal {-code}')})"
 
+    @property
+    def closed(self) -> bool:
+        """Whether it has been killed, or found dead."""
+        return self.line.fileno() == -1
+
     def close(self) -> None:
         """Kill it and all that it started; may be called again."""
-        if self.line.fileno() == -1:
+        if self.closed:
             return
         self.line.close()
         os.close(self.life)

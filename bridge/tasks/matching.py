@@ -30,8 +30,7 @@ def check_match(match: object, tolerance: object) -> Callable[[str, str], bool]:
     Raises BridgeError for an unknown name, for a tolerance that is none or has no use, and where
     math-verify is not installed.
     """
-    number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
-    if not number or not 0 <= tolerance < 1:
+    if not isinstance(tolerance, int | float) or not 0 <= tolerance < 1:
         raise BridgeError(f"tolerance must be a number from 0 to below 1, not {tolerance!r}")
     if tolerance and match != "numeric":
         raise BridgeError(f"tolerance is for match=numeric, not for match={match}; leave it out")
@@ -86,7 +85,7 @@ def _math(right: str, given: str) -> bool:
     if not expected:
         raise ValueError(f"math-verify cannot read the right answer {right!r}")
     # A scorer keeps the time, also within C code, which math-verify's own alarm does not.
-    return verify(expected, _formula(given), timeout_seconds=None)
+    return verify(expected, _formula(given), timeout_seconds=0)
 
 
 @lru_cache(maxsize=256)
@@ -97,4 +96,4 @@ def _formula(text: str) -> list[Any]:
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of having no time limit
     plain = text.strip().strip("$").strip()
-    return parse(plain if "\\boxed" in plain else rf"\boxed{{{plain}}}", parsing_timeout=None)
+    return parse(plain if "\\boxed" in plain else rf"\boxed{{{plain}}}", parsing_timeout=0)

@@ -32,7 +32,7 @@ def main(line: str, life: str, memory: str, handler: str) -> None:
         module, _, function = handler.partition(":")
         answer: Handler = getattr(import_module(module), function)(_receive(connection))
     except BridgeError as error:
-        return _send(connection, one_line(error).encode())
+        return _send(connection, " ".join(str(error).split()).encode("utf-8", "replace"))
     except BaseException as error:
         return _send(connection, f"the task fails to load: {describe(error)}".encode())
     _limit(int(memory))
@@ -53,25 +53,28 @@ def score_with(payload: bytes) -> Handler:
 
     def handle(request: bytes) -> bytes:
         try:
-            value = number(task.score(*pickle.loads(request)))
+            value = task.score(*pickle.loads(request))
         except BaseException as error:  # SystemExit and KeyboardInterrupt too: rewards raise them
             return f"!the reward raised {describe(error)}".encode("utf-8", "replace")
-        if isinstance(value, str):
-            return f"!{value}".encode("utf-8", "replace")
-        return value.hex().encode()
+        try:
+            return number(value).hex().encode()
+        except BaseException as error:
+            return f"!{error}".encode("utf-8", "replace")
 
     return handle
 
 
-def number(value: Any) -> float | str:
-    """What a reward gave as a finite float, or why it is none."""
-    if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
-        return f"the reward is no number but {_short(value)}"
+def number(value: Any) -> float:
+    """What a reward gave, as a float. Raises ValueError unless it is a finite number."""
     try:
-        real = float(value)
+        real = None if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError, OverflowError):
-        return f"the reward is no number but {_short(value)}"
-    return real if isfinite(real) else f"the reward is {real}, which is not finite"
+        real = None
+    if real is None:
+        raise ValueError(f"the reward is no number but {_short(value)}")
+    if not isfinite(real):
+        raise ValueError(f"the reward is {real}, which is not finite")
+    return real
 
 
 def describe(error: BaseException) -> str:

@@ -1,0 +1,222 @@
+r"""Tasks from JSONL files: one problem a line, scored by its answer or by a function of the user.
+
+    {"prompt": "What is 17 * 23?", "answer": "391"}
+    {"messages": [{"role": "user", "content": "..."}], "answer": 391, "split": "test"}
+
+Other fields go along as metadata. In a right answer that is a whole solution, with `####` or
+`\boxed{}` in it, what counts stands there. Either every line names its split, or none does: then it
+is a hash of the prompt, a tenth test, a tenth validation, the rest train, in whatever order.
+"""
+
+import json
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from bridge.errors import BridgeError
+from bridge.reading import one_line, show
+from bridge.tasks.answers import check_place, read_answer
+from bridge.tasks.functions import load_function
+from bridge.tasks.matching import check_match, read_number
+from bridge.tasks.problem import SPLITS, Problem, check_number, check_split, check_threshold
+from bridge.vote import normalise
+
+FIELDS = ("prompt", "messages", "answer", "split")
+TENTHS = ("test", "validation", *["train"] * 8)
+
+
+class JsonlTask:
+    """The problems of a file. A response scores 1 if its answer matches, and else 0; or what the
+    `reward` gives, `function(problem, response) -> float`."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        /,
+        *,
+        match: str | None = None,
+        tolerance: float = 0.0,
+        extract: str = "auto",
+        instruction: str = "",
+        reward: str | None = None,
+        threshold: float = 1.0,
+    ) -> None:
+        """`match`: how answers are compared (`bridge.tasks.matching`); None is numeric where all
+        right answers are numbers, and else exact. `extract`: where they stand in a response
+        (`bridge.tasks.answers`). `instruction`: what each prompt says at its end. `reward`:
+        "module:function", instead of `match`; lines then need no answer.
+
+        Raises BridgeError, with the number of the line, for whatever is wrong with the file; for
+        an unknown option, and where math-verify is needed and not installed.
+        """
+        if not isinstance(instruction, str):
+            raise BridgeError(f"instruction must be text, not {show(instruction)}")
+        if reward is not None and (match is not None or tolerance):
+            raise BridgeError("reward scores by itself; leave match and tolerance out")
+        self.path, self.name = Path(path), str(path)
+        self.instruction, self.reward = instruction, reward
+        self.extract, self.threshold = check_place(extract), check_threshold(threshold)
+        # A reward that is not there is better found now than by the process that calls it.
+        self.function = None if reward is None else load_function(reward, "reward")
+        self.splits: dict[str, list[Problem]] = {split: [] for split in SPLITS}
+        lines = self._read()
+        if match is None:
+            numbers = all(read_number(p.answer or "") is not None for _, _, p in lines)
+            match = "numeric" if numbers and reward is None else "exact"
+        self.match, self.tolerance = match, tolerance
+        self.matches = check_match(match, tolerance)
+        self._check_answers(lines)
+        self._split(lines)
+
+    def size(self, split: str) -> int:
+        """How many problems a split has."""
+        check_split(split)
+        return len(self.splits[split])
+
+    def problem(self, split: str, number: int) -> Problem:
+        """The problem of the `number`-th line of the split."""
+        check_number(self.name, self.size(split), split, number)
+        return self.splits[split][number]
+
+    def score(self, problem: Problem, response: str) -> float:
+        """Whether the answer matches; or the reward."""
+        if self.reward is not None:
+            self.prepare()
+            assert self.function is not None
+            return self.function(problem, response)
+        answer = read_answer(response, self.extract)
+        return float(answer is not None and self.matches(problem.answer or "", answer))
+
+    def read_answer(self, response: str) -> str | None:
+        """The answer, normalised as votes are."""
+        answer = read_answer(response, self.extract)
+        return None if answer is None else normalise(answer) or None
+
+    def prepare(self) -> None:
+        """Import what scoring needs."""
+        if self.reward is not None and self.function is None:
+            self.function = load_function(self.reward, "reward")
+        if self.match == "math":
+            import math_verify  # noqa: F401
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For scoring alone: without the problems, and with the reward by its name."""
+        return {**vars(self), "splits": {split: [] for split in SPLITS}, "function": None}
+
+    def _read(self) -> list[tuple[int, str | None, Problem]]:
+        """Each line that is not blank: its number, its split if it names one, its problem."""
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise BridgeError(f"{self.path}: cannot be read ({error.strerror})") from None
+        lines = []
+        for number, line in enumerate(data.split(b"\n"), 1):
+            if line.strip():
+                lines.append((number, *self._line(f"{self.path}, line {number}", line)))
+        if not lines:
+            raise BridgeError(f"{self.path}: holds no problem; a line is a JSON object")
+        named = {split is not None for _, split, _ in lines}
+        if len(named) == 2:
+            line = next(number for number, split, _ in lines if split is None)
+            raise BridgeError(
+                f"{self.path}, line {line}: split is missing, which others name; give all or none"
+            )
+        return lines
+
+    def _line(self, where: str, line: bytes) -> tuple[str | None, Problem]:
+        record = _object(where, line)
+        prompt = self._prompt(where, record)
+        split = record.get("split")
+        if split is not None and split not in SPLITS:
+            raise BridgeError(
+                f"{where}: split must be one of {', '.join(SPLITS)}, not {show(split)}"
+            )
+        answer = record.get("answer")
+        if isinstance(answer, int | float) and not isinstance(answer, bool):
+            answer = str(answer)
+        if answer is None and self.reward is None:
+            raise BridgeError(f"{where}: answer is missing; give one, or name a reward")
+        if answer is not None and (not isinstance(answer, str) or not answer.strip()):
+            raise BridgeError(f"{where}: answer must be text or a number, not {show(answer)}")
+        if answer is not None and self.reward is None:
+            answer = read_answer(answer, "boxed") or read_answer(answer, "hashes") or answer.strip()
+        rest = {key: value for key, value in record.items() if key not in FIELDS}
+        return split, Problem(0, prompt, answer, rest)
+
+    def _prompt(self, where: str, record: dict[str, Any]) -> Any:
+        prompt, messages = record.get("prompt"), record.get("messages")
+        if (prompt is None) == (messages is None):
+            raise BridgeError(f"{where}: must have prompt or messages, one of the two")
+        if prompt is not None:
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise BridgeError(f"{where}: prompt must be text, not {show(prompt)}")
+            return f"{prompt}\n\n{self.instruction}" if self.instruction else prompt
+        well = isinstance(messages, list) and all(
+            isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
+            for m in messages
+        )
+        if not well or not messages:
+            raise BridgeError(f"{where}: messages must be a list of objects with role and content")
+        if self.instruction:
+            last = messages[-1]
+            last = {**last, "content": f"{last['content']}\n\n{self.instruction}"}
+            return [*messages[:-1], last]
+        return messages
+
+    def _check_answers(self, lines: Sequence[tuple[int, str | None, Problem]]) -> None:
+        if self.match != "numeric":
+            return
+        for number, _, problem in lines:
+            if read_number(problem.answer or "") is None:
+                raise BridgeError(
+                    f"{self.path}, line {number}: answer must be a number for match=numeric, not "
+                    f"{show(problem.answer)}; mend it, or choose match=exact or math"
+                )
+
+    def _split(self, lines: Sequence[tuple[int, str | None, Problem]]) -> None:
+        """Give the problems to their splits, in the order of the lines."""
+        seen: dict[str, tuple[int, str]] = {}
+        for line, named, problem in lines:
+            key = _key(problem.prompt)
+            split = named or TENTHS[int.from_bytes(sha256(key.encode()).digest()[:8], "big") % 10]
+            first, there = seen.setdefault(key, (line, split))
+            if there != split:
+                raise BridgeError(
+                    f"{self.path}, line {line}: the prompt of {split} is that of line {first}, "
+                    f"which is of {there}; keep it in one split"
+                )
+            problems = self.splits[split]
+            problems.append(
+                Problem(len(problems), problem.prompt, problem.answer, problem.metadata)
+            )
+
+
+def _object(where: str, line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique)
+        json.dumps(record, ensure_ascii=False).encode("utf-8")  # refuses half a surrogate pair
+    except UnicodeDecodeError as error:
+        raise BridgeError(f"{where}: is not UTF-8 (at byte {error.start} of it)") from None
+    except UnicodeEncodeError:
+        raise BridgeError(f"{where}: holds half a surrogate pair, which is no text") from None
+    except RecursionError:
+        raise BridgeError(f"{where}: is not readable as JSON (nested too deeply)") from None
+    except ValueError as error:
+        raise BridgeError(f"{where}: is not readable as JSON ({one_line(error)})") from None
+    if not isinstance(record, dict):
+        raise BridgeError(f"{where}: must be a JSON object with prompt or messages, and answer")
+    return record
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError("a key comes twice")
+    return record
+
+
+def _key(prompt: Any) -> str:
+    """What makes two prompts the same: their words."""
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+    return " ".join(text.split())
