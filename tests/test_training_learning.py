@@ -13,7 +13,7 @@ import bridge
 from bridge.contract import GRPO
 from bridge.errors import BridgeError
 from bridge.tasks import Score
-from bridge.training import GRPOSettings, SFTSettings, train
+from bridge.training import GRPOSettings, SFTSettings, grpo, rollouts, train
 from bridge.training.batches import Group, make_batch, pack
 from bridge.training.log import read_log
 from bridge.training.order import ROLLOUTS, problem_number, stream_seed
@@ -70,12 +70,12 @@ def test_a_rollouts_batch_is_what_the_decoder_saw(model, settings, backend, temp
     loaded = bridge.load(model, backend=backend, dtype="float32")
     settings = replace(settings, temperature=temperature)
     problems = [Sums().problem("train", n) for n in range(6)]
-    rollouts = roll_out(loaded, InProcess(Sums()), problems, settings, 5)
-    lengths = {len(tokens) for rollout in rollouts for tokens in rollout.tokens}
+    rolled = roll_out(loaded, InProcess(Sums()), problems, settings, 5)
+    lengths = {len(tokens) for rollout in rolled for tokens in rollout.tokens}
     assert len(lengths) > 2
     wide, narrow = (bridge.load(model, backend="numpy", dtype=d) for d in ("float64", "float32"))
     caught = 0
-    for rollout in rollouts:
+    for rollout in rolled:
         batch = make_batch([Group(rollout.prompt, rollout.tokens)])
         exact, own, trained, wrong = (
             m.logprobs(b, temperature)[batch.target_mask]
@@ -145,6 +145,26 @@ def test_the_same_settings_give_the_same_weights_and_another_seed_others(setting
 
     one = weights(0, "a")
     assert one == weights(0, "b") and one != weights(1, "c")
+
+
+def test_problems_and_draws_are_of_seed_and_step_alone(settings, monkeypatch):
+    steps, evaluations = [], []
+
+    def hear(into, function):
+        def heard(model, scorer, problems, settings, seed, **options):
+            into.append(([p.number for p in problems], seed))
+            return function(model, scorer, problems, settings, seed, **options)
+
+        return heard
+
+    for module, into in ((grpo, steps), (rollouts, evaluations)):
+        monkeypatch.setattr(module, "roll_out", hear(into, module.roll_out))
+    run(replace(settings, steps=21, seed=5, eval_every=7, eval_problems=3))
+    numbers = [number for step, _ in steps for number in step]
+    assert numbers == [problem_number(80, 5, i) for i in range(84)]
+    assert sorted(numbers[:80]) == list(range(80))
+    assert [seed for _, seed in steps] == [stream_seed(5, ROLLOUTS, i) for i in range(21)]
+    assert len(evaluations) == 4 and len({str(one) for one in evaluations}) == 1
 
 
 def test_without_blocks_the_host_alone_is_trained(model, settings):
