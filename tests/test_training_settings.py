@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from training_toys import Graded, InProcess, write_model
 from typer.testing import CliRunner
 
+from bridge.contract import AdamW
 from bridge.errors import BridgeError
 from bridge.training import GRPOSettings, SFTSettings, read_settings
+from bridge.training.loop import optimizer
 from bridge.training.settings import KINDS
 from bridge.training.toml import read_toml, toml_value, write_toml
 from bridge_cli.main import app
@@ -260,6 +262,12 @@ def test_sft_needs_a_task_or_data():
         SFTSettings(checkpoint="c", out="o", data="d", eval_every=1)
     assert SFTSettings(checkpoint="c", out="o", data="d").trained == "bridge"
     assert GRPOSettings(**GIVEN).trained == "all"
+
+
+def test_the_optimizer_is_the_one_asked_for():
+    more = {"lr": 0.1, "betas": (0.2, 0.3), "adam_eps": 0.4, "weight_decay": 0.5}
+    settings = GRPOSettings(**GIVEN, **more, max_grad_norm=0.6)
+    assert optimizer(settings) == AdamW(0.1, (0.2, 0.3), 0.4, 0.5, 0.6)
 
 
 def test_values_of_task_options_are_as_toml_writes_them():
