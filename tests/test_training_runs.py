@@ -94,7 +94,7 @@ def test_killed_runs_end_as_if_nothing_had_happened(tmp_path, backend, kills):
         [str(part) for part in command],
         capture_output=True,
         text=True,
-        env={**os.environ, **alone, "PYTHONPATH": str(TESTS)},
+        env={**os.environ, **alone, "PYTHONPATH": os.pathsep.join(map(str, [TESTS, *sys.path]))},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
