@@ -129,6 +129,7 @@ CHECKS: dict[str, Check] = {
         _check(checks_train.a_model_computes_with_what_it_learnt, "7.9", 5),
         _check(checks_checkpoint.tensors_come_back_byte_for_byte, "9.3", 6),
         _check(checks_checkpoint.a_checkpoint_gives_the_same_model, "9.6", 6),
+        _check(checks_checkpoint.every_form_gives_the_same_model, "9.12", 6),
         *map(_golden, checks_golden.names()),
     )
 }

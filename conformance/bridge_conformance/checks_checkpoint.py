@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from bridge.checkpoint import open_checkpoint
 from bridge.checkpoint_writer import write_checkpoint
 from bridge.config import tensor_shapes
+from bridge.conversion import convert
 from bridge.safetensors_io import TensorSpec
 from bridge_conformance.cases import RowsCase
 from bridge_conformance.tolerance import DTYPES
@@ -54,3 +55,26 @@ def a_checkpoint_gives_the_same_model(target: Target, case: RowsCase) -> None:
     want, got = (model.logits(*case.arguments) for model in (trial.model, again))
     where = case.active
     trial.same(got[where], want[where], 0, "logits of the model read again", case)
+
+
+def every_form_gives_the_same_model(target: Target, case: RowsCase) -> None:
+    """Clauses 9.8 to 9.12: converted from form to form, a model is the same one, bit for bit."""
+    trial = Trial(target, case.model)
+    specs = {
+        name: TensorSpec(DTYPES[target.dtype], shape)
+        for name, shape in tensor_shapes(trial.case.config).items()
+    }
+    want, where = trial.model.logits(*case.arguments), case.active
+    with TemporaryDirectory() as parent:
+        before = Path(parent) / "start"
+        write_checkpoint(before, case.model.raw, specs, trial.model.tensors())
+        for number, form in enumerate(("jax", "mlx", "torch")):
+            after = Path(parent) / f"{number}-{form}"
+            convert(before, after, form)
+            opened = open_checkpoint(after)
+            for name, array in opened.tensors.items():
+                if array.tobytes() != trial.tensors[name].tobytes():
+                    raise trial.failure(f"{name} is read from the form {form} changed", case)
+            got = trial.load(opened.config, dict(opened.tensors)).logits(*case.arguments)
+            trial.same(got[where], want[where], 0, f"logits of the form {form}", case)
+            before = after
