@@ -240,6 +240,14 @@ def test_no_orphan_is_left_even_of_a_reward_that_holds_the_interpreter(bad, tmp_
         run.communicate()
 
 
+def test_what_a_reward_started_dies_with_it(bad, tmp_path):
+    note = tmp_path / "pids"
+    with Scorer(bad, time_limit=2.0) as scorer:
+        [score] = scorer.score([(Problem(0, str(note)), "orphans")])
+        assert score.problem == "the reward took more than 2 s"
+        wait_for(lambda: not any(alive(int(pid)) for pid in note.read_text().split()))
+
+
 def wait_for(condition) -> None:
     """Until it holds; a minute at most."""
     end = time.monotonic() + 60

@@ -201,7 +201,7 @@ from bridge.tasks import find_task
 random.seed(int(sys.argv[1]))
 tasks = [find_task(f"reasoning-gym:{name}") for name in sys.argv[2:]]
 print(json.dumps([[t.problem("train", n).prompt, t.problem("train", n).answer]
-                  for t in tasks for n in (70, 3, 0)]))
+                  for t in tasks for n in (70, *range(40))]))
 """
 
 
