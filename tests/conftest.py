@@ -4,12 +4,18 @@ HYPOTHESIS_PROFILE or pytest's own --hypothesis-profile chooses; the latter wins
 """
 
 import os
+import signal
 from importlib.metadata import files
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
+
+# A shell ignores Ctrl-C for what runs in its background, and processes pass that on; some tests
+# press it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Drawing a model takes many small choices, which the health checks take for a slow strategy.
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]

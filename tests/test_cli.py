@@ -463,10 +463,8 @@ def terminal(columns, lines):
 
 @contextmanager
 def started(model, *arguments, **ends):
-    """A `bridge generate` of its own, which is not left behind, and hears of Ctrl-C even where the
-    tests run in the background of a shell."""
-    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
-    process = subprocess.Popen([*BRIDGE, "generate", str(model), *arguments], **ends, **heard)
+    """A `bridge generate` of its own, which is not left behind."""
+    process = subprocess.Popen([*BRIDGE, "generate", str(model), *arguments], **ends)
     try:
         yield process
     finally:

@@ -281,8 +281,6 @@ def test_ctrl_c_shows_what_was_found(package):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Also where the tests run in the background of a shell, which ignores Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stderr is not None
     while "examining: 0" in (line := process.stderr.readline()):

@@ -207,7 +207,7 @@ def for_tpu(dtype):
             checkpoint=checkpoint,
         )
     yield exported(
-        train.update, state, state.master, own, 0.1, 0.001, options=AdamW(), chosen=chosen
+        train.update, state, state.master, own, 0.1, 0.001, 0.01, options=AdamW(), chosen=chosen
     )
 
 
