@@ -16,6 +16,7 @@ from bridge_cli.text import one_line, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
+
     from bridge.checkpoint import Checkpoint
     from bridge.evaluation.batches import Progress
     from bridge.evaluation.summary import Evaluation, Report
