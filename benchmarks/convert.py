@@ -1,11 +1,11 @@
 """Converting against copying, as ratios within one run, at the size of a real model: 8 billion.
 
-    python benchmarks/convert.py [--layers 32] [--rounds 2] [--where /tmp]
+    python benchmarks/convert.py [--layers 32] [--rounds 3] [--where /tmp]
 
 Makes a Llama 8B checkpoint with random bf16 weights in shards (16 GB; `--layers` for less), and in
 each round copies its files, synced, and converts it to jax and to mlx, in turn, each by a process
-of its own whose peak of resident memory is measured. All of it is deleted after. Needs three times
-the checkpoint on the disk.
+of its own whose peak of resident memory is measured. All of it is deleted after. The disk needs
+room for two of it.
 """
 
 import argparse
@@ -136,7 +136,7 @@ def main() -> None:
     """Measure, print the ratios, and keep all of it as JSON."""
     parser = argparse.ArgumentParser(description="Converting against copying.")
     parser.add_argument("--layers", type=int, default=LLAMA_8B["num_hidden_layers"])
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--where", type=Path, default=None, help="a directory on the disk to use")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--convert", nargs=3, help=argparse.SUPPRESS)
