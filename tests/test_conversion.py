@@ -6,6 +6,7 @@ import json
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -337,11 +338,14 @@ def neighbours(x, dtype):
 
 
 FINITE = st.floats(-60000, 60000)
+# Halfway between two numbers of bfloat16 or float16, or beside it by less than float32 can tell.
 TIES = st.builds(
-    lambda m, e, lift: (1 + (2 * m + 1) / 512) * 2.0**e + lift,
+    lambda halves, m, e, lift, sign: sign * (1 + (2 * m + 1) / halves + lift) * 2.0**e,
+    st.sampled_from([256, 2048]),
     st.integers(0, 127),
-    st.integers(-20, 14),
-    st.sampled_from([0.0, 2.0**-80, -(2.0**-80), 2.0**-30]),
+    st.integers(-14, 14),
+    st.sampled_from([0.0, 2.0**-40, -(2.0**-40)]),
+    st.sampled_from([1, -1]),
 )
 
 
@@ -373,7 +377,8 @@ def test_dtypes_are_rounded_as_torch_does(made, tmp_path, alias, torch_name):
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_the_hosts_own_key_says_the_dtype(tmp_path, key):
-    host = write_host(tmp_path / "host", **{key: "float32"})
+    changes: Any = {key: "float32"}
+    host = write_host(tmp_path / "host", **changes)
     bridge.convert(host, tmp_path / "out", "torch", dtype="bf16")
     assert json.loads((tmp_path / "out" / "config.json").read_text())[key] == "bfloat16"
 
