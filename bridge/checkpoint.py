@@ -248,7 +248,7 @@ def _open_adapter(
     if not (headers_only or any_base) and host_hash(host) != digest:
         raise BridgeError(
             f"{directory}: is not the base of {path}: base_sha256 differs; use the base that it "
-            "was made for, or take this one with --any-base"
+            "was made for, or take this one with bridge convert --any-base"
         )
     sources = blocks.tensors.sources | {
         n: s for n, s in host.tensors.sources.items() if BLOCK not in n
