@@ -98,6 +98,11 @@ class Model:
         """What it computes in."""
         return self.implementation.dtype
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether prompts can be put through a chat template."""
+        return self.tokenizer is not None and self.tokenizer.chat_template is not None
+
     def __repr__(self) -> str:
         kind = self.config.bridge.kind if self.config.bridge else "no"
         return (

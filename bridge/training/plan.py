@@ -144,8 +144,7 @@ def _data(
     size = split_size(task, "train")
     count = settings.problems if size is None else min(size, settings.problems)
     numbers = [problem_number(size, settings.seed, i) for i in range(min(count, 64))]
-    template = model.tokenizer is not None and model.tokenizer.chat_template is not None
-    chat = template and not settings.raw
+    chat = model.has_chat_template and not settings.raw
     prompts = [
         model.encode(problem.prompt, chat=chat, system=settings.system)
         for problem in take_problems(task, "train", numbers)

@@ -86,7 +86,6 @@ def generate(
     model: Model, prompts: Sequence[Any], settings: Settings, seed: int, width: int | None = None
 ) -> list[ResponseSet]:
     """Responses by the settings, as `Model.generate` gives them."""
-    template = model.tokenizer is not None and model.tokenizer.chat_template is not None
     return model.generate(
         list(prompts),
         width=settings.width if width is None else width,
@@ -94,7 +93,7 @@ def generate(
         temperature=settings.temperature,
         seed=seed,
         stop=settings.stop or None,
-        chat=template and not settings.raw,
+        chat=model.has_chat_template and not settings.raw,
         system=settings.system,
         max_rows=settings.max_rows,
     )

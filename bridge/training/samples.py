@@ -145,8 +145,7 @@ def _encode(
         raise BridgeError(f"{where}: prompt must be a text or a list of messages")
     if isinstance(prompt, list) and not all(isinstance(message, dict) for message in prompt):
         raise BridgeError(f"{where}: prompt must be a text or a list of messages")
-    template = model.tokenizer is not None and model.tokenizer.chat_template is not None
-    chat = template and not settings.raw
+    chat = model.has_chat_template and not settings.raw
     ids = model.encode(prompt, chat=chat, system=settings.system, name=where)
     assert model.tokenizer is not None
     named = model.tokenizer.eos_token_id

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bridge_cli.options import MinP, Temperature, TopK, TopP
 from bridge_cli.text import harmless, print_json
 
 if TYPE_CHECKING:
@@ -23,12 +24,10 @@ def agree(
     ] = "",
     width: Annotated[int, typer.Option("-n", "--width", help="Rows.")] = 4,
     max_new_tokens: Annotated[int, typer.Option(help="Of each row.")] = 48,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest, up to this sum.")] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Keep what has this fraction of the likeliest.")
-    ] = None,
+    temperature: Temperature = 0.8,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     dtype: Annotated[str, typer.Option(help="What every backend computes in.")] = "float32",
     raw: Annotated[

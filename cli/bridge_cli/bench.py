@@ -6,16 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
+from bridge_cli.options import Backend, Device, Dtype
 from bridge_cli.text import print_json
 
 
 def bench(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint with blocks.")],
-    backend: Annotated[str | None, typer.Option(help="See bridge backends; else the best.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:0; else the best.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64.")] = None,
+    backend: Backend = None,
+    device: Device = None,
+    dtype: Dtype = None,
     figures: Annotated[str, typer.Option(help="Which, by commas.")] = "decode,prefill,train",
     width: Annotated[int, typer.Option("-n", "--width", help="Rows decoded together.")] = 8,
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 128,

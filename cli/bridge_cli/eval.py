@@ -12,6 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bridge_cli.options import (
+    AnswerSeed,
+    Backend,
+    Base,
+    Device,
+    Dtype,
+    MaxNewTokens,
+    MinP,
+    Raw,
+    Stop,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+)
 from bridge_cli.text import one_line, print_json
 
 if TYPE_CHECKING:
@@ -43,30 +58,20 @@ def evaluate(
         int, typer.Option(help="Groups a problem and width; more of them narrow the intervals.")
     ] = 1,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Of each row; else 256, or what the context leaves.")
-    ] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest, up to this sum.")] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Keep what has this fraction of the likeliest.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="A text that ends a row; repeat it.")
-    ] = None,
-    system: Annotated[str | None, typer.Option(help="The system message of the chat.")] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Feed prompts as they are, without a chat template.")
-    ] = False,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = 1.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: AnswerSeed = 0,
+    stop: Stop = None,
+    system: System = None,
+    raw: Raw = False,
     max_rows: Annotated[int, typer.Option(help="Rows decoded at once.")] = 256,
-    backend: Annotated[str | None, typer.Option(help="See bridge backends; else the best.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:0; else the best.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64.")] = None,
-    base: Annotated[Path | None, typer.Option(help="The host of an adapter.")] = None,
+    backend: Backend = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    base: Base = None,
     out: Annotated[
         Path | None, typer.Option(help="Keep responses, figures and plots here, and go on later.")
     ] = None,
@@ -200,8 +205,7 @@ def _load(
 
     opened = open_checkpoint(path, base)
     model = build(opened, opened.config, opened.tensors, backend, device, dtype)
-    template = model.tokenizer is not None and model.tokenizer.chat_template is not None
-    chat = template and not raw
+    chat = model.has_chat_template and not raw
     if system is not None and not chat:
         raise BridgeError(
             "--system is part of a chat, but --raw or the lack of a template drops it"

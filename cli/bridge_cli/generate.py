@@ -12,6 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bridge_cli.options import (
+    AnswerSeed,
+    Backend,
+    Base,
+    Device,
+    Dtype,
+    MaxNewTokens,
+    MinP,
+    Raw,
+    Stop,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+)
 from bridge_cli.text import harmless, print_json
 
 if TYPE_CHECKING:
@@ -34,30 +49,20 @@ def generate(
         Path | None,
         typer.Option(help="A prompt a line: text, or JSON with prompt or messages; - is stdin."),
     ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Of each row; else 256, or what the context leaves.")
-    ] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest, up to this sum.")] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Keep what has this fraction of the likeliest.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="A text that ends a row; repeat it.")
-    ] = None,
-    system: Annotated[str | None, typer.Option(help="The system message of the chat.")] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Feed prompts as they are, without a chat template.")
-    ] = False,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = 1.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: AnswerSeed = 0,
+    stop: Stop = None,
+    system: System = None,
+    raw: Raw = False,
     vote: Annotated[bool, typer.Option("--vote", help="End with the majority answer.")] = False,
-    backend: Annotated[str | None, typer.Option(help="See bridge backends; else the best.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:0; else the best.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64.")] = None,
-    base: Annotated[Path | None, typer.Option(help="The host of an adapter.")] = None,
+    backend: Backend = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    base: Base = None,
     live: Annotated[
         bool,
         typer.Option(
@@ -94,8 +99,7 @@ def generate(
     notes = Console(stderr=True)
     with notes.status("loading") if notes.is_terminal and not json else _nothing():
         model = load(checkpoint, base=base, backend=backend, device=device, dtype=dtype)
-    template = model.tokenizer is not None and model.tokenizer.chat_template is not None
-    chat = template and not raw
+    chat = model.has_chat_template and not raw
     _check_chat(asked, checkpoint, chat, raw, system)
     events = model.stream(
         asked,

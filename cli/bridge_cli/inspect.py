@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bridge_cli.options import Base
 from bridge_cli.text import count, one_line, print_json, size
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def inspect(
         str | None, typer.Option(help="What to compute in, for memory; else as stored.")
     ] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
-    base: Annotated[Path | None, typer.Option(help="The host of an adapter.")] = None,
+    base: Base = None,
     heads: Annotated[
         int | None, typer.Option(help="Of a config alone: heads of a block.", show_default="8")
     ] = None,
