@@ -66,7 +66,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     text = read_text(path)
     try:
-        value = json.loads(text, object_pairs_hook=_unique)
+        value = json.loads(text, object_pairs_hook=unique_keys)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
@@ -102,7 +102,8 @@ def _in_cache(directory: str, real: str) -> bool:
     return os.path.basename(snapshots) == "snapshots" and os.path.dirname(real) == blobs
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads`: an object. Raises ValueError for a key that comes twice."""
     seen: dict[str, Any] = {}
     for key, value in pairs:
         if key in seen:

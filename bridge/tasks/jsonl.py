@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import BridgeError
-from bridge.reading import one_line, show
+from bridge.reading import one_line, show, unique_keys
 from bridge.tasks.answers import check_place, read_answer
 from bridge.tasks.functions import load_function
 from bridge.tasks.matching import check_match, read_number
@@ -194,7 +194,7 @@ class JsonlTask:
 
 def _object(where: str, line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique)
+        record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_keys)
         json.dumps(record, ensure_ascii=False).encode("utf-8")  # refuses half a surrogate pair
     except UnicodeDecodeError as error:
         raise BridgeError(f"{where}: is not UTF-8 (at byte {error.start} of it)") from None
@@ -206,13 +206,6 @@ def _object(where: str, line: bytes) -> dict[str, Any]:
         raise BridgeError(f"{where}: is not readable as JSON ({one_line(error)})") from None
     if not isinstance(record, dict):
         raise BridgeError(f"{where}: must be a JSON object with prompt or messages, and answer")
-    return record
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        raise ValueError("a key comes twice")
     return record
 
 
