@@ -5,6 +5,7 @@ HYPOTHESIS_PROFILE or pytest's own --hypothesis-profile chooses; the latter wins
 
 import os
 import signal
+from collections.abc import Iterator
 from importlib.metadata import files
 from pathlib import Path
 
@@ -24,6 +25,17 @@ settings.register_profile(
 )
 settings.register_profile("thorough", max_examples=300, deadline=None, suppress_health_check=QUIET)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch on one thread: small models are slower on two, and so are tests beside each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

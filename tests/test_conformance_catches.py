@@ -7,7 +7,6 @@ cases that profile `ci` draws. The same cases must pass without a fault.
 import sys
 
 import pytest
-import torch
 
 from bridge_conformance.checks import CHECKS
 from bridge_ref.losses import group_advantages
@@ -18,13 +17,7 @@ from mutations.fault import Edit, StaleFault, load_package
 USED = sorted({(f.check, f.dtype) for f in FAULTS.values() if f.check in CHECKS})
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two workers that each take every core wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", FAULTS)

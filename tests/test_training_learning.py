@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from training_toys import Graded, InProcess, Nasty, Sums, write_model
 
 import bridge
@@ -22,14 +21,7 @@ from bridge.training.samples import Correct
 from bridge.training.sft import deal
 from bridge_conformance.tolerance import allowance, error
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are slower on two, and tests that run beside each other slower yet."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from dataclasses import fields
 from types import ModuleType
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from training_toys import Graded, InProcess, write_model
@@ -28,13 +27,7 @@ GIVEN = {"checkpoint": "c", "out": "o", "task": "t"}
 PLAIN = dict.fromkeys(("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "GITHUB_ACTIONS"))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the other tests of training."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

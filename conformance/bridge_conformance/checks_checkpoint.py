@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bridge.checkpoint import open_checkpoint
-from bridge.checkpoint_writer import write_checkpoint
+from bridge.checkpoint_writer import SHARD_SIZE, write_checkpoint
 from bridge.config import tensor_shapes
 from bridge.conversion import convert
 from bridge.safetensors_io import TensorSpec
@@ -32,20 +32,23 @@ def tensors_come_back_byte_for_byte(target: Target, case: RowsCase) -> None:
             raise trial.failure(f"{name} comes back changed", case)
 
 
+def write_model(trial: Trial, path: Path, shard_size: int = SHARD_SIZE) -> None:
+    """The backend's model of a trial as a checkpoint, in the dtype under test."""
+    shapes = tensor_shapes(trial.case.config)
+    specs = {name: TensorSpec(DTYPES[trial.dtype], shape) for name, shape in shapes.items()}
+    write_checkpoint(path, trial.case.raw, specs, trial.model.tensors(), shard_size=shard_size)
+
+
 def a_checkpoint_gives_the_same_model(target: Target, case: RowsCase) -> None:
     """Clauses 9.1 to 9.6: written, read and loaded, a model computes the same logits, bit for bit.
 
     Half of the checkpoints are in shards.
     """
     trial = Trial(target, case.model)
-    specs = {
-        name: TensorSpec(DTYPES[target.dtype], shape)
-        for name, shape in tensor_shapes(trial.case.config).items()
-    }
     size = 1000 if case.model.seed % 2 else 10**9
     with TemporaryDirectory() as parent:
         path = Path(parent) / "checkpoint"
-        write_checkpoint(path, case.model.raw, specs, trial.model.tensors(), shard_size=size)
+        write_model(trial, path, size)
         opened = open_checkpoint(path)
         read = {name: opened.tensors[name] for name in opened.tensors}
         for name, array in read.items():
@@ -63,15 +66,11 @@ def every_form_gives_the_same_model(target: Target, case: RowsCase) -> None:
     Half of the checkpoints are in shards.
     """
     trial = Trial(target, case.model)
-    specs = {
-        name: TensorSpec(DTYPES[target.dtype], shape)
-        for name, shape in tensor_shapes(trial.case.config).items()
-    }
     want, where = trial.model.logits(*case.arguments), case.active
     size = 1000 if case.model.seed % 2 else 10**9
     with TemporaryDirectory() as parent:
         before = Path(parent) / "start"
-        write_checkpoint(before, case.model.raw, specs, trial.model.tensors())
+        write_model(trial, before)
         for number, form in enumerate(("jax", "mlx", "torch")):
             after = Path(parent) / f"{number}-{form}"
             convert(before, after, form, shard_size=size)
