@@ -112,11 +112,18 @@ class OperatorSearch:
             answer is not None and self.values(given["numbers"], answer)[-1] == given["target"]
         )
 
-    def demonstrate(self, problem: Problem, trials: int, rng: np.random.Generator) -> str:
+    def demonstrate(
+        self, problem: Problem, trials: int, rng: np.random.Generator, lucky: bool = False
+    ) -> str:
         """A response as one who tries at random gives it: `trials` different trials, then the
-        first that came out right, or else a guess that was not among them."""
+        first that came out right, or else a guess that was not among them. `lucky`: one trial,
+        whichever, does come out right."""
         numbers, target = problem.metadata["numbers"], problem.metadata["target"]
         order = [self.candidates()[i] for i in rng.permutation(3 ** (self.numbers - 1))]
+        if lucky:
+            solved = [i for i, o in enumerate(order) if self.values(numbers, o)[-1] == target]
+            here, there = int(rng.integers(trials)), solved[0]
+            order[here], order[there] = order[there], order[here]
         words: list[object] = []
         answer = order[trials]
         for operators in reversed(order[:trials]):

@@ -25,6 +25,7 @@ from bridge.training.schedule import learning_rate
 EOS = "<eos>"
 OPTIMIZER = AdamW(lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01)
 WARMUP = 50
+LUCKY = 0.5  # of the demonstrations in the first half of pretraining; see `pretrain`
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,13 @@ def pretrain(
     note: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
     """Write `out`: the model of `source` after `steps` updates on fresh demonstrations, `rows` each
-    and every row a group of its own. A pure function of its arguments on a machine; `note` hears
-    of step and loss."""
+    and every row a group of its own.
+
+    Trials at random seldom come out right, too seldom to learn from that one then answers with
+    that trial. In the first half of the steps LUCKY of the demonstrations therefore have one that
+    does; in the second half all are at random again, and the base's trials with them.
+    A pure function of its arguments on a machine; `note` hears of step and loss.
+    """
     opened = open_checkpoint(source)
     model = bridge.load(source, backend="torch")
     trainer = model.trainer(SFT(), OPTIMIZER, "all")
@@ -92,7 +98,8 @@ def pretrain(
         groups = []
         for i in range(rows):
             problem = task.problem("train", step * rows + i)
-            said = task.demonstrate(problem, trials, rng)
+            lucky = step < steps // 2 and rng.random() < LUCKY
+            said = task.demonstrate(problem, trials, rng, lucky)
             tokens = [*model.encode(said), 0]
             groups.append(Group(model.encode(problem.prompt), [tokens]))
         lr = learning_rate(step, steps, OPTIMIZER.lr, "cosine", WARMUP, 0.05)

@@ -37,7 +37,7 @@ class Plan:
     modulus: int = 19
     trials: int = 2
     size: Size = field(default_factory=Size)
-    pretrain_steps: int = 3000
+    pretrain_steps: int = 2000
     pretrain_rows: int = 128
     heads: int = 2
     head_dim: int = 10
