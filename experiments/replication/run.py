@@ -124,6 +124,7 @@ def train_arm(here: Path, plan: Plan, seed: int, arm: str, kind: str | None) -> 
         problems=plan.problems,
         width=plan.width,
         lr=plan.lr,
+        schedule="cosine",  # at a constant rate every arm unlearns its arithmetic after 200 steps
         eps_high=0.2,
         trainable=("all",),
         **common,
