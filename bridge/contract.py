@@ -150,6 +150,18 @@ class BackendModel(Protocol):
         """Teacher-forced logits `[B, S, V]`; where not `active` they are finite but unspecified."""
         ...
 
+    def norm_ratios(
+        self,
+        tokens: np.ndarray,
+        groups: np.ndarray,
+        active: np.ndarray,
+        positions: np.ndarray,
+    ) -> np.ndarray:
+        """Of each layer with a block, in order of layers: the mean over active cells of the norm of
+        what the block adds, divided by that of what it reads (clause 3.9); float32 or wider. Empty
+        for a model without blocks. Arguments as for `logits`."""
+        ...
+
     def prefill(
         self,
         prompts: Sequence[np.ndarray],

@@ -15,7 +15,7 @@ from bridge.inputs import take_tensor
 from bridge_ref.block import bridge_block
 from bridge_ref.decode import CachedDecoder
 from bridge_ref.losses import Metrics
-from bridge_ref.model import block_weights, forward
+from bridge_ref.model import block_weights, forward, norm_ratios
 from bridge_ref.precision import DTYPES
 from bridge_ref.train import ReferenceTrainer, logprobs, loss_and_grads
 
@@ -72,6 +72,12 @@ class ReferenceModel:
     ) -> np.ndarray:
         """Teacher-forced logits `[B, S, V]` in float32, or float64 for a float64 model."""
         return forward(self.config, self._tensors, tokens, groups, active, positions)[0]
+
+    def norm_ratios(
+        self, tokens: np.ndarray, groups: np.ndarray, active: np.ndarray, positions: np.ndarray
+    ) -> np.ndarray:
+        """How much each block adds to what it reads (clause 3.9), one a block, wide."""
+        return norm_ratios(self.config, self._tensors, tokens, groups, active, positions)
 
     def prefill(
         self,

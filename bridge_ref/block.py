@@ -22,6 +22,7 @@ from bridge_ref.ops import (
     silu,
     silu_backward,
 )
+from bridge_ref.precision import wide
 
 Weights = Mapping[str, np.ndarray]
 
@@ -53,14 +54,14 @@ def bridge_block(
     else:
         y, mix_cache = row_mlp(x, weights)
     out = np.where(active[:, :, None], seen + y, h)
-    return out, (active, norm_cache, bridge.kind, mix_cache)
+    return out, (active, norm_cache, bridge.kind, mix_cache, y)
 
 
 def bridge_block_backward(
     dout: Float[np.ndarray, "B S D"], cache: Cache
 ) -> tuple[Float[np.ndarray, "B S D"], dict[str, np.ndarray]]:
     """`dh = dout`, plus what flows through y, across the rows of a group; and the weights'."""
-    active, norm_cache, kind, mix_cache = cache
+    active, norm_cache, kind, mix_cache, _ = cache
     dy = np.where(active[:, :, None], dout, np.zeros((), dout.dtype))
     if kind == "attention":
         dx, grads = rows_attention_backward(dy, mix_cache)
@@ -69,6 +70,15 @@ def bridge_block_backward(
     dseen, dnorm = rms_norm_backward(dx, norm_cache)
     dh = dout + np.where(active[:, :, None], dseen, np.zeros((), dout.dtype))
     return dh, {"norm.weight": dnorm, **grads}
+
+
+def norm_ratio(cache: Cache) -> Float[np.ndarray, ""]:
+    """Clause 3.9: the mean over active cells of `||y[b, s]|| / ||h[b, s]||`, wide, from what
+    `bridge_block` gives for its backward; 0 at a cell whose h is 0, and where none is active."""
+    active, (h, _, _), _, _, y = cache
+    added, before = (np.linalg.norm(wide(z[active]), axis=-1) for z in (y, h))
+    ratio = np.divide(added, before, out=np.zeros_like(before), where=before > 0)
+    return ratio.sum() / max(ratio.size, 1)
 
 
 def rows_attention(

@@ -20,7 +20,7 @@ from bridge_ref.attention import (
     self_attention_backward,
     split_heads,
 )
-from bridge_ref.block import bridge_block, bridge_block_backward
+from bridge_ref.block import bridge_block, bridge_block_backward, norm_ratio
 from bridge_ref.ops import Cache
 from bridge_ref.precision import rounded, wide, wide_dtype
 
@@ -42,6 +42,20 @@ def forward(
 
     Cells that are not active influence no others; their own logits are finite and unspecified.
     """
+    h, decoder_cache = hidden_states(config, tensors, tokens, groups, active, positions)
+    logits, head_cache = head(config, tensors, h)
+    return logits, (decoder_cache, head_cache)
+
+
+def hidden_states(
+    config: ModelConfig,
+    tensors: Tensors,
+    tokens: Int[np.ndarray, "B S"],
+    groups: Int[np.ndarray, " B"],
+    active: Bool[np.ndarray, "B S"],
+    positions: Int[np.ndarray, "B S"],
+) -> tuple[Float[np.ndarray, "B S D"], Cache]:
+    """`forward` without the head: the residual stream after the last layer."""
     windows = {window_of(config, i) for i in range(config.num_hidden_layers)}
     allowed = {window: causal_allowed(active, positions, window) for window in windows}
 
@@ -50,9 +64,21 @@ def forward(
 
     # What an inactive cell holds is not read; it need not even be a token.
     tokens = np.where(active, tokens, 0)
-    h, decoder_cache = decoder(config, tensors, tokens, groups, active, positions, attend)
-    logits, head_cache = head(config, tensors, h)
-    return logits, (decoder_cache, head_cache)
+    return decoder(config, tensors, tokens, groups, active, positions, attend)
+
+
+def norm_ratios(
+    config: ModelConfig,
+    tensors: Tensors,
+    tokens: Int[np.ndarray, "B S"],
+    groups: Int[np.ndarray, " B"],
+    active: Bool[np.ndarray, "B S"],
+    positions: Int[np.ndarray, "B S"],
+) -> Float[np.ndarray, " blocks"]:
+    """Clause 3.9: the norm ratio of each layer with a block, in order of layers, wide."""
+    h, (_, caches) = hidden_states(config, tensors, tokens, groups, active, positions)
+    blocks = [cache[-1] for cache in caches if cache[-1] is not None]
+    return np.array([norm_ratio(block) for block in blocks], wide_dtype(h.dtype))
 
 
 def backward(config: ModelConfig, dlogits: Float[np.ndarray, "B S V"], cache: Cache) -> Grads:

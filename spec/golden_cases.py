@@ -144,6 +144,11 @@ def logits(attempt: int, **changes: Any) -> Case:
     return settings, {**batch, **weights}
 
 
+def ratios(attempt: int, kind: str) -> Case:
+    bridge = {**BRIDGE, "kind": kind, "layers": [0, 1]}
+    return logits(attempt, num_hidden_layers=2, bridge=bridge)
+
+
 def decode(attempt: int) -> Case:
     settings, weights, numbers = model(attempt, model_type="mistral", sliding_window=3)
     prompts = {"prompt.0": numbers.below(11, 4), "prompt.1": numbers.below(11, 2)}
@@ -264,6 +269,8 @@ CASES: dict[str, Callable[[int], Case]] = {
         block, kind="attention", groups=np.zeros(4, np.int64), active=np.ones((4, 2), bool)
     ),
     "3.6-block-ragged": partial(block, kind="attention", groups=GROUPS, active=ACTIVE),
+    "3.9-ratios-attention": partial(ratios, kind="attention"),
+    "3.9-ratios-mlp": partial(ratios, kind="mlp"),
     "4.1-decode": decode,
     **{f"5.1-logits-{f}": partial(logits, model_type=f, **c) for f, c in FAMILIES.items()},
     **{f"5.6-rope-{kind}": partial(rope, kind=kind) for kind in ROPES},

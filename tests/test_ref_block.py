@@ -5,7 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.config import BridgeConfig
-from bridge_ref.block import allowed_rows, bridge_block, bridge_block_backward
+from bridge.inputs import default_positions
+from bridge_conformance.cases import ModelCase
+from bridge_ref.backend import Reference
+from bridge_ref.block import allowed_rows, bridge_block, bridge_block_backward, norm_ratio
 
 S, D, H, d = 3, 6, 2, 4
 SEEDS = st.integers(0, 2**32 - 1)
@@ -117,3 +120,45 @@ def test_width_one_adds_v_o(seed):
     y = x @ weights["v_proj.weight"].T @ weights["o_proj.weight"].T
     got = block(h, groups, active, weights, config)
     np.testing.assert_allclose(got[active], (h + y)[active], rtol=1e-12, atol=1e-12)
+
+
+@given(SEEDS, ROWS, KINDS)
+def test_the_norm_ratio_is_a_mean_over_active_cells(seed, B, kind):
+    """Clause 3.9."""
+    h, groups, active, weights, config = case(seed, B, kind)
+    h[0, 0] = 0
+    h = np.where(active[:, :, None], h, np.nan)
+    out, cache = bridge_block(h, groups, active, weights, config)
+    ratios = [
+        float(np.linalg.norm(out[b, s] - h[b, s]) / np.linalg.norm(h[b, s]))
+        for b, s in zip(*np.nonzero(active), strict=True)
+        if h[b, s].any()
+    ]
+    want = sum(ratios) / max(active.sum(), 1)
+    np.testing.assert_allclose(norm_ratio(cache), want, rtol=1e-9)
+
+
+def norm_ratios(layers, **changed):
+    """Of three layers, with blocks on `layers` and some of the weights `changed`."""
+    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 3}
+    raw = {"model_type": "llama", **sizes, "num_attention_heads": 2, "tie_word_embeddings": True}
+    if layers:
+        sizes = {"num_heads": 2, "head_dim": 3, "layers": layers, "norm_eps": 1e-6}
+        raw["bridge"] = {"spec_version": "1.0", "kind": "attention", **sizes}
+    model = ModelCase(raw, 0)
+    tensors = model.tensors("float64")
+    for i, factor in changed.items():
+        tensors[f"model.layers.{i[1:]}.bridge.o_proj.weight"] *= factor
+    loaded = Reference().load(model.config, tensors, device="cpu", dtype="float64")
+    active = np.array([[True] * 4, [True, True, False, False]])
+    tokens = np.arange(8).reshape(2, 4)
+    return loaded.norm_ratios(tokens, np.zeros(2, int), active, default_positions(active))
+
+
+def test_norm_ratios_are_of_the_layers_with_a_block_in_order():
+    first, last = norm_ratios([0, 2])
+    assert first > 0 and last > 0
+    np.testing.assert_array_equal(norm_ratios([0, 2], l2=0), [first, 0])
+    np.testing.assert_allclose(norm_ratios([0, 2], l0=2)[0], 2 * first, rtol=1e-12)
+    assert norm_ratios([1, 2], l1=0)[0] == 0
+    assert norm_ratios([]).shape == (0,)

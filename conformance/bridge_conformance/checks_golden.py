@@ -21,7 +21,15 @@ from bridge_conformance.tolerance import DTYPES, ulp
 from bridge_conformance.trial import Target, Trial
 
 GRID = 2.0**-28  # to which a file's outputs are rounded, of the largest magnitude's power of two
-LEVELS = {"block": 1, "logits": 2, "decode": 3, "generate": 3, "gradients": 4, "training": 5}
+LEVELS = {
+    "block": 1,
+    "logits": 2,
+    "ratios": 2,
+    "decode": 3,
+    "generate": 3,
+    "gradients": 4,
+    "training": 5,
+}
 # A vector of the block alone has no host; this one is never run.
 HOST = {
     "model_type": "llama",

@@ -99,6 +99,10 @@ def _logits(settings: Settings, x: Given, model: BackendModel) -> Arrays:
     return {"logits": np.where(x["active"][..., None], logits, 0)}
 
 
+def _ratios(settings: Settings, x: Given, model: BackendModel) -> Arrays:
+    return {"ratios": model.norm_ratios(x["tokens"], x["groups"], x["active"], x["positions"])}
+
+
 def _decode(settings: Settings, x: Given, model: BackendModel) -> Arrays:
     prompts = [x[f"prompt.{i}"] for i in range(len(settings["widths"]))]
     decoder = model.prefill(prompts, settings["widths"], settings["max_new_tokens"])
@@ -188,6 +192,7 @@ def _batch(x: Given) -> Batch:
 
 THROUGH_THE_CONTRACT: dict[str, Callable[..., Arrays]] = {
     "logits": _logits,
+    "ratios": _ratios,
     "decode": _decode,
     "generate": _generate,
     "gradients": _gradients,

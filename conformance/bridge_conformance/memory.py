@@ -46,6 +46,10 @@ class Remembered:
         """As `BackendModel.logits`; the array is read-only."""
         return self._once(self.model.logits, arguments)
 
+    def norm_ratios(self, *arguments: Any) -> np.ndarray:
+        """As `BackendModel.norm_ratios`; the array is read-only."""
+        return self._once(self.model.norm_ratios, arguments)
+
     def loss_and_grads(self, *arguments: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """As `BackendModel.loss_and_grads`."""
         return self._once(self.model.loss_and_grads, arguments)
