@@ -99,6 +99,15 @@ class MlxModel:
             ids = mx.array(np.where(active, tokens, 0).astype(np.int32))
             return to_numpy(self.transformer.logits(self.transformer.forward(ids, cells)))
 
+    def norm_ratios(
+        self, tokens: np.ndarray, groups: np.ndarray, active: np.ndarray, positions: np.ndarray
+    ) -> np.ndarray:
+        """How much each block adds to what it reads (clause 3.9), one a block, float32."""
+        with mx.stream(self.transformer.device):
+            cells = self.transformer.cells(groups, active, positions)
+            ids = mx.array(np.where(active, tokens, 0).astype(np.int32))
+            return to_numpy(self.transformer.norm_ratios(ids, cells))
+
     def prefill(
         self,
         prompts: Sequence[np.ndarray],

@@ -115,10 +115,34 @@ class Block:
         """
         # A zero residual gives zero q, k and v: nothing of the cell is left, not even NaN.
         x = hidden if active is None else mx.where(active[..., None], hidden, 0)
+        y = self._output(x, grid, active)
+        return hidden + (y if active is None else mx.where(active[..., None], y, 0))
+
+    def norm_ratio(
+        self,
+        hidden: Float[mx.array, "R S D"],
+        grid: Grid,
+        active: Bool[mx.array, "R S"] | None = None,
+    ) -> Float[mx.array, ""]:
+        """The norm of what a call adds to that of `hidden`, its mean over active cells, in float32
+        (clause 3.9)."""
+        h = hidden if active is None else mx.where(active[..., None], hidden, 0)
+        y = self._output(h, grid, active)
+        added, before = (mx.linalg.norm(z.astype(mx.float32), axis=-1) for z in (y, h))
+        # A zero residual counts as 0, and what is not active is one by now.
+        ratio = mx.where(before > 0, added / mx.where(before > 0, before, 1), 0)
+        return mx.sum(ratio) / (ratio.size if active is None else mx.maximum(mx.sum(active), 1))
+
+    def _output(
+        self,
+        x: Float[mx.array, "R S D"],
+        grid: Grid,
+        active: Bool[mx.array, "R S"] | None,
+    ) -> Float[mx.array, "R S D"]:
+        """y of clauses 3.6 and 8.1, at a residual that is 0 where not active."""
         x = self.inward(rms_norm(x, self.norm, self.eps))
         x = silu(x) if self.num_heads is None else self._mix(x, self.num_heads, grid, active)
-        y = self.outward(x)
-        return hidden + (y if active is None else mx.where(active[..., None], y, 0))
+        return self.outward(x)
 
     def _mix(
         self,

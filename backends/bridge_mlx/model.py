@@ -217,6 +217,16 @@ class Transformer:
             h = mx.checkpoint(again)(h, mine)
         return h
 
+    def norm_ratios(self, tokens: Int[mx.array, "B S"], cells: Cells) -> Float[mx.array, " blocks"]:
+        """How much each block adds to what it reads, in order of layers (clause 3.9)."""
+        h, ratios = embed(self.embed, tokens), []
+        for i, layer in enumerate(self.layers):
+            h = self._layer(i, replace(layer, block=None), h, cells, None)
+            if layer.block is not None:
+                ratios.append(layer.block.norm_ratio(h, cells.grid, cells.active))
+                h = layer.block(h, cells.grid, cells.active)
+        return mx.stack(ratios) if ratios else mx.zeros(0)
+
     def _layer(
         self,
         i: int,

@@ -92,6 +92,15 @@ class TorchModel:
         ids = torch.from_numpy(np.where(active, tokens, 0).astype(np.int64)).to(self.device)
         return to_numpy(self.transformer.logits(self.transformer.forward(ids, cells)))
 
+    @torch.inference_mode()
+    def norm_ratios(
+        self, tokens: np.ndarray, groups: np.ndarray, active: np.ndarray, positions: np.ndarray
+    ) -> np.ndarray:
+        """How much each block adds to what it reads (clause 3.9), one a block, wide."""
+        cells = self.transformer.cells(groups, active, positions)
+        ids = torch.from_numpy(np.where(active, tokens, 0).astype(np.int64)).to(self.device)
+        return to_numpy(self.transformer.norm_ratios(ids, cells))
+
     def prefill(
         self,
         prompts: Sequence[np.ndarray],

@@ -107,11 +107,31 @@ class Block:
         inactive = None if active is None else ~active[..., None]
         # A zero residual gives zero q, k and v: nothing of the cell is left, not even NaN.
         x = hidden if inactive is None else hidden.masked_fill(inactive, 0)
-        x = self.inward(rms_norm(x, self.norm, self.eps))
-        x = F.silu(x) if self.num_heads is None else self._mix(x, self.num_heads, grid, active)
+        x = self._read(x, grid, active)
         if inactive is None:
             return self.outward.add_to(hidden, x)
         return hidden + self.outward(x).masked_fill(inactive, 0)
+
+    def norm_ratio(
+        self,
+        hidden: Float[Tensor, "R S D"],
+        grid: Grid,
+        active: Bool[Tensor, "R S"] | None = None,
+    ) -> Float[Tensor, ""]:
+        """The norm of what a call adds to that of `hidden`, its mean over active cells, in float32
+        or wider (clause 3.9)."""
+        h = hidden if active is None else hidden.masked_fill(~active[..., None], 0)
+        y = self.outward(self._read(h, grid, active))
+        added, before = (torch.linalg.vector_norm(z, dim=-1, dtype=wide(z.dtype)) for z in (y, h))
+        ratio = (added / before).masked_fill(before == 0, 0)  # so where not active, too
+        return ratio.sum() / (ratio.numel() if active is None else active.sum().clamp(min=1))
+
+    def _read(
+        self, x: Float[Tensor, "R S D"], grid: Grid, active: Bool[Tensor, "R S"] | None
+    ) -> Float[Tensor, "R S E"]:
+        """What the outward projection is to project."""
+        x = self.inward(rms_norm(x, self.norm, self.eps))
+        return F.silu(x) if self.num_heads is None else self._mix(x, self.num_heads, grid, active)
 
     def _mix(
         self,

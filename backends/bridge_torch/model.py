@@ -222,6 +222,16 @@ class Transformer:
                 h = self._layer(i, layer, h, cells, keep)
         return h
 
+    def norm_ratios(self, tokens: Int[Tensor, "B S"], cells: Cells) -> Float[Tensor, " blocks"]:
+        """How much each block adds to what it reads, in order of layers (clause 3.9)."""
+        h, ratios = F.embedding(tokens, self.embed), []
+        for i, layer in enumerate(self.layers):
+            h = self._layer(i, replace(layer, block=None), h, cells, None)
+            if layer.block is not None:
+                ratios.append(layer.block.norm_ratio(h, cells.grid, cells.active))
+                h = layer.block(h, cells.grid, cells.active)
+        return torch.stack(ratios) if ratios else torch.empty(0)
+
     def _layer(
         self,
         i: int,

@@ -105,6 +105,7 @@ CHECKS: dict[str, Check] = {
         _check(checks_block.identical_rows_give_the_width_one_result, "3.8", 1),
         _check(checks_block.timesteps_do_not_mix_in_the_block, "3.3", 1),
         _check(checks_model.logits_are_within_the_numerics_rule, "10.2", 2),
+        _check(checks_model.norm_ratios_are_within_the_numerics_rule, "3.9", 2),
         _check(checks_model.fresh_blocks_are_the_identity, "3.8", 2),
         _check(checks_model.permuting_rows_permutes_the_logits, "3.8", 2),
         _check(checks_model.group_numbers_are_only_names, "2.2", 2),

@@ -35,6 +35,26 @@ def logits_are_within_the_numerics_rule(target: Target, case: RowsCase) -> None:
         raise trial.failure("logits at inactive cells are not finite", case)
 
 
+def norm_ratios_are_within_the_numerics_rule(target: Target, case: RowsCase) -> None:
+    """Clause 3.9: of every block, in order of layers, over active cells alone."""
+    trial = Trial(target, case.model)
+
+    def run(model: BackendModel, rows: RowsCase = case) -> np.ndarray:
+        return model.norm_ratios(*rows.arguments)
+
+    exact, allowed = trial.allowance(run)
+    got = run(trial.model)
+    if got.dtype not in (np.float32, np.float64):
+        raise trial.failure(f"norm ratios are {got.dtype}, not float32 or float64", case)
+    trial.same(got, exact, allowed, "norm ratios", case)
+    padded = run(trial.model, case.pad(2, 3))
+    trial.same(padded, exact, allowed, "norm ratios, padding added on both sides", case)
+    host = {name: array for name, array in trial.tensors.items() if ".bridge." not in name}
+    plain = run(trial.load(case.model.config.without_bridge(), host))
+    if plain.shape != (0,):
+        raise trial.failure(f"norm ratios without blocks have the shape {plain.shape}", case)
+
+
 def fresh_blocks_are_the_identity(target: Target, case: RowsCase) -> None:
     """Clause 3.8: with a zero output projection, the model is its host, exactly."""
     trial = Trial(target, case.model)
