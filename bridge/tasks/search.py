@@ -8,40 +8,24 @@ right, ((a o b) o c) o d = t modulo m:
 
 A response may write out trials, each with its intermediate values and a verdict; what counts is the
 answer after its last `!`. One trial is as good as another, so rows that try different operators and
-see each other's verdicts know more than any of them alone. It has no network, no file and no
-option that changes which split a puzzle is in.
+see each other's verdicts know more than any of them alone.
 """
 
 from collections.abc import Sequence
-from hashlib import sha256
 from itertools import product
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
 from bridge.errors import BridgeError
-from bridge.philox import philox4x32
-from bridge.tasks.problem import SPLITS, Problem, check_number
-
-OPERATORS = "+-*"
-STREAM = 4  # fourth word of the counter; sampling has 0, fresh blocks 1, training 2 and 3
-SHARE = {"train": range(0, 8), "validation": range(8, 9), "test": range(9, 10)}  # tenths
+from bridge.tasks.problem import Problem
+from bridge.tasks.synthetic import OPERATORS, Synthetic, digits, left_to_right
 
 
-class Puzzle(NamedTuple):
-    """Numbers from 1 to 9, and what they must come to."""
-
-    numbers: tuple[int, ...]
-    target: int
-
-    @property
-    def prompt(self) -> str:
-        """As a model reads it."""
-        return f"{' '.join(map(str, self.numbers))} = {self.target} ?"
-
-
-class OperatorSearch:
+class OperatorSearch(Synthetic):
     """The task, for one length and one modulus. A correct answer scores 1, any other text 0."""
+
+    purpose = 0
 
     def __init__(self, numbers: int = 4, modulus: int = 19, seed: int = 0) -> None:
         """`numbers` a puzzle. `seed`: another one gives other puzzles, of the same splits."""
@@ -52,32 +36,13 @@ class OperatorSearch:
         self.numbers, self.modulus, self.seed = numbers, modulus, seed
         self.name = f"operator-search-{numbers}-mod-{modulus}"
 
-    def size(self, split: str) -> int | None:
-        """Endless: the puzzles of a split come again."""
-        return None
-
-    def problem(self, split: str, number: int) -> Problem:
-        """Puzzle `number` of a split: the first that belongs to it, of draws from
-        (seed, split, number)."""
-        check_number(self.name, None, split, number)
-        attempt = 0
-        while True:
-            puzzle = self._draw(attempt, number, SPLITS.index(split))
-            digest = sha256(puzzle.prompt.encode()).digest()
-            if int.from_bytes(digest[:4], "big") % 10 in SHARE[split]:
-                break
-            attempt += 1
-        given = {"numbers": list(puzzle.numbers), "target": puzzle.target}
-        return Problem(number, puzzle.prompt, None, given)
-
-    def _draw(self, attempt: int, number: int, split: int) -> Puzzle:
-        words = philox4x32((attempt, number, split, STREAM), self.seed).reshape(-1)
-        numbers, code = [], int(words[0])
-        for _ in range(self.numbers):
-            code, digit = divmod(code, 9)
-            numbers.append(digit + 1)
+    def draw(self, words: np.ndarray) -> tuple[str, dict[str, Any]]:
+        """Numbers from 1 to 9, and what some choice of operators makes of them."""
+        numbers = [digit + 1 for digit in digits(int(words[0]), 9, self.numbers)]
         chosen = self.candidates()[int(words[1]) % 3 ** (self.numbers - 1)]
-        return Puzzle(tuple(numbers), self.values(numbers, chosen)[-1])
+        target = self.values(numbers, chosen)[-1]
+        prompt = f"{' '.join(map(str, numbers))} = {target} ?"
+        return prompt, {"numbers": numbers, "target": target}
 
     def candidates(self) -> list[str]:
         """Every choice of operators: all that there is to try."""
@@ -85,18 +50,7 @@ class OperatorSearch:
 
     def values(self, numbers: Sequence[int], operators: str) -> list[int]:
         """What each operator comes to, from left to right, modulo m."""
-        found, value = [], numbers[0]
-        for operator, number in zip(operators, numbers[1:], strict=True):
-            match operator:
-                case "+":
-                    value += number
-                case "-":
-                    value -= number
-                case _:
-                    value *= number
-            value %= self.modulus
-            found.append(value)
-        return found
+        return left_to_right(numbers, operators, self.modulus)
 
     def read_answer(self, response: str) -> str | None:
         """The operators after the last `!`, without spaces; None where they are not all there."""

@@ -1,13 +1,15 @@
 """The base model of the experiment: a small decoder, pretrained on demonstrations of a task.
 
-It learns to write out random trials, to compute their values and verdicts, and to answer with a
-trial that came out right: all that a single row can do. What rows can do together it has not seen.
+It learns, say, to write out random trials, to compute their values and verdicts, and to answer with
+a trial that came out right: all that a single row can do. What rows can do together it has not
+seen.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -18,7 +20,7 @@ from bridge.checkpoint_writer import write_checkpoint
 from bridge.config import parse_config, tensor_shapes
 from bridge.contract import SFT, AdamW
 from bridge.safetensors_io import specs_of
-from bridge.tasks.search import OperatorSearch
+from bridge.tasks.synthetic import Synthetic
 from bridge.training.batches import Group, make_batch
 from bridge.training.schedule import learning_rate
 
@@ -39,7 +41,7 @@ class Size:
     context: int = 64
 
 
-def write_fresh(path: Path, task: OperatorSearch, size: Size, seed: int) -> None:
+def write_fresh(path: Path, task: Synthetic, size: Size, seed: int) -> None:
     """A checkpoint with random weights, and a tokenizer of the task's words."""
     words = [EOS, *task.vocabulary()]
     raw = {
@@ -74,16 +76,16 @@ def write_fresh(path: Path, task: OperatorSearch, size: Size, seed: int) -> None
 def pretrain(
     source: Path,
     out: Path,
-    task: OperatorSearch,
+    task: Synthetic,
     *,
     steps: int,
     rows: int,
-    trials: int,
+    demonstration: Mapping[str, Any],
     seed: int,
     note: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
     """Write `out`: the model of `source` after `steps` updates on fresh demonstrations, `rows` each
-    and every row a group of its own.
+    and every row a group of its own. `demonstration`: options of what the task demonstrates.
 
     Trials at random seldom come out right, too seldom to learn from that one then answers with
     that trial. In the first half of the steps LUCKY of the demonstrations therefore have one that
@@ -99,7 +101,7 @@ def pretrain(
         for i in range(rows):
             problem = task.problem("train", step * rows + i)
             lucky = step < steps // 2 and rng.random() < LUCKY
-            said = task.demonstrate(problem, trials, rng, lucky)
+            said = task.demonstrate(problem, rng=rng, lucky=lucky, **demonstration)
             tokens = [*model.encode(said), 0]
             groups.append(Group(model.encode(problem.prompt), [tokens]))
         lr = learning_rate(step, steps, OPTIMIZER.lr, "cosine", WARMUP, 0.05)

@@ -1,72 +1,41 @@
-"""The experiment: pretrain a base, then three arms from it at equal data and steps.
+"""The experiment: pretrain a base, then arms from it at equal data and steps, and test each.
 
-    python experiments/replication/run.py runs --seed 0 --seed 1
+    python experiments/replication/run.py runs --task search --seed 0 --seed 1
 
 Each stage leaves a directory, and is not done again where that is there; a stage that was stopped
 goes on. Arms: `bridge`, `pmatch` (an MLP of equal size in the same places) and `rlvr` (no block).
 The first two have a warm-up of their new parameters; then all parameters of each learn from
-rewards, on the same problems in the same order.
+rewards, on the same problems in the same order. `--arm` names others: the ablations of plans.py.
 """
 
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from base import Size, pretrain, write_fresh
+from ablations import changed
+from base import pretrain, write_fresh
+from plans import ABLATIONS, ARMS, PLANS, Arm, Plan
 
 import bridge
+from bridge.errors import BridgeError
 from bridge.evaluation.batches import Decoding
 from bridge.evaluation.evaluate import evaluate
 from bridge.evaluation.summary import report
 from bridge.initialise import init
 from bridge.tasks import find_task
-from bridge.tasks.search import OperatorSearch
-from bridge.training import GRPOSettings, SFTSettings, train
-
-TASK = "bridge.tasks.search:operator_search"
-ARMS = {"bridge": "attention", "pmatch": "mlp", "rlvr": None}
+from bridge.tasks.synthetic import Synthetic
+from bridge.training import GRPOSettings, Settings, SFTSettings, train
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is run; everything but the seed."""
-
-    modulus: int = 19
-    trials: int = 2
-    size: Size = field(default_factory=Size)
-    pretrain_steps: int = 2000
-    pretrain_rows: int = 128
-    heads: int = 2
-    head_dim: int = 10
-    warm_problems: int = 1024
-    warm_epochs: int = 4
-    warm_groups: int = 32
-    warm_width: int = 4
-    warm_lr: float = 2e-3
-    steps: int = 300
-    problems: int = 32
-    width: int = 8
-    lr: float = 7e-5
-    test_problems: int = 300
-    test_widths: tuple[int, ...] = (1, 2, 4, 8, 16)
-
-    @property
-    def new_tokens(self) -> int:
-        """Of a response: its trials, the mark, the answer, and the end."""
-        return 7 * self.trials + 5
-
-
-def run_seed(root: Path, plan: Plan, seed: int) -> None:
-    """All stages of one seed, in `root/seed-N`."""
-    here = root / f"seed-{seed}"
+def run_seed(here: Path, plan: Plan, seed: int, arms: dict[str, Arm]) -> None:
+    """All stages of one seed, in the directory `here`."""
     here.mkdir(parents=True, exist_ok=True)
-    task = find_task(TASK, modulus=plan.modulus, seed=seed)
-    assert isinstance(task, OperatorSearch)
-    said = json.dumps({"seed": seed, **asdict(plan)}, indent=2)
-    (here / "plan.json").write_text(said + "\n")
+    task = find_task(plan.task, **plan.options, seed=seed)
+    assert isinstance(task, Synthetic)
+    _agree(here / "plan.json", {"seed": seed, **asdict(plan)})
     if not (here / "fresh").exists():
         write_fresh(here / "fresh", task, plan.size, seed)
     if not (here / "base").exists():
@@ -77,20 +46,21 @@ def run_seed(root: Path, plan: Plan, seed: int) -> None:
             task,
             steps=plan.pretrain_steps,
             rows=plan.pretrain_rows,
-            trials=plan.trials,
+            demonstration=plan.demonstration,
             seed=seed,
             note=lambda step, loss: _say(here, "pretrain", step, loss, start),
         )
-    for arm, kind in ARMS.items():
-        trained = train_arm(here, plan, seed, arm, kind)
-        test(here, plan, task, arm, trained)
+    for name, arm in arms.items():
+        with changed(arm.mixing):
+            trained = train_arm(here, plan, seed, name, arm)
+            test(here, plan, task, name, trained)
 
 
-def train_arm(here: Path, plan: Plan, seed: int, arm: str, kind: str | None) -> Path:
+def train_arm(here: Path, plan: Plan, seed: int, name: str, arm: Arm) -> Path:
     """Warm-up, if there is something to warm up, and GRPO; the final checkpoint."""
     common: dict[str, Any] = {
-        "task": TASK,
-        "task_options": {"modulus": plan.modulus, "seed": seed},
+        "task": plan.task,
+        "task_options": {**plan.options, "seed": seed},
         "backend": "torch",
         "seed": seed,
         "max_new_tokens": plan.new_tokens,
@@ -99,15 +69,26 @@ def train_arm(here: Path, plan: Plan, seed: int, arm: str, kind: str | None) -> 
         "raw": True,
     }
     start = here / "base"
-    if kind is not None:
-        begun = here / f"{arm}-fresh"
+    if arm.kind is not None:
+        begun = here / f"{name}-fresh"
         if not begun.exists():
-            init(start, begun, heads=plan.heads, head_dim=plan.head_dim, kind=kind, seed=seed)
+            layers = range(0, plan.size.layers, 2) if arm.half else range(plan.size.layers)
+            init(
+                start,
+                begun,
+                heads=plan.heads,
+                head_dim=plan.head_dim,
+                kind=arm.kind,
+                layers=list(layers),
+                seed=seed,
+            )
+        start = begun
+    if arm.kind is not None and arm.warm_up:
         warm = SFTSettings(
-            checkpoint=str(begun),
-            out=str(here / f"{arm}-warm"),
+            checkpoint=str(start),
+            out=str(here / f"{name}-warm"),
             problems=plan.warm_problems,
-            samples=8,
+            samples=plan.warm_samples,
             width=plan.warm_width,
             groups=plan.warm_groups,
             epochs=plan.warm_epochs,
@@ -115,11 +96,10 @@ def train_arm(here: Path, plan: Plan, seed: int, arm: str, kind: str | None) -> 
             trainable=("bridge",),
             **common,
         )
-        train(warm)
-        start = here / f"{arm}-warm" / "final"
+        start = _trained(warm)
     settings = GRPOSettings(
         checkpoint=str(start),
-        out=str(here / f"{arm}-grpo"),
+        out=str(here / f"{name}-grpo"),
         steps=plan.steps,
         problems=plan.problems,
         width=plan.width,
@@ -129,23 +109,51 @@ def train_arm(here: Path, plan: Plan, seed: int, arm: str, kind: str | None) -> 
         trainable=("all",),
         **common,
     )
-    train(settings)
-    return here / f"{arm}-grpo" / "final"
+    return _trained(settings)
 
 
-def test(here: Path, plan: Plan, task: OperatorSearch, arm: str, trained: Path) -> None:
-    """Held-out problems at every width, in `ARM-test`."""
+def test(here: Path, plan: Plan, task: Synthetic, name: str, trained: Path) -> None:
+    """Held-out problems at every width, in `ARM-test`; the figures in `ARM.json`."""
+    if (here / f"{name}.json").exists():
+        return
     found = evaluate(
         bridge.load(trained, backend="torch"),
         task,
         widths=plan.test_widths,
         problems=plan.test_problems,
         decoding=Decoding(max_new_tokens=plan.new_tokens, chat=False),
-        directory=here / f"{arm}-test",
-        name=arm,
+        directory=here / f"{name}-test",
+        name=name,
     )
-    said = report(found).to_json()
-    (here / f"{arm}.json").write_text(json.dumps(said, indent=1) + "\n")
+    _write(here / f"{name}.json", report(found).to_json())
+
+
+def _trained(settings: Settings) -> Path:
+    """The final checkpoint of a run, which is made, or gone on with, unless it is there: a seed
+    that is done may be moved."""
+    final = Path(settings.out) / "final"
+    if not final.exists():
+        train(settings)
+    return final
+
+
+def _agree(path: Path, plan: dict[str, Any]) -> None:
+    """Write down what is run, or hold it against what was. Raises BridgeError where it differs."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    wanted = json.loads(json.dumps(plan))
+    for key in found.keys() & wanted.keys():
+        if found[key] != wanted[key]:
+            raise BridgeError(
+                f"{path}: {key} is {found[key]!r}, and now {wanted[key]!r}; run elsewhere"
+            )
+    _write(path, wanted)
+
+
+def _write(path: Path, said: Any) -> None:
+    """Whole or not at all."""
+    part = path.with_suffix(".partial")
+    part.write_text(json.dumps(said, indent=1) + "\n")
+    part.replace(path)
 
 
 def _say(here: Path, stage: str, step: int, loss: float, start: float) -> None:
@@ -156,11 +164,26 @@ def _say(here: Path, stage: str, step: int, loss: float, start: float) -> None:
 
 def main(
     out: Path,
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(PLANS)}.")] = "search",
     seed: Annotated[list[int] | None, typer.Option(help="A run each; 0 if none is given.")] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Of {', '.join([*ARMS, *ABLATIONS])}; the first three if none."),
+    ] = None,
 ) -> None:
-    """Run the experiment in OUT, or go on with it."""
-    for number in seed or [0]:
-        run_seed(out, Plan(), number)
+    """Run the experiment in OUT/TASK/seed-N, or go on with it."""
+    known = ARMS | ABLATIONS
+    try:
+        if task not in PLANS:
+            raise BridgeError(f"task {task!r} is not known; use one of {', '.join(PLANS)}")
+        if unknown := [name for name in arm or [] if name not in known]:
+            raise BridgeError(f"arm {unknown[0]!r} is not known; use one of {', '.join(known)}")
+        for number in seed or [0]:
+            arms = {name: known[name] for name in arm or ARMS}
+            run_seed(out / task / f"seed-{number}", PLANS[task], number, arms)
+    except BridgeError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(2) from None
 
 
 if __name__ == "__main__":

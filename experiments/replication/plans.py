@@ -1,0 +1,81 @@
+"""What the experiment is: a plan for each task, the arms that are compared, and the ablations.
+
+A plan holds everything but the seed. Arms of a plan start from the same base and learn from the
+same problems in the same order.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from base import Size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run, for one task."""
+
+    task: str  # as `find_task` knows it
+    options: dict[str, Any]  # of the task, beside its seed
+    demonstration: dict[str, Any]  # of what the base learns from
+    new_tokens: int  # of a response, with its end
+    size: Size = field(default_factory=Size)
+    pretrain_steps: int = 2000
+    pretrain_rows: int = 128
+    heads: int = 2
+    head_dim: int = 10
+    warm_problems: int = 1024
+    warm_samples: int = 8
+    warm_epochs: int = 4
+    warm_groups: int = 32
+    warm_width: int = 4
+    warm_lr: float = 2e-3
+    steps: int = 300
+    problems: int = 32
+    width: int = 8
+    lr: float = 7e-5
+    test_problems: int = 300
+    test_widths: tuple[int, ...] = (1, 2, 4, 8, 16)
+
+
+PLANS = {
+    "search": Plan(
+        task="bridge.tasks.search:operator_search",
+        options={"modulus": 19},
+        demonstration={"trials": 2},
+        new_tokens=7 * 2 + 5,
+    ),
+    "guess": Plan(
+        task="bridge.tasks.guess:guess_and_check",
+        options={"guesses": 31, "tables": 64},
+        demonstration={"trials": 4},
+        new_tokens=3 * 4 + 3,
+        pretrain_steps=1500,
+        warm_problems=8192,
+    ),
+    "chain": Plan(
+        task="bridge.tasks.chain:chain",
+        options={"steps": 6, "modulus": 19},
+        demonstration={"slip": 0.1},
+        new_tokens=6 + 3,
+        pretrain_steps=1500,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is added to the base, and how it is trained."""
+
+    kind: str | None  # of the blocks; None: there are none
+    warm_up: bool = True  # of the blocks alone, before all parameters learn
+    half: bool = False  # every second layer has a block
+    mixing: str | None = None  # what is changed in how rows read each other; see ablations.py
+
+
+ARMS = {"bridge": Arm("attention"), "pmatch": Arm("mlp"), "rlvr": Arm(None)}
+ABLATIONS = {
+    "no-warmup": Arm("attention", warm_up=False),
+    "self-excluded": Arm("attention", mixing="self-excluded"),
+    "half-layers": Arm("attention", half=True),
+    "cut-gradients": Arm("attention", mixing="cut-gradients"),
+}
