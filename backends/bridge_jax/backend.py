@@ -21,7 +21,7 @@ from bridge_jax.block import Grid, Layout, block
 from bridge_jax.compiled import bucket, compiled, make_room
 from bridge_jax.decode import Decoder
 from bridge_jax.linear import LAYERS, stacked
-from bridge_jax.model import STEPS, Params, Transformer, logits
+from bridge_jax.model import STEPS, Params, Transformer, logits, norm_ratios
 from bridge_jax.train import Trainer, by_name, choose, logprobs, loss_and_grads, start
 
 DTYPES: dict[str, np.dtype] = {
@@ -103,6 +103,18 @@ class JaxModel:
             self.transformer.params, batch, table, config=self.config, quick=self.transformer.quick
         )
         return jax.device_get(got)[layout.places, : tokens.shape[1]]
+
+    def norm_ratios(
+        self, tokens: np.ndarray, groups: np.ndarray, active: np.ndarray, positions: np.ndarray
+    ) -> np.ndarray:
+        """How much each block adds to what it reads (clause 3.9), one a block, float32."""
+        if self.config.bridge is None or not self.config.bridge.layers:
+            return np.zeros(0, np.float32)
+        batch, _, table = self.transformer.batch(tokens, groups, active, positions)
+        got = norm_ratios(
+            self.transformer.params, batch, table, config=self.config, quick=self.transformer.quick
+        )
+        return jax.device_get(got)[list(self.config.bridge.layers)]
 
     def prefill(
         self,

@@ -99,21 +99,48 @@ def block(
     """The residual stream plus what each row reads from its group (clauses 3.2 to 3.6), or P-Match
     (8.1). `weights` by their names after the layer's, as `bridge.norm.weight`. Inactive cells
     influence nothing, even if they hold NaN, and stay as they are."""
+    on = active[..., None]
+    # A zero residual gives zero q, k and v: nothing of the cell is left, not even NaN.
+    y = _output(weights, jnp.where(on, hidden, 0), grid, active, config)
+    return jnp.where(on, hidden + y, hidden)
+
+
+def norm_ratio(
+    weights: Mapping[str, Array],
+    hidden: Float[Array, "R S D"],
+    grid: Grid,
+    active: Bool[Array, "R S"],
+    config: BridgeConfig,
+) -> Float[Array, ""]:
+    """The norm of what `block` adds to that of `hidden`, its mean over active cells, in float32
+    (clause 3.9)."""
+    h = jnp.where(active[..., None], hidden, 0)
+    y = _output(weights, h, grid, active, config)
+    added, before = (jnp.linalg.norm(z.astype(jnp.float32), axis=-1) for z in (y, h))
+    # A zero residual counts as 0, and what is not active is one by now.
+    ratio = jnp.where(before > 0, added / jnp.where(before > 0, before, 1), 0)
+    return ratio.sum() / jnp.maximum(active.sum(), 1)
+
+
+def _output(
+    weights: Mapping[str, Array],
+    hidden: Float[Array, "R S D"],
+    grid: Grid,
+    active: Bool[Array, "R S"],
+    config: BridgeConfig,
+) -> Float[Array, "R S D"]:
+    """y of clauses 3.6 and 8.1, at a residual that is 0 where not active."""
 
     def projected(x: Array, name: str) -> Array:
         return linear(x, weights[f"bridge.{name}_proj.weight"])
 
-    on = active[..., None]
-    # A zero residual gives zero q, k and v: nothing of the cell is left, not even NaN.
-    x = rms_norm(jnp.where(on, hidden, 0), weights["bridge.norm.weight"], config.norm_eps)
+    x = rms_norm(hidden, weights["bridge.norm.weight"], config.norm_eps)
     if config.kind == "mlp":
-        y = projected(silu(projected(x, "up")), "down")
-    else:
-        v = projected(x, "v")
-        if grid.filled.shape[1] > 1:  # a softmax over one row is 1 (clause 3.8)
-            v = _mix(projected(x, "q"), projected(x, "k"), v, grid, active, config.num_heads)
-        y = projected(v, "o")
-    return jnp.where(on, hidden + y, hidden)
+        return projected(silu(projected(x, "up")), "down")
+    v = projected(x, "v")
+    if grid.filled.shape[1] > 1:  # a softmax over one row is 1 (clause 3.8)
+        v = _mix(projected(x, "q"), projected(x, "k"), v, grid, active, config.num_heads)
+    return projected(v, "o")
 
 
 def silu(x: Array) -> Array:

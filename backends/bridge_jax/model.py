@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from bridge.config import ModelConfig
 from bridge.rope import inverse_frequencies
-from bridge_jax.block import LOWEST, Grid, Layout, block, rms_norm, silu, take
+from bridge_jax.block import LOWEST, Grid, Layout, block, norm_ratio, rms_norm, silu, take
 from bridge_jax.compiled import SMALL, bucket, compiled
 from bridge_jax.linear import (
     LAYERS,
@@ -129,6 +129,15 @@ def logits(
     return head(params, h, config)
 
 
+@compiled(static_argnames="config")
+def norm_ratios(
+    params: Params, batch: Batch, table: Float[Array, "two P d"], *, config: ModelConfig
+) -> Float[Array, " L"]:
+    """How much the block of each layer adds to what it reads (clause 3.9). Of a layer without one
+    it says nothing."""
+    return forward(params, batch, table, config, measure=True)[1]
+
+
 def forward(
     params: Params,
     batch: Batch,
@@ -137,9 +146,11 @@ def forward(
     *,
     keep: bool = False,
     checkpoint: bool = False,
+    measure: bool = False,
 ) -> tuple[Float[Array, "R S D"], Any]:
     """Hidden states after the last layer, and with `keep` every layer's keys and values, each
-    `[L, R, kv, S, d]`. `checkpoint`: the backward pass computes each layer again (clause 7.11)."""
+    `[L, R, kv, S, d]`, or with `measure` its block's norm ratio `[L]`. `checkpoint`: the backward
+    pass computes each layer again (clause 7.11)."""
     tokens, place, active, grid = batch
     rope = table[:, place]
 
@@ -153,7 +164,12 @@ def forward(
                 v.swapaxes(1, 2),
             ) if keep else None
 
-        return decoder_layer(weights, h, rope, attend, grid, active, has_block, config)
+        def measured(h: Array) -> Array:
+            assert config.bridge is not None
+            return norm_ratio(weights, h, grid, active, config.bridge)
+
+        look = measured if measure else None
+        return decoder_layer(weights, h, rope, attend, grid, active, has_block, config, look)
 
     step = jax.checkpoint(layer) if checkpoint else layer
     return jax.lax.scan(step, embed(params, tokens, active), layers(params, config))
@@ -187,14 +203,17 @@ def decoder_layer(
     active: Bool[Array, "R S"],
     has_block: Array,
     config: ModelConfig,
+    look: Callable[[Array], Array] | None = None,
 ) -> tuple[Float[Array, "R S D"], Any]:
-    """One layer, and the Bridge block that follows its FFN (clauses 3.7 and 5.3)."""
+    """One layer, and the Bridge block that follows its FFN (clauses 3.7 and 5.3); and what `attend`
+    kept, or what `look` finds in the stream before the block."""
     eps = config.rms_norm_eps
     x = rms_norm(h, weights["input_layernorm.weight"], eps)
     y, kept = attend(*project(weights, x, rope, config))
     h = h + named(weights, "self_attn.o_proj", y.reshape(*h.shape[:-1], -1))
     x = rms_norm(h, weights["post_attention_layernorm.weight"], eps)
     h = h + feed_forward(weights, x)
+    kept = kept if look is None else look(h)
     bridge = config.bridge
     if bridge is None or not bridge.layers:
         return h, kept

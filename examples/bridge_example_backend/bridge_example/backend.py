@@ -66,6 +66,9 @@ class ExampleModel:
         h = self.transformer.teacher_forced(tokens, groups, active, positions)
         return self.transformer.logits(h).value
 
+    def norm_ratios(self, tokens: Array, groups: Array, active: Array, positions: Array) -> Array:
+        return self.transformer.norm_ratios(tokens, groups, active, positions)
+
     def prefill(
         self,
         prompts: Sequence[Array],

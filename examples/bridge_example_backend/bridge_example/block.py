@@ -48,6 +48,13 @@ def block(
 
     `prefix` is that of the block's tensors; `active [B, S]`. Where not active, h is left as it is.
     """
+    return h + added(h, weights, prefix, config, grid, active)
+
+
+def added(
+    h: Var, weights: Weights, prefix: str, config: BridgeConfig, grid: Grid, active: Array
+) -> Var:
+    """What `block` adds: `[B, S, D]`, 0 where not active."""
 
     def weight(name: str) -> Var:
         return weights[f"{prefix}.{name}.weight"]
@@ -60,7 +67,14 @@ def block(
     else:
         q, k, v = (linear(x, weight(f"{name}_proj")) for name in "qkv")
         y = linear(mix(q, k, v, config.num_heads, grid, active), weight("o_proj"))
-    return h + where(here, y)
+    return where(here, y)
+
+
+def norm_ratio(h: Var, y: Var, active: Array) -> float:
+    """Clause 3.9: the norm of y, which is added, to that of h, its mean over active cells."""
+    added, before = (np.linalg.norm(z.value[active], axis=-1) for z in (y, h))
+    ratio = np.divide(added, before, out=np.zeros_like(before), where=before > 0)
+    return float(ratio.sum()) / max(ratio.size, 1)
 
 
 def mix(q: Var, k: Var, v: Var, H: int, grid: Grid, active: Array) -> Var:

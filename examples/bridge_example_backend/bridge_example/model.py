@@ -16,7 +16,7 @@ import numpy as np
 from bridge.config import ModelConfig
 from bridge.rope import inverse_frequencies
 
-from bridge_example.block import Grid, Weights, block
+from bridge_example.block import Grid, Weights, added, block, norm_ratio
 from bridge_example.tape import Array, Var, linear, recompute, rms_norm, silu, softmax
 
 # Layer number, q [B, S, K, M, d], k and v [B, S, K, d]; gives y [B, S, K, M, d].
@@ -72,18 +72,38 @@ class Transformer:
             h = recompute(layer, h) if checkpoint_activations else layer(h)
         return h
 
+    def norm_ratios(self, tokens: Array, groups: Array, active: Array, positions: Array) -> Array:
+        """How much each block adds to what it reads, in order of layers (clause 3.9)."""
+        attend = causal(active, positions, self.config.sliding_windows)
+        cells, bridge = self.cells(groups, active, positions), self.config.bridge
+        h = self.weights["model.embed_tokens.weight"][np.where(active, tokens, 0)]
+        ratios = []
+        for i in range(self.config.num_hidden_layers):
+            h = self.host_layer(i, h, cells, attend)
+            if bridge is not None and i in bridge.layers:
+                prefix = f"model.layers.{i}.bridge"
+                y = added(h, self.weights, prefix, bridge, cells.grid, active)
+                ratios.append(norm_ratio(h, y, active))
+                h = h + y
+        return np.array(ratios, np.float32)
+
     def layer(self, i: int, h: Var, cells: Cells, attend: Attend) -> Var:
-        """Attention, FFN and block on the residual stream (clauses 5.3 and 3.7)."""
-        c, name = self.config, f"model.layers.{i}"
+        """The host's layer, and the block that follows its FFN (clause 3.7)."""
+        h, bridge = self.host_layer(i, h, cells, attend), self.config.bridge
+        if bridge is None or i not in bridge.layers:
+            return h
+        prefix = f"model.layers.{i}.bridge"
+        return block(h, self.weights, prefix, bridge, cells.grid, cells.active)
+
+    def host_layer(self, i: int, h: Var, cells: Cells, attend: Attend) -> Var:
+        """Attention and FFN on the residual stream (clause 5.3)."""
+        name = f"model.layers.{i}"
         q, k, v = self.project(name, self.norm(h, f"{name}.input_layernorm"), cells)
         y = attend(i, q, k, v)
         h = h + self.linear(y.reshape(*h.shape[:2], -1), f"{name}.self_attn.o_proj")
         x = self.norm(h, f"{name}.post_attention_layernorm")
         gate, up = (self.linear(x, f"{name}.mlp.{part}_proj") for part in ("gate", "up"))
-        h = h + self.linear(silu(gate) * up, f"{name}.mlp.down_proj")
-        if c.bridge is None or i not in c.bridge.layers:
-            return h
-        return block(h, self.weights, f"{name}.bridge", c.bridge, cells.grid, cells.active)
+        return h + self.linear(silu(gate) * up, f"{name}.mlp.down_proj")
 
     def project(self, name: str, x: Var, cells: Cells) -> tuple[Var, Var, Var]:
         """q `[B, S, K, M, d]`, k and v `[B, S, K, d]`: normed (qwen3) and turned (clause 5.4)."""
