@@ -3,6 +3,7 @@
 from mutations.fault import Edit, Fault
 
 BLOCK = "block_is_within_the_numerics_rule"
+RATIOS = "norm_ratios_are_within_the_numerics_rule"
 ATTENTION = (
     "mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self._allowed(grid, active, S))"
 )
@@ -238,5 +239,50 @@ FAULTS = (
         "8.1",
         BLOCK,
         block("F.silu(x) if self.num_heads", "F.gelu(x) if self.num_heads"),
+    ),
+    Fault(
+        "the norm ratio counts inactive cells",
+        "The more padding a batch has, the less its blocks seem to do.",
+        "3.9",
+        RATIOS,
+        block("active.sum().clamp(min=1)", "ratio.numel()"),
+    ),
+    Fault(
+        "the norm ratio is one of sums",
+        "A few cells of long residuals, first tokens above all, speak for all others.",
+        "3.9",
+        RATIOS,
+        block(
+            "ratio = (added / before)",
+            "ratio = (added[before > 0].sum() / before.sum()).expand(before.shape)",
+        ),
+    ),
+    Fault(
+        "the norm ratio is of the block's result",
+        "A block that adds nothing shows a ratio of 1.",
+        "3.9",
+        RATIOS,
+        block("for z in (y, h))", "for z in (h + y, h))"),
+    ),
+    Fault(
+        "the norm ratio divides by the block's result",
+        "However much a block adds, its ratio stays near 1.",
+        "3.9",
+        RATIOS,
+        block("for z in (y, h))", "for z in (y, h + y))"),
+    ),
+    Fault(
+        "the norm ratio of a zero residual is not 0",
+        "One padded cell makes a run's figure NaN.",
+        "3.9",
+        RATIOS,
+        block("(added / before).masked_fill(before == 0, 0)", "added / before"),
+    ),
+    Fault(
+        "norm ratios of a stream that lacks the blocks before",
+        "Figures of layers that the model does not compute.",
+        "3.9",
+        RATIOS,
+        Edit("model", "h = layer.block(h, cells.grid, cells.active)", "pass"),
     ),
 )
