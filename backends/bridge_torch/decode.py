@@ -20,6 +20,7 @@ from bridge.contract import Sampling
 from bridge.errors import BridgeError
 from bridge.inputs import check_prompts
 from bridge_torch.block import Grid, rms_norm, wide
+from bridge_torch.fused import FusedStep
 from bridge_torch.model import Layer, Transformer, feed_forward
 from bridge_torch.sampling import Uniforms, sample
 
@@ -60,6 +61,7 @@ class Decoder:
             device=model.device,
             dtype=model.dtype,
         )
+        self.fused = FusedStep.of(self)
 
     @torch.inference_mode()
     def _prefill(self, prompts: Sequence[np.ndarray]) -> Float[Tensor, "G V"]:
@@ -112,7 +114,7 @@ class Decoder:
         if len(self.group) == 0:
             self.next_logits = self.next_logits[:0]
         elif self.step < self.own.shape[4]:
-            self.next_logits = self._forward(fed)
+            self.next_logits = (self.fused or self._forward)(fed)
         else:
             raise BridgeError(f"advance: step {self.step + 1} is past the max_new_tokens reserved")
         self.step, self.drawn = self.step + 1, None

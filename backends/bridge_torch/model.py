@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from bridge.config import ModelConfig
 from bridge.rope import inverse_frequencies
 from bridge_torch.block import Block, Grid, rms_norm, wide
+from bridge_torch.fused import serves
 from bridge_torch.linear import Linear
 
 
@@ -92,6 +93,17 @@ class Layer:
         host = [self.qkv, self.o, self.gate_up, self.down]
         return host if self.block is None else [*host, self.block.inward, self.block.outward]
 
+    def pack(self) -> None:
+        """Weights in the layout that is fastest; the fused step reads those of a block as they
+        are."""
+        for linear in (self.qkv, self.o, self.gate_up, self.down):
+            linear.pack()
+        if self.block is not None and not serves(
+            self.input_norm.device.type, self.input_norm.dtype
+        ):
+            self.block.inward.pack()
+            self.block.outward.pack()
+
     def norms(self) -> dict[str, Tensor]:
         """The norms' weights by checkpoint name."""
         named = {
@@ -132,8 +144,7 @@ class Transformer:
         self.layers = []
         for i in range(config.num_hidden_layers):
             self.layers.append(_read_layer(config, i, get))
-            for linear in self.layers[i].linears():  # one by one: never two copies of the model
-                linear.pack()
+            self.layers[i].pack()  # one by one: never two copies of the model
         self.norm = get("model.norm.weight")
         head = self.embed if config.tie_word_embeddings else get("lm_head.weight")
         self.head = Linear(("lm_head",), (len(head),), head).pack()
@@ -142,8 +153,9 @@ class Transformer:
 
     def pack(self) -> None:
         """Weights in the layout that is fastest to compute with."""
-        for linear in self.linears():
-            linear.pack()
+        for layer in self.layers:
+            layer.pack()
+        self.head.pack()
 
     def unpack(self) -> None:
         """Weights in the layout that has gradients, a tied head sharing the embedding's memory."""

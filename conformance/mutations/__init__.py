@@ -3,11 +3,23 @@
 Not shipped. `python -m mutations`, from `conformance/`, runs them all; `fault.py` says what one is.
 """
 
-from mutations import faults_block, faults_decode, faults_model, faults_sampling, faults_train
+from mutations import (
+    faults_block,
+    faults_decode,
+    faults_fused,
+    faults_model,
+    faults_sampling,
+    faults_train,
+)
 from mutations.fault import Fault
 
-FAULTS: dict[str, Fault] = {
-    fault.name: fault
-    for module in (faults_block, faults_model, faults_decode, faults_sampling, faults_train)
-    for fault in module.FAULTS
-}
+MODULES = (
+    faults_block,
+    faults_model,
+    faults_decode,
+    faults_fused,
+    faults_sampling,
+    faults_train,
+)
+
+FAULTS: dict[str, Fault] = {fault.name: fault for module in MODULES for fault in module.FAULTS}

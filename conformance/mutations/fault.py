@@ -5,16 +5,20 @@ package's modules are never touched, so nothing of one fault can be left over fo
 must fit its file in exactly one place: a fault that no longer fits the code is an error.
 """
 
+import atexit
 import importlib
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import NamedTuple
 
 
 class Edit(NamedTuple):
-    """`old`, which stands once in a module of the package, becomes `new`."""
+    """`old`, which stands once in a module of the package, becomes `new`. Module `fused.c` is the
+    C source of the torch backend's fused step."""
 
     module: str
     old: str
@@ -42,12 +46,42 @@ class Fault:
         self.edits, self.dtype, self.package = edits, dtype, package
 
     def plant(self) -> dict[str, ModuleType]:
-        """The package's modules, by name within it, with this fault in them."""
-        return load_package(self.package, self.edits)
+        """The package's modules, by name within it, with this fault in them.
+
+        A fault of the plain decoding step needs that to be run: the fused one is then left out.
+        """
+        in_python = [edit for edit in self.edits if edit.module != "fused.c"]
+        modules = load_package(self.package, in_python)
+        if self.package == "bridge_torch":
+            fused = modules["fused"]
+            if in_python:
+                fused.__dict__["kernels"] = lambda: None
+            else:
+                fused.__dict__["SOURCE"] = _edited(fused.__dict__["SOURCE"], self.edits)
+        return modules
 
 
 class StaleFault(Exception):
     """An edit does not fit the source: the code has changed since the fault was written."""
+
+
+def _edited(source: Path, edits: Sequence[Edit]) -> Path:
+    """A copy of a file that is no module, with edits made; it goes when the process does."""
+    text = source.read_text()
+    for edit in edits:
+        text = replaced(text, edit, source)
+    scratch = TemporaryDirectory()
+    atexit.register(scratch.cleanup)
+    copy = Path(scratch.name, source.name)
+    copy.write_text(text)
+    return copy
+
+
+def replaced(source: str, edit: Edit, path: Path | str) -> str:
+    """The source with one edit made. Raises StaleFault where it does not fit."""
+    if source.count(edit.old) != 1:
+        raise StaleFault(f"{path} has {source.count(edit.old)} places for {edit.old!r}")
+    return source.replace(edit.old, edit.new)
 
 
 def load_package(package: str, edits: Sequence[Edit] = ()) -> dict[str, ModuleType]:
@@ -104,7 +138,5 @@ class _Loader(SourceFileLoader):
     def get_data(self, path: str) -> bytes:
         source = super().get_data(path).decode()
         for edit in self.edits:
-            if source.count(edit.old) != 1:
-                raise StaleFault(f"{path} has {source.count(edit.old)} places for {edit.old!r}")
-            source = source.replace(edit.old, edit.new)
+            source = replaced(source, edit, path)
         return source.encode()

@@ -1,0 +1,186 @@
+"""Fused kernels for a decoding step on CPUs, compiled from fused.c by this machine's C compiler.
+
+A step at a few rows reads each weight once, which no code can save, and otherwise does little: most
+of what is left is the dispatch of tiny operations. Four fused ones stand in for them in float32,
+one of them the whole Bridge block, whose weights are too small for a GEMM to be worth its call.
+They are compiled once, in a second or two, and kept in the user's cache directory. Without a
+compiler, or with BRIDGE_TORCH_FUSED=0, the step is the plain one of decode.py: the same but slower.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from bridge_torch.block import Block
+    from bridge_torch.decode import Decoder
+    from bridge_torch.model import Layer
+
+SOURCE = Path(__file__).with_name("fused.c")
+# Sums in any order, and no errno or signals: what -ffast-math has that leaves NaN and infinity be.
+MATHS = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
+OPTIONS = ("-O3", "-march=native", *MATHS, "-fPIC")
+POINTER, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+SIGNATURES = {
+    "rms_norm": [POINTER] * 3 + [FLOAT] + [SIZE] * 2,
+    "swiglu": [POINTER] * 2 + [SIZE] * 2,
+    "attend": [POINTER] * 4 + [FLOAT] + [POINTER] * 6 + [SIZE] * 10,
+    "block": [POINTER] * 2 + [FLOAT] + [POINTER] * 5 + [SIZE] * 4,
+}
+
+
+def serves(device: str, dtype: torch.dtype) -> bool:
+    """Whether models on such a device, in this dtype, decode by the fused step."""
+    return device == "cpu" and dtype == torch.float32 and kernels() is not None
+
+
+@cache
+def kernels() -> ctypes.CDLL | None:
+    """The compiled kernels; None where they are switched off or cannot be had."""
+    if os.environ.get("BRIDGE_TORCH_FUSED") == "0":
+        return None
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        return None
+    # OpenMP is not linked: its symbols are those that torch has loaded, and so are the threads.
+    for threads in ("-fopenmp", "-fopenmp-simd"):
+        try:
+            library = ctypes.CDLL(str(_compiled(compiler, (*OPTIONS, threads))))
+        except (OSError, subprocess.SubprocessError):
+            continue
+        for name, signature in SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = signature, None
+        return library
+    return None
+
+
+def _compiled(compiler: str, options: tuple[str, ...]) -> Path:
+    """The library, from the cache if this machine has made it before."""
+    made_of = (SOURCE.read_bytes(), compiler, options, platform.machine(), _processor())
+    key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bridge"
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    target = home / f"fused-{key}.so"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=home) as scratch:
+            # Two steps: what links decides what else is linked, such as another OpenMP.
+            unit, made = Path(scratch, "fused.o"), Path(scratch, "fused.so")
+            compiling = [compiler, *options, "-c", str(SOURCE), "-o", str(unit)]
+            linking = [compiler, "-shared", str(unit), "-lm", "-o", str(made)]
+            for command in (compiling, linking):
+                subprocess.run(command, check=True, capture_output=True, timeout=60)
+            made.replace(target)
+    return target
+
+
+def _processor() -> str:
+    """What -march=native stands for: a home directory may be shared by unlike machines."""
+    try:
+        described = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor()
+    names = ("model name", "flags", "Features")
+    return "\n".join(line for line in described if line.startswith(names))
+
+
+class FusedStep:
+    """One timestep of every row that is left; what `Decoder._forward` computes, in fewer calls."""
+
+    def __init__(self, library: ctypes.CDLL, decoder: "Decoder") -> None:
+        self.library, self.decoder = library, decoder
+        config, rows = decoder.model.config, len(decoder.group)
+        self.eps = config.rms_norm_eps
+        slots = decoder.prefix.shape[4] + decoder.own.shape[4]
+        sizes = [config.num_attention_heads * slots]
+        for layer in decoder.model.layers:
+            if (block := layer.block) is not None:
+                D, E = block.outward.weight.shape
+                sizes.append(D + 4 * E + (block.num_heads or 0) * rows)
+        self.scratch = torch.empty(rows * max(sizes))
+
+    @classmethod
+    def of(cls, decoder: "Decoder") -> "FusedStep | None":
+        """The step of a decoder; None where the plain one is to be used."""
+        model = decoder.model
+        library = kernels() if serves(model.device.type, model.dtype) else None
+        return None if library is None else cls(library, decoder)
+
+    def __call__(self, tokens: Tensor) -> Float[Tensor, "R V"]:
+        """Logits for the next timestep."""
+        decoder = self.decoder
+        model, group = decoder.model, decoder.group
+        rope = model.rope(torch.from_numpy(decoder.lengths[group] + decoder.step))
+        # Rows of a prompt lie together, and stay so as rows leave.
+        first, last = np.searchsorted(group, group), np.searchsorted(group, group, "right")
+        h = model.embed.index_select(0, tokens)
+        for i, layer in enumerate(model.layers):
+            qkv = layer.qkv(self._norm(h, layer.input_norm))
+            h = layer.o.add_to(h, self._attend(i, layer, qkv, rope))
+            gate_up = layer.gate_up(self._norm(h, layer.post_norm))
+            h = layer.down.add_to(h, self._swiglu(gate_up))
+            if layer.block is not None:
+                self._block(h, layer.block, first, last)
+        return model.head(self._norm(h, model.norm))
+
+    def _norm(self, x: Float[Tensor, "R D"], weight: Float[Tensor, " D"]) -> Tensor:
+        y = torch.empty_like(x)
+        self.library.rms_norm(y.data_ptr(), x.data_ptr(), weight.data_ptr(), self.eps, *x.shape)
+        return y
+
+    def _swiglu(self, gate_up: Float[Tensor, "R two_I"]) -> Float[Tensor, "R I"]:
+        R, width = gate_up.shape[0], gate_up.shape[1] // 2
+        y = gate_up.new_empty(R, width)
+        self.library.swiglu(y.data_ptr(), gate_up.data_ptr(), R, width)
+        return y
+
+    def _attend(
+        self, i: int, layer: "Layer", qkv: Float[Tensor, "R heads_d"], rope: Tensor
+    ) -> Float[Tensor, "R heads_d"]:
+        decoder = self.decoder
+        prefix, own = decoder.prefix[i], decoder.own[i]
+        _, G, K, P, d = prefix.shape
+        _, rows, _, T, _ = own.shape
+        R, H = len(qkv), qkv.shape[1] // d - 2 * K
+        lost = 0 if layer.window is None else max(0, P + decoder.step + 1 - layer.window)
+        y = qkv.new_empty(R, H * d)
+        self.library.attend(
+            *(y.data_ptr(), qkv.data_ptr(), _pointer(layer.q_norm), _pointer(layer.k_norm)),
+            *(
+                self.eps,
+                rope.data_ptr(),
+                own.data_ptr(),
+                prefix.data_ptr(),
+                self.scratch.data_ptr(),
+            ),
+            *(decoder.group.ctypes.data, decoder.lengths.ctypes.data),
+            *(rows, R, H, K, d, G, P, T, decoder.step, lost),
+        )
+        return y
+
+    def _block(
+        self, h: Float[Tensor, "R D"], block: "Block", first: np.ndarray, last: np.ndarray
+    ) -> None:
+        """In place, on a tensor that is the step's own."""
+        inward, outward = block.inward.weight, block.outward.weight
+        self.library.block(
+            *(h.data_ptr(), block.norm.data_ptr(), block.eps),
+            *(inward.data_ptr(), outward.data_ptr(), self.scratch.data_ptr()),
+            *(first.ctypes.data, last.ctypes.data, len(h), *outward.shape, block.num_heads or 0),
+        )
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
