@@ -203,6 +203,12 @@ class Model:
         there is none (clause 7.12). `temperature`: that of the sampling."""
         return self.implementation.logprobs(batch, temperature)
 
+    def norm_ratios(self, batch: Batch) -> np.ndarray:
+        """Of each block, in order of layers: the mean over a batch's active cells of the norm of
+        what it adds, divided by that of what it reads (clause 3.9). Empty without blocks."""
+        positions = default_positions(batch.active) if batch.positions is None else batch.positions
+        return self.implementation.norm_ratios(batch.tokens, batch.groups, batch.active, positions)
+
     def trainer(
         self,
         objective: Objective,

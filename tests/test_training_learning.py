@@ -162,7 +162,7 @@ def test_problems_and_draws_are_of_seed_and_step_alone(settings, monkeypatch):
 def test_without_blocks_the_host_alone_is_trained(model, settings):
     host = model.parent / f"{model.name}-host"
     result, steps = run(replace(settings, checkpoint=str(host), lr=1e-2))
-    assert len(steps) == 2
+    assert len(steps) == 2 and "norm_ratio" not in steps[0]
     assert bridge.load(result.final, backend="numpy").config.bridge is None
 
 
@@ -262,6 +262,59 @@ def test_figures_of_a_step(settings):
     assert 0 <= first["logprob_gap"] <= first["logprob_gap_max"] < 1
     assert {"seconds_rollout", "seconds_reward", "seconds_update"} <= first.keys()
     assert first["length_max"] <= 5 and first["tokens"] == round(16 * first["length_mean"])
+
+
+def heard(monkeypatch):
+    """The batches whose norm ratios are asked for, from now on."""
+    batches, original = [], bridge.Model.norm_ratios
+
+    def hear(self, batch):
+        batches.append(batch)
+        return original(self, batch)
+
+    monkeypatch.setattr(bridge.Model, "norm_ratios", hear)
+    return batches
+
+
+@pytest.mark.parametrize("kind", ["grpo", "sft"])
+@pytest.mark.parametrize("backend", ["numpy", "torch", "jax", "mlx"])
+def test_norm_ratios_are_of_a_micro_batch_of_the_step(
+    model, settings, tmp_path, monkeypatch, backend, kind
+):
+    """Those of the first step are of the weights that the run starts from (clause 3.9)."""
+    batches = heard(monkeypatch)
+    more = {"backend": backend, "dtype": "float32", "lr": 1e-2, "norms_every": 2}
+    if kind == "sft":
+        task = Sums(first=True)
+        settings = sft(model, tmp_path, groups=4, epochs=1, micro_batch_tokens=40, **more)
+    else:
+        task = Graded()
+        settings = replace(settings, steps=3, micro_batch_tokens=40, **more)
+    _, steps = run(settings, task)
+    assert len(steps) > 2 and len(batches) == (len(steps) + 1) // 2
+    assert [s["step"] for s in steps if "norm_ratio" in s] == list(range(1, len(steps) + 1, 2))
+    assert all(batch.tokens.size <= 40 for batch in batches)
+    exact, own = (
+        bridge.load(model, backend="numpy", dtype=d).norm_ratios(batches[0])
+        for d in ("float64", "float32")
+    )
+    got = np.array(steps[0]["norm_ratios"])
+    assert got.shape == (2,) and (got > 0).all()
+    assert error(got, exact) <= allowance(exact, own, "float32")
+    assert steps[0]["norm_ratio"] == pytest.approx(got.mean())
+    later = next(s for s in steps[1:] if "norm_ratio" in s)
+    assert later["norm_ratios"] != steps[0]["norm_ratios"]
+
+
+def test_norm_ratios_only_read(settings, tmp_path, monkeypatch):
+    batches = heard(monkeypatch)
+    finals = []
+    for every in (1, 0):
+        out = str(tmp_path / f"every{every}")
+        result, steps = run(replace(settings, out=out, lr=1e-2, norms_every=every), Graded())
+        finals.append((Path(result.final) / "model.safetensors").read_bytes())
+        assert ["norm_ratios" in s for s in steps] == [bool(every)] * 2
+    assert len(batches) == 2 and finals[0] == finals[1]
 
 
 def sft(model, tmp_path, **more):

@@ -50,6 +50,7 @@ def settings(model, tmp_path):
         eval_every=3,
         eval_problems=2,
         save_every=2,
+        norms_every=2,
     )
 
 
@@ -418,6 +419,12 @@ def test_tensorboard_gets_every_figure(settings):
     steps = [r for r in read_log(Path(settings.out) / "log.jsonl") if r["kind"] == "step"]
     found = [(e.step, e.tensor_proto.float_val[0]) for e in events.Tensors("step/reward_mean")]
     assert found == [(r["step"], pytest.approx(r["reward_mean"])) for r in steps]
+    for figure, read in (
+        ("norm_ratio", lambda r: r["norm_ratio"]),
+        ("norm_ratios/1", lambda r: r["norm_ratios"][1]),
+    ):
+        found = [(e.step, e.tensor_proto.float_val[0]) for e in events.Tensors(f"step/{figure}")]
+        assert found == [(r["step"], pytest.approx(read(r))) for r in steps if r["step"] % 2]
     assert "evaluation/accuracy" in events.Tags()["tensors"]
 
 
@@ -443,3 +450,4 @@ def test_a_tracker_is_told_or_says_how_to_install_it(settings, monkeypatch, name
     assert heard[0]["project"] == "bridge" and heard[0]["name"] == "run"
     assert heard[0]["config"]["lr"] == 1e-2 and heard[-1] == "finished"
     assert [step for step, figures in heard[1:-1] if "step/loss" in figures] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, figures in heard[1:-1] if "step/norm_ratios/0" in figures] == [1, 3, 5]

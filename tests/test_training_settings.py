@@ -1,5 +1,6 @@
 """Settings from TOML and flags, what is refused and how, and the command line around them."""
 
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from types import ModuleType
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from training_toys import Graded, InProcess, write_model
 from typer.testing import CliRunner
 
@@ -22,6 +24,7 @@ from bridge.training.loop import optimizer
 from bridge.training.settings import KINDS
 from bridge.training.toml import read_toml, toml_value, write_toml
 from bridge_cli.main import app
+from bridge_cli.train_view import View
 
 GIVEN = {"checkpoint": "c", "out": "o", "task": "t"}
 PLAIN = dict.fromkeys(("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "GITHUB_ACTIONS"))
@@ -177,12 +180,26 @@ def test_a_run_says_each_step_and_what_came_of_it(model, tmp_path, toy):
     out = tmp_path / "warm"
     done = bridge("sft", model, "--out", out, *common, "--problems", 40, "--eval-every", 4)
     assert re.search(r"sampled 40 of 40 problems, \d+ responses correct", done.stderr)
-    assert re.search(r"step 1/\d+, loss [\d.]+, gradient [\d.]+, lr 1.00e-04", done.stderr)
+    first = r"step 1/\d+, loss [\d.]+, gradient [\d.]+, lr 1.00e-04, norm ratio [\d.]+"
+    assert re.search(first, done.stderr)
     assert "best: step" in done.stdout
     options = ("--steps", 2, "--problems", 2, "--width", 4)
     done = bridge("grpo", out / "final", "--out", tmp_path / "run", *common, *options)
     assert re.search(r"step 2/2, reward [\d.]+, accuracy [\d.]+%, .*0:00:00 left", done.stderr)
     assert "evaluation, step 0: accuracy" in done.stderr
+
+
+def test_what_is_measured_each_few_steps_stays_in_sight():
+    view = View(None, quiet=True)
+    view.started(0, 3)
+    view.record({"kind": "step", "step": 1, "loss": 2.0, "norm_ratio": 0.125})
+    view.record({"kind": "step", "step": 2, "loss": 1.0})
+    console = Console(width=200, file=io.StringIO())
+    with console.capture() as shown:
+        console.print(view._table())
+    head, last, mean = (line.split() for line in shown.get().splitlines()[1:4])
+    assert head == ["loss", "norm", "ratio"]
+    assert last == ["last", "1.0000", "0.125"] and mean == ["mean", "of", "2", "1.5000", "0.125"]
 
 
 def test_ctrl_c_exits_130_and_the_same_command_goes_on(model, tmp_path, toy, monkeypatch):

@@ -66,6 +66,7 @@ class PolicySteps:
         if settings.gap_every and step % settings.gap_every == 0:
             run.phases("gap")
             figures |= self._gap(groups[0])
+        figures |= run.norms(step, groups)
         kept = [g for g in groups if not settings.drop_equal or np.any(g.advantages)]
         minibatches = self._minibatches(kept, step)
         run.phases("update")

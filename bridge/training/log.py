@@ -1,6 +1,8 @@
 """The log of a run: JSONL always, and tensorboard, wandb or trackio where asked for.
 
-A record is one flat object with `kind` (step or evaluation) and `step`, the steps done by then. A
+A record is one flat object with `kind` (step or evaluation) and `step`, the steps done by then.
+Figures are numbers; `norm_ratios` is a list with one a block, in order of layers, and `norm_ratio`
+their mean: both are there each `norms_every` steps, as the decoder's gap is each `gap_every`. A
 resumed run drops the records after the step that it goes on from, and half a line that a killed
 process may have left: apart from seconds the log is that of a run that was never stopped.
 """
@@ -125,6 +127,9 @@ class _Tracker:
 def _figures(record: Record) -> list[tuple[str, float]]:
     """What of a record can be drawn."""
     numbers = [(name, value) for name, value in record.items() if name != "step"]
+    for name, value in record.items():
+        if isinstance(value, list):
+            numbers += [(f"{name}/{i}", item) for i, item in enumerate(value)]
     return [(n, float(v)) for n, v in numbers if type(v) in (int, float)]
 
 
@@ -135,4 +140,6 @@ def _before(record: Record, step: int) -> bool:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

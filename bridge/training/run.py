@@ -4,11 +4,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bridge.contract import Batch, Trainer
 from bridge.errors import BridgeError
 from bridge.model import Model
 from bridge.tasks import Task
+from bridge.training.batches import Group, pack
 from bridge.training.interrupt import Interrupt
 from bridge.training.log import Log
 from bridge.training.rollouts import Scorer
@@ -37,6 +39,17 @@ class Run:
     def __post_init__(self) -> None:
         self.phases = Phases(self.watch)
         self.at_boundary = True  # whether the weights are those of `progress`
+
+    def norms(self, step: int, groups: Sequence[Group]) -> dict[str, Any]:
+        """Each `norms_every` steps, how much the blocks add to what they read (clause 3.9), over
+        one micro-batch of a step's groups before its update; {} at other steps and without blocks.
+        """
+        every, bridge = self.settings.norms_every, self.model.config.bridge
+        if not every or step % every or bridge is None or not bridge.layers:
+            return {}
+        self.phases("norms")
+        ratios = self.model.norm_ratios(pack(groups, self.settings.micro_batch_tokens)[0])
+        return {"norm_ratio": float(ratios.mean()), "norm_ratios": ratios.tolist()}
 
     def update(self, step: int, batches: Sequence[Batch], lr: float) -> dict[str, float]:
         """One update of the weights. Raises BridgeError, its batch saved, where the loss or the

@@ -34,7 +34,7 @@ from bridge.training.toml import read_toml, write_toml
 CONFIG, PROGRESS, SAMPLES = "config.toml", "progress.json", "samples.jsonl"
 SAID = "training.json"  # what is said of a model that was saved
 # What may differ between a run and its resumption: nothing that a step computes depends on it.
-FREE = ("out", "save_every", "keep", "log", "gap_every")
+FREE = ("out", "save_every", "keep", "log", "gap_every", "norms_every")
 
 
 @dataclass(frozen=True)

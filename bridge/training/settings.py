@@ -106,6 +106,9 @@ class Settings:
     keep: int = setting(2, "Checkpoints kept: the latest ones.", "Run", "1 or above")
     eval_every: int = setting(20, "Steps between evaluations; 0: none.", "Run", "0 or above")
     eval_problems: int = setting(64, "Validation problems of an evaluation.", "Run", "1 or above")
+    norms_every: int = setting(
+        10, "Steps between measurements of the blocks' norm ratios; 0: none.", "Run", "0 or above"
+    )
     log: tuple[str, ...] = setting((), f"Beside log.jsonl: {', '.join(LOGS)}.", "Run", LOG)
 
     def __post_init__(self) -> None:

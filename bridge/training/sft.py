@@ -63,6 +63,7 @@ class WarmUp:
         lr = learning_rate(
             step, self.steps, settings.lr, settings.schedule, settings.warmup, settings.lr_end
         )
+        norms = run.norms(step, chosen)
         run.phases("update")
         metrics = run.update(step, pack(chosen, settings.micro_batch_tokens), lr)
         seconds = run.phases.take()
@@ -71,6 +72,7 @@ class WarmUp:
         return {
             "epoch": epoch,
             **metrics,
+            **norms,
             "lr": lr,
             "groups": len(chosen),
             "rows": rows,

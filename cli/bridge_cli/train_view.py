@@ -23,6 +23,7 @@ FIGURES = {  # of a step's record, with how they are written
     "grad_norm": "gradient {:.3f}",
     "logprob_gap": "gap {:.1e}",
     "lr": "lr {:.2e}",
+    "norm_ratio": "norm ratio {:.3g}",
 }
 RECENT = 20  # steps whose mean is shown beside the last
 
@@ -121,13 +122,14 @@ class View:
         table = Table(box=None, show_header=False, pad_edge=False)
         table.add_row(head)
         if self.records:
-            last = self.records[-1]
+            # What is measured each few steps stays in sight as it was last found.
+            last = {name: value for record in self.records for name, value in record.items()}
             figures = Table(box=None, pad_edge=False, header_style="bold")
             figures.add_column("")
             chosen = {k: line for k, line in FIGURES.items() if _has(last, k)}
             for line in chosen.values():
                 figures.add_column(line.partition(" {")[0], justify="right")
-            numbers = {k: line.partition(" ")[2] for k, line in chosen.items()}
+            numbers = {k: "{" + line.partition(" {")[2] for k, line in chosen.items()}
             figures.add_row("last", *(n.format(last[k]) for k, n in numbers.items()))
             figures.add_row(
                 f"mean of {len(self.records)}",
