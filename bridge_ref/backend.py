@@ -4,12 +4,12 @@ Runs anywhere NumPy does, in float64 by default. A model is a config and a dict 
 it can do is a function of the modules beside this one.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from bridge.config import ModelConfig, tensor_shapes
-from bridge.contract import AdamW, Batch, Objective
+from bridge.contract import AdamW, Batch, Objective, Sampling
 from bridge.errors import BridgeError
 from bridge.inputs import take_tensor
 from bridge_ref.block import bridge_block
@@ -17,6 +17,7 @@ from bridge_ref.decode import CachedDecoder
 from bridge_ref.losses import Metrics
 from bridge_ref.model import block_weights, forward, norm_ratios
 from bridge_ref.precision import DTYPES
+from bridge_ref.trace import Watched, watch
 from bridge_ref.train import ReferenceTrainer, logprobs, loss_and_grads
 
 
@@ -78,6 +79,22 @@ class ReferenceModel:
     ) -> np.ndarray:
         """How much each block adds to what it reads (clause 3.9), one a block, wide."""
         return norm_ratios(self.config, self._tensors, tokens, groups, active, positions)
+
+    def watch(
+        self,
+        tokens: np.ndarray,
+        groups: np.ndarray,
+        active: np.ndarray,
+        positions: np.ndarray,
+        drawn: np.ndarray,
+        sampling: Sampling,
+        progress: Callable[[int, int], None] = lambda done, of: None,
+    ) -> Watched:
+        """Of the reference alone, and not of the contract: attention weights, norm ratios and
+        entropies of a teacher-forced pass, as `bridge_ref.trace.watch` says."""
+        return watch(
+            self.config, self._tensors, tokens, groups, active, positions, drawn, sampling, progress
+        )
 
     def prefill(
         self,
