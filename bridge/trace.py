@@ -41,7 +41,7 @@ class Trace:
     attention: Float[np.ndarray, "layers H T N N"] | None  # a row's weights on rows; None for mlp
     norm_ratios: Float[np.ndarray, " layers"]  # clause 3.9, over all active cells
     entropy: Float[np.ndarray, "N T"]
-    entropy_temperature: float
+    greedy: bool  # whether the answers were drawn at temperature 0
 
     @property
     def width(self) -> int:
@@ -147,7 +147,7 @@ class Trace:
             "norm_ratios": plain(self.norm_ratios),
             "diversity": vars(self.diversity()),
             "entropy": plain(self.entropy),
-            "entropy_temperature": self.entropy_temperature,
+            "greedy": self.greedy,
             "mean_entropy": plain(self.mean_entropy()),
             "agreement": plain(self.agreement()),
             "agree_from": self.agree_from(),
@@ -188,14 +188,14 @@ def trace(
     watch: Any = reference.implementation  # beyond the contract
     said = [response.tokens for response in answers.responses]
     batch = make_batch([Group(answers.prompt_tokens, said, name="the answers")])
-    temperature = sampling.temperature or 1.0
+    greedy = sampling.temperature == 0
     attention, ratios, entropy = watch.watch(
         batch.tokens,
         batch.groups,
         batch.active,
         default_positions(batch.active),
         batch.target_mask,
-        sampling if sampling.temperature else Sampling(temperature),
+        Sampling() if greedy else sampling,
         progress,
     )
     first = len(answers.prompt_tokens) - 1
@@ -215,7 +215,7 @@ def trace(
         attention=attention,
         norm_ratios=ratios,
         entropy=np.where(there, entropy[:, first:], np.nan),
-        entropy_temperature=temperature,
+        greedy=greedy,
     )
 
 

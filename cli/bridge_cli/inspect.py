@@ -1,11 +1,25 @@
-"""`bridge inspect`: what a checkpoint is, or what a config calls for, from headers alone."""
+"""`bridge inspect`: what a checkpoint is, or what a config calls for, from headers alone; with
+`--trace`, what its blocks do while a group answers."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bridge_cli.options import Base
+from bridge_cli.options import (
+    AnswerSeed,
+    Backend,
+    Base,
+    Device,
+    MaxNewTokens,
+    MinP,
+    Raw,
+    Stop,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+)
 from bridge_cli.text import count, one_line, print_json, size
 
 if TYPE_CHECKING:
@@ -13,17 +27,24 @@ if TYPE_CHECKING:
 
     from bridge.inspect import Summary
 
+OF_TRACES = "With --trace"
+# Options that mean something without --trace alone, and those that mean something with it alone.
+SIZES = ("prompt", "length", "tensors", "heads", "head_dim", "kind", "layers")
+TRACES = (
+    *("layer", "png", "html", "max_new_tokens", "temperature", "top_k", "top_p", "min_p"),
+    *("seed", "stop", "system", "raw", "backend", "device"),
+)
+
 
 def inspect(
+    ctx: typer.Context,
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CKPT", help="A checkpoint directory, or a config.json.")
     ],
-    width: Annotated[int, typer.Option("-n", "--width", help="Rows a prompt, for memory.")] = 8,
+    width: Annotated[int, typer.Option("-n", "--width", help="Rows a prompt.")] = 8,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt, for memory.")] = 512,
     length: Annotated[int, typer.Option(help="New tokens of each row, for memory.")] = 512,
-    dtype: Annotated[
-        str | None, typer.Option(help="What to compute in, for memory; else as stored.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="What to compute in; else as stored.")] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     base: Base = None,
     heads: Annotated[
@@ -41,6 +62,37 @@ def inspect(
         typer.Option(help="Of a config alone: layers with a block.", show_default="all"),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    trace: Annotated[
+        str | None,
+        typer.Option(metavar="PROMPT", help="Answer this, and show what rows read of each other."),
+    ] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            help="Whose attention to show; else the mean.",
+            rich_help_panel=OF_TRACES,
+            show_default=False,
+        ),
+    ] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option(help="Plot the trace into this new file.", rich_help_panel=OF_TRACES),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write a page of it, with every token.", rich_help_panel=OF_TRACES),
+    ] = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = 1.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: AnswerSeed = 0,
+    stop: Stop = None,
+    system: System = None,
+    raw: Raw = False,
+    backend: Backend = None,
+    device: Device = None,
 ) -> None:
     """Show a checkpoint's sizes, and its memory at a width.
 
@@ -48,10 +100,20 @@ def inspect(
 
     Of a config without weights, it shows what blocks would add.
 
+    With --trace, rows answer a prompt as in bridge generate, whose options it
+    takes, and are then replayed to see what the blocks did: where each row
+    looks, by layer and step; how much each block adds; how alike the answers
+    are, and from when on.
+
     Example: bridge inspect ./smol-bridge --width 16 --length 1024
 
     Example: bridge inspect ./llama/config.json --heads 16 --layers 0-15
+
+    Example: bridge inspect ./smol-bridge --trace 'What is 17 + 25?' --html trace.html
     """
+    if trace is not None:
+        return _trace(ctx)
+    _refuse_given(ctx, TRACES, "is of a trace; add --trace PROMPT")
     from rich.console import Console
 
     from bridge.errors import BridgeError
@@ -96,6 +158,36 @@ def inspect(
         for name, spec in summary.tensors.items():
             packed = f" {spec['bits']}-bit" if "bits" in spec else ""
             print(f"{one_line(name):60} {spec['dtype']:5} {spec['shape']}{packed}")
+
+
+def _trace(ctx: typer.Context) -> None:
+    from bridge_cli.trace import Request, show_trace
+
+    _refuse_given(ctx, SIZES, "is for sizes, which --trace does not show; drop one of the two")
+    given = dict(ctx.params)
+    sampling = {name: given[name] for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
+    same = (
+        *("checkpoint", "layer", "png", "html", "json", "width", "max_new_tokens"),
+        *("system", "raw", "backend", "device", "dtype", "base"),
+    )
+    show_trace(
+        Request(
+            prompt=given["trace"],
+            sampling=sampling,
+            stop=list(given["stop"] or []),
+            **{name: given[name] for name in same},
+        )
+    )
+
+
+def _refuse_given(ctx: typer.Context, names: tuple[str, ...], why: str) -> None:
+    """Refuse options that would have no effect, rather than drop them in silence."""
+    from bridge.errors import BridgeError
+
+    for name in names:
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise BridgeError(f"--{name.replace('_', '-')} {why}")
 
 
 def _describe(summary: "Summary") -> dict[str, str]:

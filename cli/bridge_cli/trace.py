@@ -1,0 +1,191 @@
+"""`bridge inspect --trace`: a group answers a prompt, and what its rows read of each other shows.
+
+Any backend answers; the reference replays. All that can be refused is refused before a model is
+loaded, and files are written whole or not at all.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bridge_cli.text import print_json
+
+if TYPE_CHECKING:
+    from bridge.contract import Sampling
+    from bridge.model import Model
+    from bridge.trace import Trace
+
+SHOWN_AFTER = 1.0  # seconds of work before progress is shown
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked: as the options of `bridge inspect` say."""
+
+    checkpoint: Path
+    prompt: str
+    layer: int | None
+    png: Path | None
+    html: Path | None
+    json: bool
+    width: int
+    max_new_tokens: int | None
+    sampling: dict[str, Any]
+    stop: list[str]
+    system: str | None
+    raw: bool
+    backend: str | None
+    device: str | None
+    dtype: str | None
+    base: Path | None
+
+
+def show_trace(asked: Request) -> None:
+    """Answer, replay, and show; raises BridgeError for what cannot be."""
+    from rich.console import Console
+
+    from bridge.generation import check_sampling
+    from bridge.trace import trace
+    from bridge_cli.prompts import read_prompts
+
+    sampling = check_sampling(**asked.sampling)
+    [prompt] = read_prompts([asked.prompt], None)
+    _refuse(asked)
+    model, reference = _load(asked)
+    with _progress("answering", asked.json) as update:
+        answers, chat = _answer(model, prompt, asked, update)
+    with _progress("replaying", asked.json) as update:
+        found = trace(reference, answers, sampling, update)
+    _write(found, asked, sampling)
+    if asked.json:
+        return print_json(
+            {
+                "checkpoint": str(asked.checkpoint),
+                "backend": model.backend,
+                "device": model.device,
+                "dtype": model.dtype,
+                "replayed_in": reference.dtype,
+                "chat": chat,
+                **asked.sampling,
+                "stop": asked.stop,
+                **found.to_json(),
+            }
+        )
+    from bridge_cli.trace_view import View
+
+    # A file or a pipe has no width of its own.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 80)
+    View(console, found, asked.layer).show()
+
+
+def _refuse(asked: Request) -> None:
+    """What a look at the config and at the names of files is enough to refuse."""
+    from bridge.atomic import refuse_existing
+    from bridge.checkpoint import open_checkpoint
+    from bridge.errors import BridgeError
+
+    for path in (asked.png, asked.html):
+        if path is not None:
+            refuse_existing(path)
+    if asked.png is not None:
+        from bridge.trace_plots import need_matplotlib
+
+        need_matplotlib()
+    if asked.width < 1:
+        raise BridgeError(f"width must be 1 or above, not {asked.width}")
+    bridge = open_checkpoint(asked.checkpoint, asked.base, headers_only=True).config.bridge
+    if bridge is None or not bridge.layers:
+        raise BridgeError(
+            f"{asked.checkpoint}: has no Bridge blocks, so there is nothing to trace; "
+            "bridge init adds them"
+        )
+    if asked.layer is not None and bridge.kind != "attention":
+        raise BridgeError(f"--layer: blocks of kind {bridge.kind} have no attention; drop it")
+    if asked.layer is not None and asked.layer not in bridge.layers:
+        known = ", ".join(map(str, bridge.layers))
+        raise BridgeError(f"--layer {asked.layer}: has no Bridge block; layers with one: {known}")
+
+
+def _load(asked: Request) -> "tuple[Model, Model]":
+    """The model that answers, and the reference, which may be the same one."""
+    from bridge.model import load
+
+    path, base = asked.checkpoint, asked.base
+    model = load(path, base=base, backend=asked.backend, device=asked.device, dtype=asked.dtype)
+    exact = "float64" if model.dtype == "float64" else "float32"
+    if (model.backend, model.dtype) == ("numpy", exact):
+        return model, model
+    return model, load(path, base=base, backend="numpy", dtype=exact)
+
+
+def _answer(
+    model: "Model", prompt: str, asked: Request, update: Callable[[int, int], None]
+) -> tuple[Any, bool]:
+    """The group's answers, and whether the prompt went through a chat template."""
+    from bridge.errors import BridgeError
+    from bridge.generation import Done, Token
+
+    chat = model.has_chat_template and not asked.raw
+    if asked.system is not None and not chat:
+        raise BridgeError(
+            "--system is part of a chat, but --raw or the lack of a template drops it"
+        )
+    events = model.stream(
+        [prompt],
+        width=asked.width,
+        max_new_tokens=asked.max_new_tokens,
+        stop=asked.stop or None,
+        chat=chat,
+        system=asked.system,
+        **asked.sampling,
+    )
+    most = asked.width * (asked.max_new_tokens or 256)
+    tokens = 0
+    for event in events:
+        if isinstance(event, Token):
+            tokens += 1
+            update(min(tokens, most), most)
+        elif isinstance(event, Done):
+            return event.sets[0], chat
+    raise AssertionError("a stream ends with Done")
+
+
+@contextmanager
+def _progress(name: str, quiet: bool) -> "Iterator[Callable[[int, int], None]]":
+    """A bar on stderr for what takes longer than a second; nothing where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+    quiet = quiet or not sys.stderr.isatty()
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    bar = Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=quiet)
+    task, began = bar.add_task(name), time.monotonic()
+
+    def update(done: int, total: int) -> None:
+        if not bar.live.is_started and time.monotonic() - began > SHOWN_AFTER:
+            bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield update
+    finally:
+        bar.stop()
+
+
+def _write(found: "Trace", asked: Request, sampling: "Sampling") -> None:
+    from bridge.atomic import new_file
+
+    if asked.png is not None:
+        from bridge.trace_plots import plot_trace
+
+        plot_trace(asked.png, found, asked.layer)
+    if asked.html is not None:
+        from bridge_cli.trace_html import page
+
+        text = page(found, str(asked.checkpoint), sampling, asked.layer)
+        with new_file(asked.html) as file:
+            file.write(text.encode("utf-8", "backslashreplace"))
