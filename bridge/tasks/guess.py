@@ -30,7 +30,7 @@ class GuessAndCheck(Synthetic):
 
     purpose = 1
 
-    def __init__(self, guesses: int = 31, tables: int = 64, seed: int = 0) -> None:
+    def __init__(self, guesses: int = 31, tables: int = 32, seed: int = 0) -> None:
         """`guesses` there are, and as many results, in each table. `seed`: of tables too."""
         if not 11 <= guesses <= 97:
             raise BridgeError(f"guesses must be in 11..97, not {guesses}")
@@ -88,6 +88,6 @@ class GuessAndCheck(Synthetic):
         return [*map(str, range(max(self.guesses, self.tables))), "?", "no", "="]
 
 
-def guess_and_check(guesses: int = 31, tables: int = 64, seed: int = 0) -> GuessAndCheck:
+def guess_and_check(guesses: int = 31, tables: int = 32, seed: int = 0) -> GuessAndCheck:
     """The task by name: `bridge.tasks.guess:guess_and_check`."""
     return GuessAndCheck(guesses, tables, seed)

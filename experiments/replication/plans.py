@@ -29,6 +29,7 @@ class Plan:
     warm_groups: int = 32
     warm_width: int = 4
     warm_lr: float = 2e-3
+    warm_schedule: str = "constant"
     steps: int = 300
     problems: int = 32
     width: int = 8
@@ -46,11 +47,20 @@ PLANS = {
     ),
     "guess": Plan(
         task="bridge.tasks.guess:guess_and_check",
-        options={"guesses": 31, "tables": 64},
+        options={"guesses": 31, "tables": 32},
         demonstration={"trials": 4},
         new_tokens=3 * 4 + 3,
-        pretrain_steps=1500,
-        warm_problems=8192,
+        pretrain_steps=1000,
+        # Few responses are correct, and each says little of how others help: a hundred updates
+        # teach the blocks next to nothing, several hundred do.
+        warm_problems=2048,
+        warm_samples=32,
+        warm_epochs=6,
+        warm_groups=16,
+        warm_width=8,
+        warm_lr=4e-3,
+        warm_schedule="cosine",
+        steps=200,
     ),
     "chain": Plan(
         task="bridge.tasks.chain:chain",

@@ -93,6 +93,7 @@ def train_arm(here: Path, plan: Plan, seed: int, name: str, arm: Arm) -> Path:
             groups=plan.warm_groups,
             epochs=plan.warm_epochs,
             lr=plan.warm_lr,
+            schedule=plan.warm_schedule,
             trainable=("bridge",),
             **common,
         )
