@@ -15,7 +15,7 @@ export QUESTION ?= There are 5 bags with 8 marbles in each bag. How many marbles
 .PHONY: help setup demo test lint format golden bench clean
 
 help:
-	@echo "make demo    eight interdependent answers from SmolLM2-135M-Instruct with fresh Bridge blocks"
+	@echo "make demo    eight answers from SmolLM2-135M-Instruct with fresh blocks, and what trained ones do"
 	@echo "make test    ruff, pyright and the whole test suite"
 	@echo "make golden  regenerate the golden vectors of the spec"
 	@echo "make bench   decode and prefill figures, as ratios against transformers"
@@ -40,6 +40,9 @@ demo: $(MODEL)
 	@echo "are trained the rows exchange nothing, and each answers as SmolLM2 alone would."
 	$(BIN)/bridge generate $(MODEL) "$$QUESTION" --width $(WIDTH) --max-new-tokens 160 \
 		--temperature 0.7 --top-p 0.95 --seed 7 --backend torch --vote
+	@echo
+	@echo "What trained blocks do, on the small model that comes with the package:"
+	@OMP_NUM_THREADS=1 $(BIN)/bridge demo --backend torch  # so small a model is slower on more
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2 tests

@@ -23,6 +23,9 @@ from bridge.tokenizer import Tokenizer, read_eos_ids, read_tokenizer
 Prompt = str | Sequence[int] | Sequence[Message]
 
 
+BUNDLED = Path(__file__).with_name("bundled")  # a checkpoint that comes with the package
+
+
 def load(
     checkpoint: str | Path | None = None,
     *,
@@ -34,16 +37,16 @@ def load(
 ) -> "Model":
     """A model from a checkpoint directory of any form, ready to run.
 
+    `checkpoint`: None is the bundled one, a small model that solves puzzles by trying
+    (`bridge/bundled/README.md`).
     `base`: the host of an adapter checkpoint; None is the one that the adapter names. `any_base`:
     take a base whose hash is not the one that the adapter was made for.
     `backend`: a name from `bridge.backends()`; None is the best one present. `device`: None is the
     backend's best. `dtype`: None is the backend's default on CPUs, else the checkpoint's own.
     Raises BridgeError, in one line, for what is missing, damaged or not supported.
     """
-    if checkpoint is None:
-        raise BridgeError("no checkpoint given; this version bundles none, name a directory")
     where = None if base is None else Path(base)
-    opened = open_checkpoint(Path(checkpoint), where, any_base=any_base)
+    opened = open_checkpoint(Path(checkpoint or BUNDLED), where, any_base=any_base)
     return build(opened, opened.config, opened.tensors, backend, device, dtype)
 
 

@@ -164,7 +164,7 @@ def test_help_imports_no_framework():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["generate"], ["nothing"], ["init", "host"], ["inspect", ".", "--sideways"]]
+    "arguments", [["convert"], ["nothing"], ["init", "host"], ["inspect", ".", "--sideways"]]
 )
 def test_usage_errors_are_explained(arguments):
     done = subprocess.run([*BRIDGE, *arguments], capture_output=True, text=True)

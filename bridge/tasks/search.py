@@ -3,8 +3,8 @@
 Given numbers and a target, find an operator of + - * between each two, such that, from left to
 right, ((a o b) o c) o d = t modulo m:
 
-    prompt     3 5 2 7 = 11 ?
-    response   + - * 8 6 4 no * + - 15 17 10 no ! + + -
+    prompt     3 5 2 7 = 8 ?
+    response   + - * 8 6 4 no - - - 17 15 8 yes ! - - -
 
 A response may write out trials, each with its intermediate values and a verdict; what counts is the
 answer after its last `!`. One trial is as good as another, so rows that try different operators and

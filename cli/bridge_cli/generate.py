@@ -4,6 +4,7 @@ On a terminal the answers are watched as they grow, and stay when all are done, 
 there is of them. Elsewhere stdout gets the answers alone, and with `--json` one object alone.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +40,14 @@ if TYPE_CHECKING:
 
 
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint directory.")],
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[CKPT]",
+            help="A checkpoint directory; without one, the small bundled model for puzzles such as "
+            "'3 5 2 7 = 8 ?'.",
+        ),
+    ] = None,
     prompts: Annotated[
         list[str] | None,
         typer.Argument(metavar="PROMPT", help="Each gets WIDTH answers; - reads one from stdin."),
@@ -73,6 +81,8 @@ def generate(
 ) -> None:
     """Answer prompts, each with WIDTH rows that see each other.
 
+    Example: bridge generate '3 5 2 7 = 8 ?'
+
     Example: bridge generate ./smol-bridge 'Tom has 12 apples...' --width 8 --vote
 
     Example: bridge generate ./smol-bridge --file questions.txt --json | jq .prompts
@@ -81,8 +91,8 @@ def generate(
 
     from bridge.errors import BridgeError
     from bridge.generation import Done, check_sampling
-    from bridge.model import load
-    from bridge_cli.prompts import read_prompts
+    from bridge.model import BUNDLED, load
+    from bridge_cli.prompts import check_words, read_prompts
     from bridge_cli.view import View
 
     sampling: dict[str, Any] = {
@@ -95,12 +105,15 @@ def generate(
     check_sampling(**sampling)  # before a model is loaded, which may take its time
     if width < 1:
         raise BridgeError(f"width must be 1 or above, not {width}")
-    asked = read_prompts(prompts or [], file)
+    where, prompts = _which(checkpoint, prompts or [])
+    asked = read_prompts(prompts, file)
     notes = Console(stderr=True)
     with notes.status("loading") if notes.is_terminal and not json else _nothing():
-        model = load(checkpoint, base=base, backend=backend, device=device, dtype=dtype)
+        model = load(where, base=base, backend=backend, device=device, dtype=dtype)
+    if where is None:
+        check_words(asked, model.tokenizer)
     chat = model.has_chat_template and not raw
-    _check_chat(asked, checkpoint, chat, raw, system)
+    _check_chat(asked, where or BUNDLED, chat, raw, system)
     events = model.stream(
         asked,
         width=width,
@@ -131,7 +144,7 @@ def generate(
         answers["vote"] = vars(winner)
     print_json(
         {
-            "checkpoint": str(checkpoint),
+            "checkpoint": str(where or BUNDLED),
             "backend": model.backend,
             "device": model.device,
             "dtype": model.dtype,
@@ -144,6 +157,14 @@ def generate(
             "timing": _timing(done),
         }
     )
+
+
+def _which(first: str | None, prompts: list[str]) -> tuple[Path | None, list[str]]:
+    """The checkpoint, None for the bundled one, and the prompts. A single argument is a prompt
+    unless it is there as a file, or could only be one."""
+    if first is None or prompts or "/" in first or os.path.exists(first):
+        return None if first is None else Path(first), prompts
+    return None, [first]
 
 
 def _check_chat(

@@ -17,6 +17,7 @@ from bridge_cli import (
     bench,
     conformance,
     convert,
+    demo,
     eval,
     generate,
     init,
@@ -70,6 +71,7 @@ app = typer.Typer(
 )
 app.command()(init.init)
 app.command()(generate.generate)
+app.command()(demo.demo)
 app.command()(convert.convert)
 app.command()(inspect.inspect)
 app.command()(backends.backends)

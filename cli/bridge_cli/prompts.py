@@ -7,9 +7,12 @@ prompt is given. A file holds many: one a line, as text or as JSON.
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bridge.errors import BridgeError
+
+if TYPE_CHECKING:
+    from bridge.tokenizer import Tokenizer
 
 STDIN = Path("-")
 NOTHING = "no prompt given; pass one as an argument, by --file, or through a pipe"
@@ -35,6 +38,23 @@ def read_prompts(arguments: list[str], file: Path | None) -> list[Any]:
     if file is not None:
         prompts += _lines(file)
     return prompts
+
+
+def check_words(prompts: list[Any], tokenizer: "Tokenizer | None") -> None:
+    """The bundled model knows a few words, and would answer any others with nonsense."""
+    for prompt in prompts:
+        words = prompt.split() if isinstance(prompt, str) else []
+        strange = [word for word in words if tokenizer and not _known(tokenizer, word)]
+        if strange or not words:
+            what = repr(strange[0]) if strange else "messages"
+            raise BridgeError(
+                f"the bundled model knows nothing of {what}: it solves puzzles such as "
+                "'3 5 2 7 = 8 ?'; for other prompts name a checkpoint directory first"
+            )
+
+
+def _known(tokenizer: "Tokenizer", word: str) -> bool:
+    return tokenizer.decode(tokenizer.encode(word)).strip() == word
 
 
 def _lines(file: Path) -> list[Any]:
