@@ -49,15 +49,24 @@ def show_trace(asked: Request) -> None:
     from rich.console import Console
 
     from bridge.generation import check_sampling
+    from bridge.model import load
     from bridge.trace import trace
     from bridge_cli.prompts import read_prompts
 
     sampling = check_sampling(**asked.sampling)
     [prompt] = read_prompts([asked.prompt], None)
     _refuse(asked)
-    model, reference = _load(asked)
+    path, base = asked.checkpoint, asked.base
+    model = load(path, base=base, backend=asked.backend, device=asked.device, dtype=asked.dtype)
     with _progress("answering", asked.json) as update:
         answers, chat = _answer(model, prompt, asked, update)
+    ran = {"backend": model.backend, "device": model.device, "dtype": model.dtype}
+    exact = "float64" if model.dtype == "float64" else "float32"
+    if (model.backend, model.dtype) == ("numpy", exact):
+        reference = model
+    else:
+        del model  # its memory is the reference's
+        reference = load(path, base=base, backend="numpy", dtype=exact)
     with _progress("replaying", asked.json) as update:
         found = trace(reference, answers, sampling, update)
     _write(found, asked, sampling)
@@ -65,9 +74,7 @@ def show_trace(asked: Request) -> None:
         return print_json(
             {
                 "checkpoint": str(asked.checkpoint),
-                "backend": model.backend,
-                "device": model.device,
-                "dtype": model.dtype,
+                **ran,
                 "replayed_in": reference.dtype,
                 "chat": chat,
                 **asked.sampling,
@@ -108,18 +115,6 @@ def _refuse(asked: Request) -> None:
     if asked.layer is not None and asked.layer not in bridge.layers:
         known = ", ".join(map(str, bridge.layers))
         raise BridgeError(f"--layer {asked.layer}: has no Bridge block; layers with one: {known}")
-
-
-def _load(asked: Request) -> "tuple[Model, Model]":
-    """The model that answers, and the reference, which may be the same one."""
-    from bridge.model import load
-
-    path, base = asked.checkpoint, asked.base
-    model = load(path, base=base, backend=asked.backend, device=asked.device, dtype=asked.dtype)
-    exact = "float64" if model.dtype == "float64" else "float32"
-    if (model.backend, model.dtype) == ("numpy", exact):
-        return model, model
-    return model, load(path, base=base, backend="numpy", dtype=exact)
 
 
 def _answer(

@@ -46,7 +46,8 @@ th { position: sticky; left: 0; background: var(--page); color: var(--soft); fon
 thead th { text-align: center; padding: 0; position: static; }
 td { font: 0.8rem/1.3 ui-monospace, Menlo, monospace; text-align: center; padding: 0.15rem 0.35rem;
   min-width: 1.6rem; white-space: pre; border-radius: 3px; }
-.maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(16rem, 1fr)); gap: 1rem; }
+.maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(16rem, 1fr));
+  margin-top: 0.75rem; gap: 1rem; }
 figure { margin: 0; padding: 0.85rem 1rem; background: var(--card); border: 1px solid var(--line);
   border-radius: 10px; }
 figcaption { font-weight: 600; font-size: 0.87rem; margin-bottom: 0.5rem; }

@@ -13,6 +13,7 @@ from rich.text import Text
 from bridge.trace import Trace
 from bridge_cli.text import one_line
 from bridge_cli.trace_colours import Scale, is_bright, scale_of
+from bridge_cli.view import heading
 
 LABEL, FIGURE = 8, 8  # columns on the left, and on the right where figures stand
 BARS = "▁▂▃▄▅▆▇█"
@@ -45,8 +46,7 @@ class View:
         for row, (text, reason) in enumerate(
             zip(self.trace.answers, self.trace.reasons, strict=True)
         ):
-            tokens = len(self.trace.words[row])
-            line = Text.assemble((f"row {row}", "bold"), f" · {tokens} · {reason} · ")
+            line = Text.assemble(heading(row, len(self.trace.words[row]), reason), " · ")
             room = self.console.width - line.cell_len
             said = one_line(text)
             # An answer's end says more than its beginning.
@@ -68,7 +68,7 @@ class View:
         self._ruler()
         even = trace.even()
         ends = f"{even.min():.2f} to {even.max():.2f}" if np.ptp(even) else f"{even[0]:.2f}"
-        self._legend(scale, f"even attention over the rows would be {ends}")
+        self._legend(scale, f"attention that is even: {ends}")
 
     def _heard(self) -> None:
         heard = self.trace.heard(self.layer)
@@ -131,6 +131,7 @@ class View:
         self._ruler()
 
     def _remarks(self) -> None:
+        self.console.print()
         for line in remarks(self.trace):
             self.console.print(Text(line, "dim"))
 
