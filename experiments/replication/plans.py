@@ -64,10 +64,11 @@ PLANS = {
     ),
     "chain": Plan(
         task="bridge.tasks.chain:chain",
-        options={"steps": 6, "modulus": 19},
-        demonstration={"slip": 0.1},
-        new_tokens=6 + 3,
+        options={"steps": 4, "modulus": 13},
+        demonstration={"slip": 0.15},
+        new_tokens=4 + 3,
         pretrain_steps=1500,
+        steps=200,
     ),
 }
 
