@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bridge.tasks.search import OperatorSearch
 
 TASK_SEED = 1  # of the run that trained the model: its puzzles of the split "test" were held out
-FIRST = 1000  # the first 300 were tested on when the model was chosen
+FIRST = 1000  # the experiment tests on those from 0
 
 
 def demo(
