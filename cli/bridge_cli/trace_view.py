@@ -213,7 +213,9 @@ def remarks(trace: Trace) -> list[str]:
     lines = ["; ".join(said) + "."]
     if trace.width > 1:
         lines.append(
-            f"From step {start} on" if start is not None else "There is no step from which on"
+            f"From step {start} on (the last is {trace.steps - 1}),"
+            if start is not None
+            else "There is no step from which on"
         )
         lines[-1] += " at least half of the rows, and two or more, say the same token."
     greedy = " (answers are greedy; this is of the softmax)" if trace.greedy else ""
