@@ -77,7 +77,7 @@ def norm_ratio(cache: Cache) -> Float[np.ndarray, ""]:
     `bridge_block` gives for its backward; 0 at a cell whose h is 0, and where none is active."""
     active, (h, _, _), _, _, y = cache
     added, before = (np.linalg.norm(wide(z[active]), axis=-1) for z in (y, h))
-    ratio = np.divide(added, before, out=np.zeros_like(before), where=before > 0)
+    ratio = np.divide(added, before, out=np.zeros_like(before), where=before != 0)
     return ratio.sum() / max(ratio.size, 1)
 
 

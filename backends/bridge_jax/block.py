@@ -118,7 +118,7 @@ def norm_ratio(
     y = _output(weights, h, grid, active, config)
     added, before = (jnp.linalg.norm(z.astype(jnp.float32), axis=-1) for z in (y, h))
     # A zero residual counts as 0, and what is not active is one by now.
-    ratio = jnp.where(before > 0, added / jnp.where(before > 0, before, 1), 0)
+    ratio = jnp.where(before != 0, added / jnp.where(before != 0, before, 1), 0)
     return ratio.sum() / jnp.maximum(active.sum(), 1)
 
 

@@ -130,7 +130,7 @@ class Block:
         y = self._output(h, grid, active)
         added, before = (mx.linalg.norm(z.astype(mx.float32), axis=-1) for z in (y, h))
         # A zero residual counts as 0, and what is not active is one by now.
-        ratio = mx.where(before > 0, added / mx.where(before > 0, before, 1), 0)
+        ratio = mx.where(before != 0, added / mx.where(before != 0, before, 1), 0)
         return mx.sum(ratio) / (ratio.size if active is None else mx.maximum(mx.sum(active), 1))
 
     def _output(
