@@ -58,7 +58,7 @@ def kernels() -> ctypes.CDLL | None:
     for threads in ("-fopenmp", "-fopenmp-simd"):
         try:
             library = ctypes.CDLL(str(_compiled(compiler, (*OPTIONS, threads))))
-        except (OSError, subprocess.SubprocessError):
+        except (OSError, RuntimeError, subprocess.SubprocessError):  # no home, no space, ...
             continue
         for name, signature in SIGNATURES.items():
             function = getattr(library, name)
