@@ -56,15 +56,23 @@ def hidden_states(
     positions: Int[np.ndarray, "B S"],
 ) -> tuple[Float[np.ndarray, "B S D"], Cache]:
     """`forward` without the head: the residual stream after the last layer."""
+    # What an inactive cell holds is not read; it need not even be a token.
+    tokens = np.where(active, tokens, 0)
+    attend = teacher_forced(config, active, positions)
+    return decoder(config, tensors, tokens, groups, active, positions, attend)
+
+
+def teacher_forced(
+    config: ModelConfig, active: Bool[np.ndarray, "B S"], positions: Int[np.ndarray, "B S"]
+) -> Attend:
+    """Self-attention among the cells of a batch, each inside its layer's window (clause 5.5)."""
     windows = {window_of(config, i) for i in range(config.num_hidden_layers)}
     allowed = {window: causal_allowed(active, positions, window) for window in windows}
 
     def attend(i: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, Cache]:
         return self_attention(q, k, v, allowed[window_of(config, i)])
 
-    # What an inactive cell holds is not read; it need not even be a token.
-    tokens = np.where(active, tokens, 0)
-    return decoder(config, tensors, tokens, groups, active, positions, attend)
+    return attend
 
 
 def norm_ratios(

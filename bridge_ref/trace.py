@@ -14,9 +14,8 @@ from jaxtyping import Bool, Float, Int
 from bridge.config import ModelConfig
 from bridge.contract import Sampling
 from bridge_ref import ops
-from bridge_ref.attention import causal_allowed, self_attention
 from bridge_ref.block import norm_ratio
-from bridge_ref.model import Tensors, head, layer, rope_tables, window_of
+from bridge_ref.model import Tensors, head, layer, rope_tables, teacher_forced
 from bridge_ref.ops import Cache
 from bridge_ref.precision import wide, wide_dtype
 from bridge_ref.sampling import sampling_weights
@@ -49,15 +48,10 @@ def watch(
     `drawn`: the active cells after which a token was drawn, whose `entropy` is that of what it was
     drawn from (clauses 6.3 to 6.6), in nats; 0 elsewhere. `progress` hears of layers done.
     """
-    windows = {window_of(config, i) for i in range(config.num_hidden_layers)}
-    allowed = {window: causal_allowed(active, positions, window) for window in windows}
-
-    def attend(i: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, Cache]:
-        return self_attention(q, k, v, allowed[window_of(config, i)])
-
     # What an inactive cell holds is not read; it need not even be a token.
     h, _ = ops.embedding(np.where(active, tokens, 0), tensors["model.embed_tokens.weight"])
     rope = rope_tables(config, positions, h.dtype)
+    attend = teacher_forced(config, active, positions)
     weights, ratios = [], []
     for i in range(config.num_hidden_layers):
         h, cache = layer(config, tensors, i, h, groups, active, rope, attend)
