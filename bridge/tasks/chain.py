@@ -16,7 +16,7 @@ import numpy as np
 
 from bridge.errors import BridgeError
 from bridge.tasks.problem import Problem
-from bridge.tasks.synthetic import OPERATORS, Synthetic, apply, digits, left_to_right
+from bridge.tasks.synthetic import OPERATORS, Synthetic, apply, digits, left_to_right, number_after
 
 
 class Chain(Synthetic):
@@ -48,9 +48,7 @@ class Chain(Synthetic):
 
     def read_answer(self, response: str) -> str | None:
         """The word after the last `!`; None where that is no value."""
-        _, mark, said = response.rpartition("!")
-        answer = said.strip()
-        return answer if mark and answer in map(str, range(self.modulus)) else None
+        return number_after(response, "!", self.modulus)
 
     def score(self, problem: Problem, response: str) -> float:
         """1 where the answer is the last value."""

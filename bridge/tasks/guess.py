@@ -18,7 +18,7 @@ from jaxtyping import Int
 
 from bridge.errors import BridgeError
 from bridge.tasks.problem import SPLITS, Problem
-from bridge.tasks.synthetic import Synthetic
+from bridge.tasks.synthetic import Synthetic, number_after
 
 
 class GuessAndCheck(Synthetic):
@@ -53,9 +53,7 @@ class GuessAndCheck(Synthetic):
 
     def read_answer(self, response: str) -> str | None:
         """The word after the last `=`; None where that is no guess."""
-        _, mark, said = response.rpartition("=")
-        answer = said.strip()
-        return answer if mark and answer in map(str, range(self.guesses)) else None
+        return number_after(response, "=", self.guesses)
 
     def score(self, problem: Problem, response: str) -> float:
         """1 where the answer comes to the target."""

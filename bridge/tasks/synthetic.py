@@ -98,3 +98,10 @@ def digits(word: int, base: int, count: int) -> list[int]:
         word, digit = divmod(word, base)
         found.append(digit)
     return found
+
+
+def number_after(response: str, mark: str, below: int) -> str | None:
+    """What stands after the last `mark`; None where that is no number from 0 to `below` - 1."""
+    _, found, said = response.rpartition(mark)
+    answer = said.strip()
+    return answer if found and answer in map(str, range(below)) else None
