@@ -20,6 +20,7 @@ from base import pretrain, write_fresh
 from plans import ABLATIONS, ARMS, PLANS, Arm, Plan
 
 import bridge
+from bridge.atomic import new_file
 from bridge.errors import BridgeError
 from bridge.evaluation.batches import Decoding
 from bridge.evaluation.evaluate import evaluate
@@ -105,7 +106,7 @@ def train_arm(here: Path, plan: Plan, seed: int, name: str, arm: Arm) -> Path:
         problems=plan.problems,
         width=plan.width,
         lr=plan.lr,
-        schedule="cosine",  # at a constant rate every arm unlearns its arithmetic after 200 steps
+        schedule="cosine",  # at a constant rate rewards fall again after 200 steps
         eps_high=0.2,
         trainable=("all",),
         **common,
@@ -152,9 +153,8 @@ def _agree(path: Path, plan: dict[str, Any]) -> None:
 
 def _write(path: Path, said: Any) -> None:
     """Whole or not at all."""
-    part = path.with_suffix(".partial")
-    part.write_text(json.dumps(said, indent=1) + "\n")
-    part.replace(path)
+    with new_file(path) as file:
+        file.write(f"{json.dumps(said, indent=1)}\n".encode())
 
 
 def _say(here: Path, stage: str, step: int, loss: float, start: float) -> None:
