@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from bridge.config import BridgeConfig
 from bridge_jax.compiled import bucket
-from bridge_jax.linear import contract, linear
+from bridge_jax.linear import KEPT, contract, linear
 
 Array = jax.Array
 
@@ -165,7 +166,7 @@ def _mix(
     allowed = allowed.transpose(0, 2, 1)[:, :, None, None, :]
     p = jax.nn.softmax(jnp.where(allowed, score, LOWEST), -1)
     mixed = contract("gshnm,gmshd->gnshd", p.astype(v.dtype), v).astype(v.dtype)
-    return grid.collect(mixed).reshape(R, S, E)
+    return checkpoint_name(grid.collect(mixed).reshape(R, S, E), KEPT)
 
 
 LOWEST = float(np.finfo(np.float32).min)  # what a blocked score becomes: finite, and e^it is 0

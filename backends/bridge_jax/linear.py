@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Float
 
@@ -18,6 +19,7 @@ from bridge.config import ModelConfig, tensor_shapes
 Array = jax.Array
 LAYERS = "model.layers.*."
 FEW = 64  # rows up to which a product is bound by reading the weight
+KEPT = "kept"  # by its name, what a training step's backward pass reads rather than computes again
 
 
 def contract(spec: str, a: Array, b: Array) -> Array:
@@ -76,7 +78,7 @@ def linear(
     few = len(rows) <= FEW
     y = contract("oi,ni->on", weight, rows).T if few else contract("ni,oi->no", rows, weight)
     y = y if bias is None else y + bias.astype(y.dtype)
-    return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+    return checkpoint_name(y.astype(x.dtype).reshape(*x.shape[:-1], -1), KEPT)
 
 
 def stacked(name: str) -> tuple[str, int | None]:

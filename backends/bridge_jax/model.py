@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
@@ -20,6 +21,7 @@ from bridge.rope import inverse_frequencies
 from bridge_jax.block import LOWEST, Grid, Layout, block, norm_ratio, rms_norm, silu, take
 from bridge_jax.compiled import SMALL, bucket, compiled
 from bridge_jax.linear import (
+    KEPT,
     LAYERS,
     contract,
     linear,
@@ -158,7 +160,7 @@ def forward(
         weights, window, has_block = scanned
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-            y = _attend(q, k, v, active, place, window)
+            y = checkpoint_name(_attend(q, k, v, active, place, window), KEPT)
             return jnp.where(active[..., None, None, None], y, 0), (
                 k.swapaxes(1, 2),
                 v.swapaxes(1, 2),
@@ -171,7 +173,10 @@ def forward(
         look = measured if measure else None
         return decoder_layer(weights, h, rope, attend, grid, active, has_block, config, look)
 
-    step = jax.checkpoint(layer) if checkpoint else layer
+    # Without `checkpoint` the products are kept alone: what lies between them is computed again in
+    # less time than memory takes to hold it. A scan keeps XLA from merging the two passes.
+    kept = None if checkpoint else jax.checkpoint_policies.save_only_these_names(KEPT)
+    step = jax.checkpoint(layer, policy=kept, prevent_cse=False)
     return jax.lax.scan(step, embed(params, tokens, active), layers(params, config))
 
 
