@@ -15,6 +15,7 @@ import torch
 
 import bridge
 from bridge.errors import BridgeError
+from bridge.tasks import find_task
 from bridge.training.batches import Group, make_batch
 from bridge.training.rollouts import decoder_logprobs
 
@@ -132,6 +133,35 @@ def test_the_report_says_what_the_runs_hold(runs, tmp_path):
     again = tmp_path / "again"
     report.write_report(runs, again)
     assert all((out / name).read_bytes() == (again / name).read_bytes() for name in names)
+
+
+def test_what_is_changed_is_told_beside_what_is_not(runs, tmp_path):
+    root = tmp_path / "runs"
+    for task, seeds in (("search", (0, 1)), ("search-width-4", (1,))):
+        for seed in seeds:
+            shutil.copytree(runs / f"search/seed-{seed}", root / task / f"seed-{seed}")
+    report.write_report(root, tmp_path / "results")
+    assert (tmp_path / "results/search-width-4.json").exists()
+    assert not (tmp_path / "results/search-width-4-curves.json").exists()
+    text = (tmp_path / "results/tables.md").read_text()
+    _, changed = text.split("## search, with one thing changed")
+    before, after = changed.split("### Trained at width 4, in twice as many groups; seeds 1")
+    # The toy has nothing changed: the same seed says the same, and the other is not in it.
+    assert before.split("seeds 1")[1].strip() == after.strip()
+    assert f"| Bridge | {100 * _accuracy(runs, 1, 'bridge', 1):.1f} [" in after
+
+
+@pytest.mark.parametrize("name", plans.CHANGED)
+def test_a_changed_plan_fits_its_context(name):
+    """What a demonstration says, with its end, is no longer than a response may be."""
+    plan = plans.CHANGED[name]
+    assert name in report.CHANGES and plan != plans.PLANS["search"]
+    task, rng = find_task(plan.task, **plan.options, seed=0), np.random.default_rng(0)
+    for i in range(20):
+        problem = task.problem("train", i)
+        said = task.demonstrate(problem, rng=rng, **plan.demonstration)
+        assert len(said.split()) + 1 == plan.new_tokens
+        assert len(problem.prompt.split()) + plan.new_tokens <= plan.size.context
 
 
 def _accuracy(runs, seed, arm, width):

@@ -1,10 +1,10 @@
-"""What the experiment is: a plan for each task, the arms that are compared, and the ablations.
+"""What the experiment is: a plan for each task, changes to one, the arms, and the ablations.
 
 A plan holds everything but the seed. Arms of a plan start from the same base and learn from the
 same problems in the same order.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from base import Size
@@ -70,6 +70,15 @@ PLANS = {
         pretrain_steps=1500,
         steps=200,
     ),
+}
+
+# Operator search with one thing changed, to see how far what holds of it holds.
+CHANGED = {
+    "search-width-4": replace(PLANS["search"], width=4, problems=64),
+    "search-trials-4": replace(PLANS["search"], demonstration={"trials": 4}, new_tokens=7 * 4 + 5),
+    "search-modulus-31": replace(PLANS["search"], options={"modulus": 31}),
+    "search-small": replace(PLANS["search"], size=Size(width=64, ffn=176, layers=2)),
+    "search-large": replace(PLANS["search"], size=Size(width=128, ffn=352, layers=4)),
 }
 
 

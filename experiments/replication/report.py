@@ -3,8 +3,9 @@
     python experiments/replication/report.py RUNS
 
 Reads RUNS/TASK/seed-N and writes, into results/, `tables.md`, and for each task `TASK.json` (every
-figure), `TASK-curves.json` (training, thinned) and three plots. It uses only what the directories
-hold: the same runs give the same files.
+figure), `TASK-curves.json` (training, thinned) and three plots; of operator search with something
+changed there are no plots. It uses only what the directories hold: the same runs give the same
+files.
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from collect import METRICS, Estimate, Results, collect
-from plans import ABLATIONS, ARMS
+from plans import ABLATIONS, ARMS, CHANGED
 from plots import LOOKS, plot_tau, plot_training, plot_widths
 
 from bridge.errors import BridgeError
@@ -25,6 +26,13 @@ NAMES = {name: look["label"] for name, look in LOOKS.items()} | {
     "cut-gradients": "no gradient into other rows",
 }
 LESS = "Bridge less "
+CHANGES = {
+    "search-width-4": "Trained at width 4, in twice as many groups",
+    "search-trials-4": "Room for four trials",
+    "search-modulus-31": "Modulo 31",
+    "search-small": "2 layers of 64",
+    "search-large": "4 layers of 128",
+}
 HEAD = """# Results
 
 Made by `report.py`, from the directories of the runs. In percent; after ± the half-width of the \
@@ -71,6 +79,24 @@ def _ablations(results: Results) -> list[str]:
     return ["### Ablations", "", said, "", *_table(results, rows), ""]
 
 
+def _changed(found: list[Results], as_it_is: Results) -> str:
+    """Accuracy where one thing differs, beside that of the same seeds where nothing does."""
+    every = sorted({seed for results in found for seed in results.seeds(*results.compared)})
+    lines = ["## search, with one thing changed", "", "Accuracy (pass@1)."]
+    for results in (as_it_is, *found):
+        seeds = every if results is as_it_is else results.seeds(*results.compared)
+        rows = {
+            NAMES[name]: [
+                results.arms[name].estimate("pass@1", width, seeds) for width in _widths(results)
+            ]
+            for name in results.compared
+        }
+        title = CHANGES.get(results.task, "Nothing changed")
+        said = f"### {title}; seeds {', '.join(map(str, seeds))}"
+        lines += ["", said, "", *_table(results, rows)]
+    return "\n".join(lines)
+
+
 def _of(results: Results, name: str, metric: str) -> list[Estimate]:
     arm, seeds = results.arms[name], results.seeds(name)
     return [arm.estimate(metric, width, seeds) for width in _widths(results)]
@@ -111,11 +137,18 @@ def write_report(root: Path, out: Path) -> None:
     for results in found:
         assert list(results.arms) == [name for name in order if name in results.arms]
         _write(out / f"{results.task}.json", results.to_json())
+        if results.task in CHANGED:
+            continue
         _write(out / f"{results.task}-curves.json", results.curves())
         plot_widths(out / f"{results.task}-widths.png", results)
         plot_tau(out / f"{results.task}-tau.png", results)
         plot_training(out / f"{results.task}-training.png", results)
-    (out / "tables.md").write_text("\n".join([HEAD, *map(tables, found)]).rstrip() + "\n")
+    changed = [results for results in found if results.task in CHANGED]
+    whole = {results.task: results for results in found if results.task not in CHANGED}
+    lines = [HEAD, *map(tables, whole.values())]
+    if changed and "search" in whole:
+        lines.append(_changed(changed, whole["search"]))
+    (out / "tables.md").write_text("\n".join(lines).rstrip() + "\n")
 
 
 def _write(path: Path, said: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from ablations import changed
 from base import pretrain, write_fresh
-from plans import ABLATIONS, ARMS, PLANS, Arm, Plan
+from plans import ABLATIONS, ARMS, CHANGED, PLANS, Arm, Plan
 
 import bridge
 from bridge.atomic import new_file
@@ -165,7 +165,7 @@ def _say(here: Path, stage: str, step: int, loss: float, start: float) -> None:
 
 def main(
     out: Path,
-    task: Annotated[str, typer.Option(help=f"One of {', '.join(PLANS)}.")] = "search",
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(PLANS | CHANGED)}.")] = "search",
     seed: Annotated[list[int] | None, typer.Option(help="A run each; 0 if none is given.")] = None,
     arm: Annotated[
         list[str] | None,
@@ -173,15 +173,15 @@ def main(
     ] = None,
 ) -> None:
     """Run the experiment in OUT/TASK/seed-N, or go on with it."""
-    known = ARMS | ABLATIONS
+    known, plans = ARMS | ABLATIONS, PLANS | CHANGED
     try:
-        if task not in PLANS:
-            raise BridgeError(f"task {task!r} is not known; use one of {', '.join(PLANS)}")
+        if task not in plans:
+            raise BridgeError(f"task {task!r} is not known; use one of {', '.join(plans)}")
         if unknown := [name for name in arm or [] if name not in known]:
             raise BridgeError(f"arm {unknown[0]!r} is not known; use one of {', '.join(known)}")
         for number in seed or [0]:
             arms = {name: known[name] for name in arm or ARMS}
-            run_seed(out / task / f"seed-{number}", PLANS[task], number, arms)
+            run_seed(out / task / f"seed-{number}", plans[task], number, arms)
     except BridgeError as error:
         typer.echo(error, err=True)
         raise typer.Exit(2) from None
