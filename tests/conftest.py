@@ -59,3 +59,13 @@ def smollm2(gguf, tmp_path_factory) -> Path:
         if not (base / "smollm2").exists():
             export_gguf(gguf, base / "smollm2")
     return base / "smollm2"
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory) -> Path:
+    """A host; models of it whose blocks do something, of both kinds; and one with fresh blocks."""
+    from traced import write_models
+
+    out = tmp_path_factory.mktemp("traced")
+    write_models(out)
+    return out

@@ -200,16 +200,13 @@ def _load(
 ) -> tuple[Any, str, bool]:
     """The model, what tells its weights from others where they are kept, and whether it chats."""
     from bridge.checkpoint import open_checkpoint
-    from bridge.errors import BridgeError
     from bridge.model import build
+    from bridge_cli.prompts import check_system
 
     opened = open_checkpoint(path, base)
     model = build(opened, opened.config, opened.tensors, backend, device, dtype)
     chat = model.has_chat_template and not raw
-    if system is not None and not chat:
-        raise BridgeError(
-            "--system is part of a chat, but --raw or the lack of a template drops it"
-        )
+    check_system(system, chat, raw, path)
     if out is not None:
         out.mkdir(exist_ok=True)
     return model, "" if out is None else _fingerprint(opened), chat

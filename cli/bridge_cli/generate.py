@@ -172,16 +172,13 @@ def _check_chat(
 ) -> None:
     """Refuse options that would have no effect, rather than drop them in silence."""
     from bridge.errors import BridgeError
+    from bridge_cli.prompts import check_system
 
     messages = any(not isinstance(prompt, str) for prompt in asked)
     if raw and messages:
         raise BridgeError("--raw feeds texts as they are, but a prompt is messages; drop --raw")
-    if system is None:
-        return
-    if not chat:
-        why = "--raw leaves it out" if raw else f"{checkpoint} has no chat template"
-        raise BridgeError(f"--system is part of a chat, but {why}; put it into the prompt")
-    if messages:
+    check_system(system, chat, raw, checkpoint)
+    if messages and system is not None:
         raise BridgeError("--system goes with texts; put a system message into the messages")
 
 

@@ -39,8 +39,12 @@ TRACES = (
 def inspect(
     ctx: typer.Context,
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CKPT", help="A checkpoint directory, or a config.json.")
-    ],
+        Path | None,
+        typer.Argument(
+            metavar="[CKPT]",
+            help="A checkpoint directory, or a config.json; without one, the small bundled model.",
+        ),
+    ] = None,
     width: Annotated[int, typer.Option("-n", "--width", help="Rows a prompt.")] = 8,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt, for memory.")] = 512,
     length: Annotated[int, typer.Option(help="New tokens of each row, for memory.")] = 512,
@@ -109,7 +113,7 @@ def inspect(
 
     Example: bridge inspect ./llama/config.json --heads 16 --layers 0-15
 
-    Example: bridge inspect ./smol-bridge --trace 'What is 17 + 25?' --html trace.html
+    Example: bridge inspect --trace '3 5 2 7 = 8 ?' --html trace.html
     """
     if trace is not None:
         return _trace(ctx)
@@ -119,6 +123,7 @@ def inspect(
     from bridge.errors import BridgeError
     from bridge.inspect import WIDTHS
     from bridge.inspect import inspect as look
+    from bridge.model import BUNDLED
     from bridge.registry import ALIASES
 
     for name, value in (("width", width), ("prompt", prompt), ("length", length)):
@@ -128,7 +133,7 @@ def inspect(
     if dtype is not None and dtype not in WIDTHS:
         raise BridgeError(f"dtype {dtype!r} is not known (known: {', '.join(WIDTHS)})")
     blocks = {"heads": heads, "head_dim": head_dim, "kind": kind, "layers": layers}
-    summary = look(checkpoint, base, **blocks)
+    summary = look(checkpoint or BUNDLED, base, **blocks)
     memory = summary.memory(width, prompt, length, dtype)
     if json:
         asked = {
@@ -161,17 +166,19 @@ def inspect(
 
 
 def _trace(ctx: typer.Context) -> None:
+    from bridge.model import BUNDLED
     from bridge_cli.trace import Request, show_trace
 
     _refuse_given(ctx, SIZES, "is for sizes, which --trace does not show; drop one of the two")
     given = dict(ctx.params)
     sampling = {name: given[name] for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
     same = (
-        *("checkpoint", "layer", "png", "html", "json", "width", "max_new_tokens"),
+        *("layer", "png", "html", "json", "width", "max_new_tokens"),
         *("system", "raw", "backend", "device", "dtype", "base"),
     )
     show_trace(
         Request(
+            checkpoint=given["checkpoint"] or BUNDLED,
             prompt=given["trace"],
             sampling=sampling,
             stop=list(given["stop"] or []),

@@ -53,6 +53,13 @@ def check_words(prompts: list[Any], tokenizer: "Tokenizer | None") -> None:
             )
 
 
+def check_system(system: str | None, chat: bool, raw: bool, checkpoint: Path) -> None:
+    """Raises BridgeError for a system message that would not be read."""
+    if system is not None and not chat:
+        why = "--raw leaves it out" if raw else f"{checkpoint} has no chat template"
+        raise BridgeError(f"--system is part of a chat, but {why}; put it into the prompt")
+
+
 def _known(tokenizer: "Tokenizer", word: str) -> bool:
     return tokenizer.decode(tokenizer.encode(word)).strip() == word
 

@@ -121,14 +121,14 @@ def _answer(
     model: "Model", prompt: str, asked: Request, update: Callable[[int, int], None]
 ) -> tuple[Any, bool]:
     """The group's answers, and whether the prompt went through a chat template."""
-    from bridge.errors import BridgeError
     from bridge.generation import Done, Token
+    from bridge.model import BUNDLED
+    from bridge_cli.prompts import check_system, check_words
 
+    if asked.checkpoint == BUNDLED:
+        check_words([prompt], model.tokenizer)
     chat = model.has_chat_template and not asked.raw
-    if asked.system is not None and not chat:
-        raise BridgeError(
-            "--system is part of a chat, but --raw or the lack of a template drops it"
-        )
+    check_system(asked.system, chat, asked.raw, asked.checkpoint)
     events = model.stream(
         [prompt],
         width=asked.width,
