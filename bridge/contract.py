@@ -98,7 +98,9 @@ class Decoder(Protocol):
         `tokens [R]`: what to feed; None feeds what `sample` last drew at this step. Both arrays
         have an entry for every row before the call; what stands for a dropped row is not read.
         Dropped rows are inactive from this timestep on, and R shrinks to the number kept. Raises
-        BridgeError with neither tokens nor a draw, and past the `max_new_tokens` of the prefill.
+        BridgeError, and changes nothing, with neither tokens nor a draw, for arrays of another
+        length, an id that is no token, and past the `max_new_tokens` of the prefill, the last of
+        which is drawn and not fed.
         """
         ...
 

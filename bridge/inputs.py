@@ -53,8 +53,43 @@ def check_prompts(
             )
 
 
+def check_advance(
+    vocab_size: int,
+    rows: int,
+    left: int,
+    tokens: np.ndarray | None,
+    keep: np.ndarray | None,
+) -> None:
+    """Refuse what is not one a row of `rows`, an id that is no token, and a timestep where none is
+    `left` of those that prefill reserved. What stands for a dropped row is not read."""
+    kept = np.ones(rows, bool) if keep is None else np.asarray(keep)
+    fed = None if tokens is None else np.asarray(tokens)
+    for name, given in (("tokens", fed), ("keep", kept)):
+        if given is not None and given.shape != (rows,):
+            raise BridgeError(
+                f"advance: {name} is {list(given.shape)}, but there are {rows} rows; give each one"
+            )
+    if kept.dtype != bool:
+        raise BridgeError(f"advance: keep must be bool, not {kept.dtype}")
+    if fed is not None and _outside(fed, kept, vocab_size):
+        raise BridgeError(f"advance: tokens has an id outside 0..{vocab_size - 1}")
+    if left < 1 and kept.any():
+        raise BridgeError(
+            "advance: this step is past the max_new_tokens reserved; prefill with more"
+        )
+
+
+def check_block(config: ModelConfig, layer: int) -> None:
+    """Refuse a layer without a block."""
+    with_block = config.bridge.layers if config.bridge else ()
+    if layer not in with_block:
+        raise BridgeError(f"layer {layer} has no Bridge block; layers with one: {list(with_block)}")
+
+
 def check_trainable(names: Collection[str], trainable: Sequence[str]) -> None:
-    """Refuse a name that is no tensor of the model."""
+    """Refuse a name that is no tensor of the model, and to train nothing."""
+    if not trainable:
+        raise BridgeError("trainable: no tensor is named; name at least one")
     for name in trainable:
         if name not in names:
             raise BridgeError(f"trainable: no tensor is named {name!r}")
@@ -145,6 +180,6 @@ def add_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
 
 
-def _outside(ids: Int[np.ndarray, "B S"], where: Bool[np.ndarray, "B S"], vocab_size: int) -> bool:
+def _outside(ids: Int[np.ndarray, "..."], where: Bool[np.ndarray, "..."], vocab_size: int) -> bool:
     """Whether an id that is read is no token of the vocabulary."""
     return bool((where & ((ids < 0) | (ids >= vocab_size))).any())

@@ -11,7 +11,7 @@ import numpy as np
 from bridge.config import ModelConfig, tensor_shapes
 from bridge.contract import AdamW, Batch, Objective, Sampling
 from bridge.errors import BridgeError
-from bridge.inputs import take_tensor
+from bridge.inputs import check_block, take_tensor
 from bridge_ref.block import bridge_block
 from bridge_ref.decode import CachedDecoder
 from bridge_ref.losses import Metrics
@@ -61,9 +61,9 @@ class ReferenceModel:
         self, layer: int, hidden: np.ndarray, groups: np.ndarray, active: np.ndarray
     ) -> np.ndarray:
         """Clauses 3.2 to 3.6 and 8.1: `hidden [B, S, D]` in, updated residual out."""
+        check_block(self.config, layer)
         bridge = self.config.bridge
-        if bridge is None or layer not in bridge.layers:
-            raise BridgeError(f"layer {layer} has no Bridge block")
+        assert bridge is not None
         weights = block_weights(self.config, self._tensors, layer)
         h = hidden.astype(DTYPES[self.dtype])
         return bridge_block(h, groups, active, weights, bridge)[0]

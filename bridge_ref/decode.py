@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from bridge.config import ModelConfig
 from bridge.contract import Sampling
 from bridge.errors import BridgeError
-from bridge.inputs import check_prompts
+from bridge.inputs import check_advance, check_prompts
 from bridge.philox import uniforms
 from bridge_ref.attention import causal_allowed, self_attention
 from bridge_ref.model import Tensors, decoder, head, window_of
@@ -39,7 +39,8 @@ class CachedDecoder:
         """Prefill (clause 4.2). Raises BridgeError for a prompt that is empty or, with
         `max_new_tokens`, goes past the context (clause 4.4), and for a width below 1."""
         check_prompts(config, prompts, widths, max_new_tokens)
-        self.config, self.tensors, self.step = config, tensors, 0
+        self.config, self.tensors = config, tensors
+        self.step, self.steps = 0, max(max_new_tokens - 1, 1)  # the last token is not fed
         numbers = range(len(prompts)) if prompt_ids is None else prompt_ids
         self.prompt = np.repeat(np.asarray(numbers, np.int64), widths)
         self.group = np.repeat(np.arange(len(prompts)), widths)
@@ -77,6 +78,8 @@ class CachedDecoder:
         keep: Bool[np.ndarray, " R"] | None = None,
     ) -> None:
         """Feed one token to each row kept (clauses 4.1 and 4.3)."""
+        left, V = self.steps - self.step, self.config.vocab_size
+        check_advance(V, len(self.row), left, tokens, keep)
         if tokens is None:
             tokens = self.drawn
         if tokens is None:

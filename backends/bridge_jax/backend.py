@@ -16,7 +16,7 @@ import numpy as np
 from bridge.config import BridgeConfig, ModelConfig, tensor_shapes
 from bridge.contract import AdamW, Batch, Objective
 from bridge.errors import BridgeError
-from bridge.inputs import take_tensor
+from bridge.inputs import check_block, take_tensor
 from bridge_jax.block import Grid, Layout, block
 from bridge_jax.compiled import bucket, compiled, make_room
 from bridge_jax.decode import Decoder
@@ -80,9 +80,9 @@ class JaxModel:
         self, layer: int, hidden: np.ndarray, groups: np.ndarray, active: np.ndarray
     ) -> np.ndarray:
         """The Bridge block of one layer: `hidden [B, S, D]` in, updated residual out."""
+        check_block(self.config, layer)
         bridge, transformer = self.config.bridge, self.transformer
-        if bridge is None or layer not in bridge.layers:
-            raise BridgeError(f"layer {layer} has no Bridge block")
+        assert bridge is not None
         layout = Layout.of(groups, transformer.floor, transformer.floor)
         S = hidden.shape[1]
         short = bucket(S, STEPS) - S

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from bridge.config import ModelConfig
 from bridge.contract import Sampling
 from bridge.errors import BridgeError
-from bridge.inputs import check_prompts
+from bridge.inputs import check_advance, check_prompts
 from bridge_jax.block import LOWEST, Grid, Layout, take
 from bridge_jax.compiled import bucket, compiled
 from bridge_jax.linear import contract
@@ -133,6 +133,8 @@ class Decoder:
 
     def advance(self, tokens: np.ndarray | None = None, keep: np.ndarray | None = None) -> None:
         """Feed the rows where `keep [R]` one token each, and drop the others (clause 4.3)."""
+        left, V = self.steps - self.step, self.model.config.vocab_size
+        check_advance(V, len(self.group), left, tokens, keep)
         if tokens is not None:
             # On the device, as drawn ones are: or a step would be compiled once for either.
             fed = self.model.put(self.layout.put(np.asarray(tokens, np.int32)))
@@ -143,10 +145,6 @@ class Decoder:
         if keep is not None and not np.all(keep):
             fed = self._leave(np.flatnonzero(keep), fed)
         if len(self.group):
-            if self.step >= self.steps:
-                raise BridgeError(
-                    f"advance: step {self.step + 1} is past the max_new_tokens reserved"
-                )
             self.own, self.next_logits = advance(
                 self.model.params,
                 self.own,

@@ -14,7 +14,7 @@ import numpy as np
 from bridge.config import ModelConfig, tensor_shapes
 from bridge.contract import AdamW, Batch, Objective
 from bridge.errors import BridgeError
-from bridge.inputs import take_tensor
+from bridge.inputs import check_block, take_tensor
 from bridge.quantised import take_packed
 from bridge_mlx.decode import Decoder
 from bridge_mlx.linear import Quantised, floats
@@ -81,9 +81,9 @@ class MlxModel:
         self, layer: int, hidden: np.ndarray, groups: np.ndarray, active: np.ndarray
     ) -> np.ndarray:
         """The Bridge block of one layer: `hidden [B, S, D]` in, updated residual out."""
+        check_block(self.config, layer)
         block = self.transformer.layers[layer].block
-        if block is None:
-            raise BridgeError(f"layer {layer} has no Bridge block")
+        assert block is not None
         positions = np.zeros(active.shape, np.int64)
         with mx.stream(self.transformer.device):
             cells = self.transformer.cells(groups, active, positions)

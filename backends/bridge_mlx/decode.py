@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from bridge.contract import Sampling
 from bridge.errors import BridgeError
-from bridge.inputs import check_prompts
+from bridge.inputs import check_advance, check_prompts
 from bridge_mlx.block import Grid, rms_norm
 from bridge_mlx.linear import embed
 from bridge_mlx.model import Layer, Transformer, feed_forward
@@ -89,6 +89,7 @@ class Decoder:
     def sample(self, sampling: Sampling) -> np.ndarray:
         """Draw the next token of each row left: `[R]` int64. Does not advance."""
         if len(self.group) == 0:
+            self.drawn = self.next_logits[:, 0]
             return np.zeros(0, np.int64)
         with mx.stream(self.model.device):
             uniform = self.uniforms.at(self.step, sampling.seed)
@@ -97,6 +98,8 @@ class Decoder:
 
     def advance(self, tokens: np.ndarray | None = None, keep: np.ndarray | None = None) -> None:
         """Feed the rows where `keep [R]` one token each, and drop the others (clause 4.3)."""
+        left, V = self.limit - self.step, self.model.config.vocab_size
+        check_advance(V, len(self.group), left, tokens, keep)
         with mx.stream(self.model.device):
             if tokens is not None:
                 fed = mx.array(np.asarray(tokens, np.int32))
@@ -105,10 +108,6 @@ class Decoder:
             else:
                 raise BridgeError("advance: no tokens given and none drawn; call sample first")
             rows = np.arange(len(self.group)) if keep is None else np.flatnonzero(keep)
-            if len(rows) and self.step >= self.limit:
-                raise BridgeError(
-                    f"advance: step {self.step + 1} is past the max_new_tokens reserved"
-                )
             if len(rows) < len(self.group):
                 fed = mx.take(fed, mx.array(rows), axis=0)
                 self._compact(rows)

@@ -186,7 +186,8 @@ class Trainer:
                 grads = {name: g + grads[name] if grads else g for name, g in added.items()}
                 mx.eval(grads)
             limit = self.options.max_grad_norm
-            grads, norm = optim.clip_grad_norm(grads, float("inf") if limit is None else limit)
+            clipped, norm = optim.clip_grad_norm(grads, float("inf") if limit is None else limit)
+            grads = grads if limit is None else clipped  # a norm of inf would make them NaN
             self.adamw.learning_rate = self.options.lr if lr is None else lr
             self.master = self.adamw.apply_gradients(grads, self.master)
             mx.eval(norm, self.master, self.adamw.state)

@@ -14,7 +14,7 @@ from torch import Tensor
 from bridge.config import ModelConfig, tensor_shapes
 from bridge.contract import AdamW, Batch, Objective
 from bridge.errors import BridgeError
-from bridge.inputs import check_trainable, take_tensor
+from bridge.inputs import check_block, check_trainable, take_tensor
 from bridge_torch.decode import Decoder
 from bridge_torch.model import Transformer
 from bridge_torch.train import Trainer, logprobs, loss_and_grads
@@ -74,9 +74,9 @@ class TorchModel:
         self, layer: int, hidden: np.ndarray, groups: np.ndarray, active: np.ndarray
     ) -> np.ndarray:
         """The Bridge block of one layer: `hidden [B, S, D]` in, updated residual out."""
+        check_block(self.config, layer)
         block = self.transformer.layers[layer].block
-        if block is None:
-            raise BridgeError(f"layer {layer} has no Bridge block")
+        assert block is not None
         positions = np.zeros(active.shape, np.int64)
         cells = self.transformer.cells(groups, active, positions)
         h = from_numpy(hidden).to(self.device, DTYPES[self.dtype])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bridge.contract import Sampling
 from bridge.errors import BridgeError
-from bridge.inputs import check_prompts
+from bridge.inputs import check_advance, check_prompts
 from bridge_torch.block import Grid, rms_norm, wide
 from bridge_torch.fused import FusedStep
 from bridge_torch.model import Layer, Transformer, feed_forward
@@ -100,7 +100,8 @@ class Decoder:
     @torch.inference_mode()
     def advance(self, tokens: np.ndarray | None = None, keep: np.ndarray | None = None) -> None:
         """Feed the rows where `keep [R]` one token each, and drop the others (clause 4.3)."""
-        device = self.model.device
+        device, left = self.model.device, self.own.shape[4] - self.step
+        check_advance(self.model.config.vocab_size, len(self.group), left, tokens, keep)
         if tokens is not None:
             fed = torch.tensor(tokens, dtype=torch.int64, device=device)
         elif self.drawn is not None:
@@ -113,10 +114,8 @@ class Decoder:
             self._compact(rows)
         if len(self.group) == 0:
             self.next_logits = self.next_logits[:0]
-        elif self.step < self.own.shape[4]:
-            self.next_logits = (self.fused or self._forward)(fed)
         else:
-            raise BridgeError(f"advance: step {self.step + 1} is past the max_new_tokens reserved")
+            self.next_logits = (self.fused or self._forward)(fed)
         self.step, self.drawn = self.step + 1, None
 
     def _compact(self, rows: np.ndarray) -> None:

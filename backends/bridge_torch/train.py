@@ -164,18 +164,20 @@ class Trainer:
         and `grad_norm` before clipping (clauses 7.7, 7.8)."""
         batches, count = micro_batches(batch, self.objective, self.model.config.vocab_size)
         leaves = {name: master.to(self.model.dtype) for name, master in self.master.items()}
-        parts = []
+        parts, total = [], {}
         for part in batches:
             metrics, grads = loss_and_grads(
                 self.model, leaves, part, self.objective, count, self.checkpoint_activations
             )
             parts.append(metrics)
-            for name, master in self.master.items():
-                master.grad = grads[name] if master.grad is None else master.grad.add_(grads[name])
+            for name, grad in grads.items():
+                total[name] = total[name].add_(grad) if name in total else grad
+        for name, master in self.master.items():
+            master.grad = total[name]
         limit = self.options.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.master.values(), float("inf") if limit is None else limit
-        )
+        norm = torch.nn.utils.get_total_norm(list(total.values()))
+        if limit is not None:  # a norm of inf would make gradients NaN even at a limit of inf
+            torch.nn.utils.clip_grads_with_norm_(self.master.values(), limit, norm)
         self.adamw.param_groups[0]["lr"] = self.options.lr if lr is None else lr
         self.adamw.step()
         self.adamw.zero_grad()

@@ -11,11 +11,7 @@ LEARNT = "a_model_computes_with_what_it_learnt"
 RESTORED = "a_restored_trainer_goes_on_as_if_never_stopped"
 ADVANTAGES = "golden vector 7.6-advantages"
 GAIN = "gain = torch.where(rho * A <= clipped * A, rho * A, clipped.detach() * A)"
-CLIP = """\
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.master.values(), float("inf") if limit is None else limit
-        )
-"""
+CLIP = "            torch.nn.utils.clip_grads_with_norm_(self.master.values(), limit, norm)\n"
 
 
 def train(old: str, new: str) -> Edit:
@@ -258,8 +254,8 @@ FAULTS = (
         STEPS,
         train(
             CLIP,
-            "        norm = torch.stack([torch.nn.utils.clip_grad_norm_([m], limit)\n"
-            "                            for m in self.master.values()]).norm()\n",
+            "            for m in self.master.values():\n"
+            "                torch.nn.utils.clip_grad_norm_([m], limit)\n",
         ),
     ),
     Fault(
@@ -267,10 +263,10 @@ FAULTS = (
         "One outlier stays in the moments for a thousand steps.",
         "7.7",
         STEPS,
-        train(CLIP, ""),
+        train(CLIP, "            pass\n"),
         train(
             "        self.adamw.step()\n",
-            "        self.adamw.step()\n" + CLIP,
+            "        self.adamw.step()\n        if limit is not None:\n" + CLIP,
         ),
     ),
     Fault(
@@ -304,9 +300,7 @@ FAULTS = (
         "The others are computed, paid for, and forgotten.",
         "7.10",
         ACCUMULATED,
-        train(
-            "grads[name] if master.grad is None else master.grad.add_(grads[name])", "grads[name]"
-        ),
+        train("total[name].add_(grad) if name in total else grad", "grad"),
     ),
     Fault(
         "a split group is taken",
