@@ -114,6 +114,7 @@ def on_against_off(on: bridge.Model, off: bridge.Model, width: int, rounds: int,
 
                 def advance(decoder: Any = decoder) -> None:
                     decoder.advance(decoder.sample(SEED))
+                    decoder.logits()  # waits, or the other one's step would pay for this one's
 
                 elapsed = clock(advance)
                 if step >= 4:
@@ -128,7 +129,7 @@ def prefill(model: bridge.Model, width: int, tokens: int, rounds: int) -> Any:
     ids = np.random.default_rng(0).integers(100, 40000, tokens)
 
     def read(rows: int) -> float:
-        return clock(lambda: model.implementation.prefill([ids], [rows], 64))
+        return clock(lambda: model.implementation.prefill([ids], [rows], 64).logits())
 
     seconds = alternate(rounds, one=lambda: read(1), many=lambda: read(width))
     return {"tokens": tokens, "seconds": seconds, "ratio": seconds["many"] / seconds["one"]}
