@@ -14,17 +14,24 @@ from bridge.initialise import init
 from bridge.model import build
 from bridge.registry import backends
 from bridge_cli.main import app
-from bridge_conformance.agreement import Agreement, WithOutputs, compare, replay
+from bridge_conformance.agreement import (
+    Agreement,
+    WithOutputs,
+    allow_rounding,
+    compare,
+    replay,
+)
+from bridge_torch.backend import TorchBackend
 
 QUESTION = "There are 5 bags with 8 marbles in each bag. How many marbles are there in total?"
 HERE = [info.name for info in backends() if info.installed]
 FAST = [name for name in HERE if name != "numpy"]
 
 
-def load(path: Path, name: str, scale: float = 0.5, change=lambda tensors: tensors):
+def load(path: Path, name: str, scale=0.5, change=lambda tensors: tensors, dtype="float32"):
     opened = open_checkpoint(path)
     tensors = change(WithOutputs(opened.tensors, seed=0, scale=scale))
-    return build(opened, opened.config, tensors, name, dtype="float32")
+    return build(opened, opened.config, tensors, name, dtype=dtype)
 
 
 def run(models, prompt, width, steps, sampling, eos_ids=()) -> Agreement:
@@ -46,7 +53,7 @@ def test_the_real_model_says_the_same_on_every_backend(smollm2, tmp_path):
     result = run(models, prompts[0], 4, 48, sampling, eos_ids)
     reference = load(tmp_path / "bridge", "numpy").implementation
     first = next(iter(models.values()))
-    replay("numpy", reference, first, prompts, [4], result, sampling)
+    replay("numpy", reference, first, prompts, [4], 48, result, sampling)
     assert result.backends == [*FAST, "numpy"]
     assert result.draws == len(FAST) * sum(map(len, result.tokens)) > 100 * len(FAST)
     assert result.flips == [], result.flips
@@ -67,22 +74,49 @@ def test_the_blocks_that_are_filled_in_matter(tiny):
     assert drawn[0] != drawn[1]
 
 
-def test_a_wrong_weight_shows_in_the_logits(tiny):
-    """A change of 1 % in one tensor flips draws, by logits far further apart than by rounding."""
+def off(factor):
+    """A change of one tensor, as `load` takes it."""
+    name = "model.layers.1.mlp.down_proj.weight"
+    return lambda tensors: {**tensors, name: tensors[name] * np.float32(factor)}
 
-    def off(tensors):
-        name = "model.layers.1.mlp.down_proj.weight"
-        return {**tensors, name: tensors[name] * np.float32(1.01)}
 
+@pytest.mark.parametrize("factor", (1.01, 3.0))
+def test_a_wrong_weight_is_not_explained(tiny, factor):
+    """However far it moves the borders, its logits are further apart than rounding has them."""
     models = {
         "right": load(tiny, "torch").implementation,
-        "wrong": load(tiny, "torch", change=off).implementation,
+        "wrong": load(tiny, "torch", change=off(factor)).implementation,
     }
     prompt, sampling = np.arange(1, 20), Sampling(temperature=0.8, seed=1)
     result = run(models, prompt, 8, 100, sampling)
+    allow_rounding(result, load(tiny, "numpy").implementation, [prompt], [8])
+    assert result.flips and result.unexplained == result.flips
+    assert all(flip.margin <= flip.moved for flip in result.flips)
+
+
+@pytest.mark.parametrize("name", [name for name in FAST if name != "torch"])
+def test_rounding_explains_the_flips_of_a_narrow_dtype(tiny, name):
+    reference = load(tiny, "numpy", dtype="bfloat16").implementation
+    models = {n: load(tiny, n, dtype="bfloat16").implementation for n in ("torch", name)}
+    prompt, sampling = np.arange(1, 20), Sampling(temperature=0.8, seed=1)
+    result = run(models, prompt, 8, 40, sampling)
+    replay("numpy", reference, models["torch"], [prompt], [8], 40, result, sampling)
     assert result.flips
-    for flip in result.flips:  # each is a border that moved past the uniform
-        assert flip.explained and flip.logits_apart > 1e-3
+    allow_rounding(result, reference, [prompt], [8])
+    assert result.unexplained == []
+
+
+def test_what_rounding_allows_in_float64_is_scaled_from_float32(tiny):
+    narrow, wide = (load(tiny, "numpy", dtype=t).implementation for t in ("float32", "float64"))
+    prompt, sampling = np.arange(1, 20), Sampling(temperature=0.8, seed=1)
+    allowed = []
+    for model in (narrow, wide):
+        result = run({"a": model}, prompt, 2, 4, sampling)
+        result.tokens[0][0] = (result.tokens[0][0] + 1) % 257
+        replay("b", model, model, [prompt], [2], 4, result, sampling)
+        allow_rounding(result, model, [prompt], [2])
+        allowed.append(result.flips[0].allowed)
+    assert allowed[1] / allowed[0] == pytest.approx(2.0**-29, rel=0.5)
 
 
 def test_a_wrong_draw_is_not_explained(tiny):
@@ -110,10 +144,10 @@ def test_replaying_finds_what_was_not_drawn(tiny):
     model = load(tiny, "torch").implementation
     prompt, sampling = np.arange(1, 20), Sampling(temperature=0.8, seed=1)
     result = run({"a": model}, prompt, 3, 8, sampling)
-    replay("again", model, model, [prompt], [3], result, sampling)
+    replay("again", model, model, [prompt], [3], 8, result, sampling)
     assert result.draws == 24 and result.flips == []
     result.tokens[1][7] = (result.tokens[1][7] + 1) % 257
-    replay("once more", model, model, [prompt], [3], result, sampling)
+    replay("once more", model, model, [prompt], [3], 8, result, sampling)
     [flip] = result.flips
     assert (flip.row, flip.step) == (1, 7) and not flip.explained
 
@@ -131,6 +165,28 @@ def test_the_command(tiny):
     assert [len(row) for row in said["tokens"]] == [6, 6] and said["draws"] == 12
 
 
+def test_the_command_fails_on_a_wrong_weight(tiny, monkeypatch):
+    right = TorchBackend.load
+
+    def wrong(self, config, tensors, **options):
+        return right(self, config, off(3.0)(dict(tensors)), **options)
+
+    monkeypatch.setattr(TorchBackend, "load", wrong)
+    options = ("--backends", "torch,numpy", "--fill-blocks", 0.5, "--max-new-tokens", 12)
+    done = invoke(tiny, "hello", *options)
+    assert done.exit_code == 1, done.output
+    assert "NOT explained" in done.stdout and "rounding decides" not in done.stdout
+    said = json.loads(invoke(tiny, "hello", *options, "--json").stdout)
+    assert not any(flip["explained"] for flip in said["flips"])
+
+
+def test_the_command_says_that_fresh_blocks_add_nothing(tiny):
+    options = ("--backends", "torch,numpy", "--max-new-tokens", 2)
+    for fill, noted in ((0, True), (0.5, False)):
+        done = invoke(tiny, "hello", *options, "--fill-blocks", fill)
+        assert done.exit_code == 0 and ("the blocks are fresh" in done.stderr) == noted
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
@@ -138,6 +194,9 @@ def test_the_command(tiny):
         (("--backends", "torch,abacus"), "backend 'abacus' is not known"),
         (("--backends", "torch,numpy", "--width", "0"), "width must be 1 or above"),
         (("--backends", "torch,numpy", "--max-new-tokens", "0"), "max_new_tokens must be 1"),
+        (("--fill-blocks", "nan"), "--fill-blocks must be a number of 0 or above, not nan"),
+        (("--fill-blocks", "inf"), "--fill-blocks must be a number of 0 or above, not inf"),
+        (("--fill-blocks", "-1"), "--fill-blocks must be a number of 0 or above, not -1"),
     ],
 )
 def test_the_command_says_what_to_mend(tiny, arguments, message):
