@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from bridge.errors import BridgeError
 from bridge_cli.main import app
 from bridge_conformance import spec_files
 from bridge_conformance.cases_json import from_text, readable, to_text
@@ -375,63 +374,6 @@ def test_cases_travel_as_text(level):
             assert one[0] == other[0] and one[1].tobytes() == other[1].tobytes()
         if level in (4, 5):
             assert again.trainable == case.trainable and again.objective == case.objective
-
-
-@pytest.mark.parametrize("text", ("", "{}", "z:", "z:AAAA", '{"is":"rows"}', "[1]", '{"is":"cow"}'))
-def test_what_is_no_case_is_refused(text):
-    with pytest.raises(BridgeError, match=r"^--case: is not a case .*copy it whole"):
-        from_text(text)
-
-
-@pytest.mark.parametrize(
-    "arguments,message",
-    [
-        ((), "--backend is missing"),
-        (("--backend", "nope"), "'nope' is not known"),
-        (("--backend", "numpy", "--profile", "slow"), "known: quick, ci, thorough"),
-        (("--backend", "numpy", "--level", "L7"), "--level L7 is not known"),
-        (("--backend", "numpy", "--dtype", "int8"), "dtype 'int8' is not known"),
-        (("--backend", "numpy", "--device", "tpu"), "device 'tpu' is not there"),
-        (("--backend", "numpy", "--check", "x"), "check 'x' is not known"),
-        (("--backend", "numpy", "--case", "x"), "--case goes with one --check"),
-        (("--backend", "numpy", "--workers", "0"), "workers must be 1 or above"),
-        (("--backend", "numpy", "--report", "x.pdf"), "a report ends in .json or .html"),
-        (("--backend", "numpy", "--report", "nowhere/x.json"), "no such directory"),
-    ],
-)
-def test_wrong_usage_is_one_line(arguments, message):
-    result = CliRunner().invoke(app, ["conformance", *arguments])
-    assert result.exit_code == 2 and message in result.stderr
-    assert len(result.stderr.splitlines()) == 1 and not result.stdout
-
-
-ONE = ("--backend", "numpy", "--dtype", "float32", "--check", "golden-3.6-block")
-
-
-def test_a_report_is_replaced_only_with_force(tmp_path):
-    path = tmp_path / "x.json"
-    invoke = CliRunner().invoke
-    assert invoke(app, ["conformance", *ONE, "--report", str(path)]).exit_code == 0
-    before = path.read_bytes()
-    refused = invoke(app, ["conformance", *ONE, "--report", str(path)])
-    assert refused.exit_code == 2 and "exists already; --force replaces it" in refused.stderr
-    assert path.read_bytes() == before
-    assert invoke(app, ["conformance", *ONE, "--force", "--report", str(path)]).exit_code == 0
-    assert os.listdir(tmp_path) == ["x.json"]
-    for other in (tmp_path, tmp_path / "link.html"):
-        if not other.exists():
-            other.symlink_to(path)
-        options = ["conformance", *ONE, "--force", "--report", str(other)]
-        assert invoke(app, options).exit_code == 2
-
-
-def test_without_hypothesis_it_says_what_to_install():
-    code = "import sys; sys.modules['hypothesis'] = None; from bridge_cli.main import main; main()"
-    result = subprocess.run(
-        [sys.executable, "-c", code, "conformance", *ONE], capture_output=True, text=True
-    )
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
-    assert "pip install 'bridge-llm[conformance]'" in result.stderr
 
 
 def test_progress_counts_every_case():

@@ -15,6 +15,7 @@ import typer
 from bridge_cli.text import harmless, print_json
 
 if TYPE_CHECKING:
+    from bridge_conformance.checks import Check
     from bridge_conformance.results import Report
     from bridge_conformance.runner import Progress
 
@@ -31,7 +32,9 @@ def conformance(
         str, typer.Option(help="quick (a minute), ci (minutes) or thorough (explores).")
     ] = "quick",
     seed: Annotated[int, typer.Option(help="The same seed runs the same cases.")] = 0,
-    level: Annotated[str, typer.Option(help="L1 to L6; each includes those before.")] = "L6",
+    level: Annotated[
+        str | None, typer.Option(help="L1 to L6; each includes those before. Else L6.")
+    ] = None,
     check: Annotated[
         list[str] | None, typer.Option(help="Run this check alone; repeatable.")
     ] = None,
@@ -43,7 +46,7 @@ def conformance(
     workers: Annotated[
         int | None, typer.Option(help="Processes; else 2 on a CPU, and 1 elsewhere.")
     ] = None,
-    list_: Annotated[bool, typer.Option("--list", help="List all checks.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the checks.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Hold a backend to the spec: property tests by clause, levels L1 to L6.
@@ -60,17 +63,27 @@ def conformance(
         raise BridgeError(
             "conformance needs hypothesis; try: pip install 'bridge-llm[conformance]'"
         ) from None
-    from bridge_conformance.runner import run
+    from bridge.registry import find_backend
+    from bridge_conformance.runner import PROFILES, choose, run
 
-    if list_:
-        return _list(json)
-    if backend is None:
-        raise BridgeError("--backend is missing; bridge backends lists what is here")
-    if case is not None and (len(check or []) != 1 or len(dtype or []) != 1):
-        raise BridgeError("--case goes with one --check and one --dtype")
-    number = level.upper().removeprefix("L")
+    number = (level or "L6").upper().removeprefix("L")
     if number not in "123456" or len(number) != 1:
         raise BridgeError(f"--level {level} is not known (known: L1 to L6)")
+    if check and level is not None:
+        raise BridgeError(
+            "--level goes without --check: checks run alone have no verdict on levels"
+        )
+    if profile not in PROFILES:
+        raise BridgeError(f"profile {profile!r} is not known (known: {', '.join(PROFILES)})")
+    chosen = choose(check, int(number))
+    if list_:
+        if backend is not None:
+            find_backend(backend)
+        return _list(chosen, json)
+    if backend is None:
+        raise BridgeError("--backend is missing; bridge backends lists what is here")
+    if case is not None and (len(set(check or [])) != 1 or len(set(dtype or [])) != 1):
+        raise BridgeError("--case goes with one --check and one --dtype")
     if workers is not None and workers < 1:
         raise BridgeError(f"workers must be 1 or above, not {workers}")
     for path in report or []:
@@ -100,27 +113,27 @@ def conformance(
         raise typer.Exit(1)
 
 
-def _list(json: bool) -> None:
+def _list(checks: "list[Check]", json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
-
-    from bridge_conformance.checks import CHECKS
 
     if json:
         return print_json(
             [
                 {"check": c.name, "level": f"L{c.level}", "clause": c.clause, "is": c.property}
-                for c in CHECKS.values()
+                for c in checks
             ]
         )
     table = Table("level", "clause", "check", box=None, pad_edge=False)
-    for check in CHECKS.values():
+    for check in checks:
         table.add_row(f"L{check.level}", check.clause, check.name)
     Console(soft_wrap=True).print(table)
 
 
 def _refuse(path: Path, force: bool) -> None:
     """Stop before any work where a report could not be written."""
+    from tempfile import NamedTemporaryFile
+
     from bridge.atomic import refuse_existing
     from bridge.errors import BridgeError
 
@@ -129,8 +142,15 @@ def _refuse(path: Path, force: bool) -> None:
     if path.is_file() and not path.is_symlink():
         if not force:
             raise BridgeError(f"{path}: exists already; --force replaces it")
-        return
-    refuse_existing(path)
+    else:
+        refuse_existing(path)
+    try:  # permissions do not tell: a root user has them where nothing can be made
+        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.partial-"):
+            pass
+    except OSError as error:
+        raise BridgeError(
+            f"{path}: cannot be written ({error.strerror}); choose another place"
+        ) from None
 
 
 def _write(path: Path, report: "Report") -> None:

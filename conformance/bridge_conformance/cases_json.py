@@ -16,9 +16,11 @@ from bridge.config import bridge_shapes, tensor_shapes
 from bridge.contract import GRPO, SFT
 from bridge.errors import BridgeError
 from bridge_conformance.cases import BlockCase, DecodeCase, ModelCase, RowsCase, TrainCase
+from bridge_conformance.cases_given import check_case, whole_numbers
 from bridge_conformance.checks_golden import GoldenCase
 
 LONG = 1500  # characters of JSON from which on it is compressed
+WRONG = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
 LARGEST = 1_000_000  # bytes that a compressed case may come to
 
 
@@ -71,12 +73,11 @@ def from_json(value: Any) -> Any:
     """The case that `to_json` gave. Raises KeyError, TypeError or ValueError for anything else."""
     kind = value["is"]
     if kind == "rows":
-        active = np.array([[c == "1" for c in row] for row in value["active"]], dtype=bool)
+        active = np.array([["01".index(c) for c in row] for row in value["active"]], dtype=bool)
         tokens, positions = (
-            np.array(value[name], dtype=np.int64).reshape(active.shape)
-            for name in ("tokens", "positions")
+            whole_numbers(value[name], active.shape, name) for name in ("tokens", "positions")
         )
-        groups = np.array(value["groups"], dtype=np.int64).reshape(len(active))
+        groups = whole_numbers(value["groups"], active.shape[:1], "groups")
         return RowsCase(_model(value["model"]), tokens, groups, active, positions)
     if kind == "block":
         return BlockCase(from_json(value["rows"]), value["layer"], value["seed"])
@@ -112,13 +113,16 @@ def readable(case: Any) -> str:
 
 
 def from_text(text: str) -> Any:
-    """The case that `to_text` gave. Raises BridgeError for any other text."""
+    """The case that `to_text` gave. Raises BridgeError for any other text, and for a case that
+    could not have been drawn."""
     try:
         if text.startswith("z:"):
             packed = base64.urlsafe_b64decode(text[2:])
             text = zlib.decompressobj().decompress(packed, LARGEST).decode()
-        return from_json(json.loads(text))
-    except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
+        case = from_json(json.loads(text))
+        check_case(case)
+        return case
+    except (*WRONG, zlib.error, RecursionError, BridgeError) as error:
         reason = str(error).partition("\n")[0]
         raise BridgeError(
             f"--case: is not a case ({reason}); copy it whole, with its quotes"

@@ -15,6 +15,7 @@ from bridge.contract import Backend
 from bridge.errors import BridgeError
 from bridge.registry import ALIASES, find_backend, resolve_device
 from bridge_conformance import spec_files
+from bridge_conformance.cases_given import check_fits
 from bridge_conformance.cases_json import from_text, readable, to_text
 from bridge_conformance.checks import CHECKS, LEVELS, Check
 from bridge_conformance.checks_golden import GoldenCase
@@ -69,9 +70,10 @@ def run(
 
     `backend`: a registered name, or an object, which is then run in this process. `device` None is
     its best; `dtypes` None is all that the spec knows. `checks`: these alone, with no verdict on
-    levels; `case`: on this case alone, as `cases_json.to_text` gave it. `workers` None: two, for a
-    backend on a CPU. Ctrl-C ends a run with what was found so far, `complete` being false. Raises
-    BridgeError for what is not known.
+    levels; `case`: on this case alone, of the kind that they take, as `cases_json.to_text` gave it.
+    `workers` None: two, for a backend on a CPU. Ctrl-C ends a run with what was found so far,
+    `complete` being false. Raises BridgeError, before anything runs, for what is not known and for
+    a case that could not have been drawn.
     """
     if profile not in PROFILES:
         raise BridgeError(f"profile {profile!r} is not known (known: {', '.join(PROFILES)})")
@@ -79,10 +81,15 @@ def run(
         raise BridgeError(f"level {level} is not known; use 1 to {max(LEVELS)}")
     object_ = find_backend(backend) if isinstance(backend, str) else backend
     device = resolve_device(object_, device)
-    chosen = _choose(checks, level)
-    asked = [ALIASES.get(dtype, dtype) for dtype in dtypes or DTYPES]
+    chosen = choose(checks, level)
+    asked = list(dict.fromkeys(ALIASES.get(dtype, dtype) for dtype in dtypes or DTYPES))
     if unknown := [dtype for dtype in asked if dtype not in DTYPES]:
         raise BridgeError(f"dtype {unknown[0]!r} is not known (known: {', '.join(DTYPES)})")
+    if case is not None:
+        given = from_text(case)
+        for check in chosen:
+            check_fits(check, given)
+        case = readable(given)
     report = Report(
         object_.name,
         device,
@@ -92,7 +99,7 @@ def run(
         seed,
         versions(object_),
         datetime.now(UTC).isoformat(timespec="seconds"),
-        checks_alone=list(checks or ()),
+        checks_alone=[check.name for check in chosen] if checks else [],
         errors={dtype: [0] * len(EDGES) for dtype in asked},
     )
     offered = object_.dtypes(device)
@@ -113,13 +120,17 @@ def run(
     return report
 
 
-def _choose(names: Sequence[str] | None, level: int) -> list[Check]:
+def choose(names: Sequence[str] | None, level: int) -> list[Check]:
+    """The checks of these names, each once, or else all up to `level`. Raises BridgeError for a
+    name that is not known or lies above it."""
     if not names:
         return [check for check in CHECKS.values() if check.level <= level]
     for name in names:
         if name not in CHECKS:
             raise BridgeError(f"check {name!r} is not known; bridge conformance --list names all")
-    return [CHECKS[name] for name in names]
+        if CHECKS[name].level > level:
+            raise BridgeError(f"check {name!r} is of L{CHECKS[name].level}, above L{level}")
+    return [CHECKS[name] for name in dict.fromkeys(names)]
 
 
 class Session:
@@ -162,7 +173,6 @@ class Session:
             drawn = tuple(check.name for check in here if not check.golden)
             for dtype in dtypes:
                 if case is not None:
-                    readable(from_text(case))  # refuses what is none
                     yield Job(dtype, tuple(check.name for check in here), case, 0)
                     continue
                 count = self.profile.cases[level] if drawn else 0

@@ -1,0 +1,136 @@
+"""Whether a case that a user gave could have been drawn: only then is a failure the backend's.
+
+`check_case` refuses numbers and settings out of their range, and `check_fits` a case of another
+kind than a check runs on. Both know a case's meaning; its spelling is `cases_json`'s.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from math import isfinite
+from typing import Any
+
+import numpy as np
+
+from bridge.config import ModelConfig, tensor_shapes
+from bridge.contract import GRPO
+from bridge.errors import BridgeError
+from bridge_conformance import checks_golden
+from bridge_conformance.cases import (
+    MAGNITUDES,
+    BlockCase,
+    DecodeCase,
+    ModelCase,
+    RowsCase,
+    TrainCase,
+)
+from bridge_conformance.checks import Check
+from bridge_conformance.checks_golden import GoldenCase
+
+KINDS = {1: BlockCase, 2: RowsCase, 3: DecodeCase, 4: TrainCase, 5: TrainCase, 6: RowsCase}
+NAMES = {
+    BlockCase: "block",
+    RowsCase: "rows",
+    DecodeCase: "decode",
+    TrainCase: "train",
+    GoldenCase: "golden",
+}
+
+
+def check_case(case: Any) -> None:
+    """Refuse a case that no strategy draws. Raises ValueError; a config's BridgeError passes."""
+    match case:
+        case GoldenCase():
+            _one_of(case.name, checks_golden.names(), "name")
+        case RowsCase():
+            _check_rows(case)
+        case BlockCase():
+            config = _check_rows(case.rows)
+            layers = config.bridge.layers if config.bridge else ()
+            _whole(case.seed, "seed")
+            _whole(case.layer, "layer")
+            _one_of(case.layer, layers, "layer")
+        case DecodeCase():
+            _check_decode(case)
+        case TrainCase():
+            _check_train(case)
+
+
+def check_fits(check: Check, case: Any) -> None:
+    """Refuse, with a BridgeError, a case that `check` does not run on."""
+    wanted = GoldenCase if check.golden else KINDS[check.level]
+    if type(case) is not wanted:
+        raise BridgeError(
+            f"--case: is of the kind {NAMES[type(case)]}, but {check.name} takes {NAMES[wanted]}"
+        )
+    if not check.applies(case):
+        raise BridgeError(f"--case: {check.name} does not apply to this case; give another")
+
+
+def _check_model(model: ModelCase) -> ModelConfig:
+    _whole(model.seed, "seed")
+    _one_of(model.magnitudes, MAGNITUDES, "magnitudes")
+    if model.config.bridge is None:
+        raise ValueError("raw: has no Bridge blocks")
+    return model.config
+
+
+def _check_rows(rows: RowsCase) -> ModelConfig:
+    config = _check_model(rows.model)
+    for name, below in (
+        ("tokens", config.vocab_size),
+        ("positions", config.max_position_embeddings),
+    ):
+        given = getattr(rows, name)
+        if (outside := (given < 0) | (given >= below)).any():
+            raise ValueError(f"{name}: {given[outside][0]} is not in 0..{below - 1}")
+    return config
+
+
+def _check_decode(case: DecodeCase) -> None:
+    config = _check_model(case.model)
+    _whole(case.seed, "seed")
+    _whole(case.steps, "steps", 1)
+    for name in ("widths", "lengths"):
+        for number in getattr(case, name):
+            _whole(number, name, 1)
+    if not len(case.widths) == len(case.lengths) > 0:
+        raise ValueError(f"{len(case.widths)} widths for {len(case.lengths)} lengths")
+    if max(case.lengths) + case.steps > config.max_position_embeddings:
+        raise ValueError(f"steps: go past the context of {config.max_position_embeddings}")
+    if not isinstance(case.ragged, bool):
+        raise ValueError(f"ragged: {case.ragged!r} is not true or false")
+
+
+def _check_train(case: TrainCase) -> None:
+    config = _check_rows(case.rows)
+    _whole(case.seed, "seed")
+    if not case.rows.active.any():
+        raise ValueError("active: has no target to learn from")
+    if not case.trainable:
+        raise ValueError("trainable: names no tensor")
+    for name in case.trainable:
+        if name not in tensor_shapes(config):
+            raise ValueError(f"trainable: no tensor is named {name!r}")
+    if isinstance(case.objective, GRPO):
+        for name, number in asdict(case.objective).items():
+            able = isinstance(number, int | float) and isfinite(number) and number >= 0
+            if not able or (name == "temperature" and number == 0):
+                raise ValueError(f"{name}: {number!r} is out of range")
+
+
+def _whole(value: Any, name: str, least: int = 0) -> None:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name}: {value!r} is not a whole number of {least} or above")
+
+
+def _one_of(value: Any, known: Collection[Any], name: str) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(str, known))}")
+
+
+def whole_numbers(value: Any, shape: Sequence[int], name: str) -> np.ndarray:
+    """Nested lists of whole numbers as int64 of this shape. Raises ValueError for any other."""
+    array = np.array(value)
+    if array.dtype.kind != "i" or array.shape != tuple(shape):
+        raise ValueError(f"{name}: is not whole numbers, {list(shape)} of them")
+    return array.astype(np.int64)
