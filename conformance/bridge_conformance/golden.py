@@ -79,13 +79,6 @@ def reachable(vector: Vector) -> bool:
     return vector.name.partition("-")[2].partition("-")[0] in THROUGH_THE_CONTRACT
 
 
-def load(vector: Vector, backend: Any, device: str, dtype: str) -> BackendModel:
-    """The vector's model in a backend."""
-    return backend.load(
-        _config(vector.settings), _weights(vector.inputs), device=device, dtype=dtype
-    )
-
-
 def _config(settings: Settings) -> ModelConfig:
     return parse_config(settings["config"])
 
