@@ -104,9 +104,13 @@ def test_ctrl_c_keeps_what_was_found_and_the_same_command_ends_the_same(paths, t
     arguments = (paths / "bridge", *SHORT, "--max-rows", 8, "--baseline", paths / "host")
     run(*arguments, "--out", tmp_path / "whole")
     batches, tasks.scored = tasks.scored, 0
-    for stopped_at in (3, 12):
+    # 12 problems at three widths, and the host's rows at one; of the batches of 8 rows are done
+    # the first three (8 + 4 + 4 groups), then all eleven of the model and one of the host.
+    for stopped_at, kept in ((3, 16), (12, 38)):
         tasks.interrupt_at = stopped_at
-        run(*arguments, "--out", tmp_path / "out", code=130)
+        said = run(*arguments, "--out", tmp_path / "out", code=130)
+        where = f"{tmp_path / 'out'}; the same command goes on"
+        assert said.stderr == f"kept {kept} of 48 groups in {where}\n" and said.stdout == ""
         assert not (tmp_path / "out" / "evaluation.json").exists()
     tasks.interrupt_at = None
     run(*arguments, "--out", tmp_path / "out")
@@ -125,6 +129,26 @@ def test_ctrl_c_keeps_what_was_found_and_the_same_command_ends_the_same(paths, t
     ]
     for file in files:
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_ctrl_c_says_what_is_not_kept_and_what_is_before_a_model_is_loaded(
+    paths, tmp_path, tasks, monkeypatch
+):
+    tasks.interrupt_at = 1
+    said = run(paths / "bridge", *SHORT, "--json", code=130)
+    assert (said.stdout, said.stderr) == ("", "stopped; nothing is kept without --out\n")
+    tasks.interrupt_at = None
+    out = ("--problems", 2, "--out", tmp_path / "out")
+    run(paths / "bridge", *SHORT, *out)
+    with open(tmp_path / "out" / "model" / "results.jsonl", "a") as file:
+        file.write('{"width": 1, "pro')  # as a kill leaves it
+
+    def load(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bridge.model.build", load)
+    said = run(paths / "bridge", *SHORT, *out, code=130).stderr
+    assert said == f"kept 6 groups in {tmp_path / 'out'}; the same command goes on\n"
 
 
 def test_the_plots_are_images_and_matplotlib_may_be_missing(paths, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from errno import ENOSPC
 from math import isfinite
@@ -117,6 +118,20 @@ class Journal:
                 raise BridgeError(f"{self.path}, line {number}: is there twice; remove the line")
             self.groups[group.key] = group
         os.ftruncate(self.file, whole)
+
+
+def kept(directory: Path) -> list[tuple[int, int, int]]:
+    """The keys of the groups in a directory, another process's too; none where there is no file.
+    A line that is not whole or not readable counts as none."""
+    try:
+        data = (directory / RESULTS).read_bytes()
+    except OSError:
+        return []
+    found = []
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
+        with suppress(BridgeError):
+            found.append(_group(line, f"line {number}").key)
+    return found
 
 
 def _group(line: bytes, where: str) -> Group:

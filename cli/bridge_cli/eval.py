@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from bridge.checkpoint import Checkpoint
     from bridge.evaluation.batches import Progress
     from bridge.evaluation.summary import Evaluation, Report
+    from bridge_cli.eval_view import Asked
 
 
 def evaluate(
@@ -93,22 +94,25 @@ def evaluate(
     from bridge.checkpoint import open_checkpoint
     from bridge.evaluation.batches import Decoding
     from bridge.evaluation.evaluate import evaluate as run
-    from bridge.evaluation.summary import report
+    from bridge.evaluation.summary import report, rows_are_independent, widths_decoded
     from bridge.generation import check_sampling
     from bridge.tasks import find_task
-    from bridge_cli.eval_view import show
+    from bridge_cli.eval_view import Asked, show, stopped
 
     check_sampling(temperature, top_k, top_p, min_p, seed)  # before anything takes its time
     widths = _widths(width)
     if out is not None:
         _check_out(out)
+    asked = Asked(groups)
     if baseline is not None:
-        open_checkpoint(baseline, headers_only=True)  # its turn comes late
+        theirs = open_checkpoint(baseline, headers_only=True)  # its turn comes late
+        asked.widths["baseline"] = widths_decoded(widths, rows_are_independent(theirs.config))
     found_task = find_task(task, **_options(task_option or []))
 
     def evaluated(path: Path, base: Path | None, name: str) -> "Evaluation":
         model, weights, chat = _load(path, base, backend, device, dtype, raw, system, out)
-        with _bar(name, quiet=json) as progress:
+        asked.widths[name] = widths_decoded(widths, rows_are_independent(model.config))
+        with _bar(name, asked, quiet=json) as progress:
             return run(
                 model,
                 found_task,
@@ -133,8 +137,12 @@ def evaluate(
                 progress=progress,
             )
 
-    ours = evaluated(checkpoint, base, "model")
-    theirs = None if baseline is None else evaluated(baseline, None, "baseline")
+    try:
+        ours = evaluated(checkpoint, base, "model")
+        theirs = None if baseline is None else evaluated(baseline, None, "baseline")
+    except KeyboardInterrupt:
+        print(stopped(out, asked), file=sys.stderr)
+        raise
     found = report(ours, theirs)
     said = {"checkpoint": str(checkpoint), "against": None if baseline is None else str(baseline)}
     said |= found.to_json()
@@ -225,7 +233,7 @@ def _fingerprint(opened: "Checkpoint") -> str:
 
 
 @contextmanager
-def _bar(name: str, quiet: bool) -> Iterator["Callable[[Progress], None]"]:
+def _bar(name: str, asked: "Asked", quiet: bool) -> Iterator["Callable[[Progress], None]"]:
     """A bar on stderr: problems at the present width, their rate, and the accuracy so far."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -244,6 +252,7 @@ def _bar(name: str, quiet: bool) -> Iterator["Callable[[Progress], None]"]:
         began: dict[int, tuple[int, float]] = {}  # where each width's count started, and when
 
         def update(p: "Progress") -> None:
+            asked.each = p.of
             done, seconds = began.setdefault(p.width, (p.done, p.seconds))
             rate = (p.done - done) / (p.seconds - seconds) if p.seconds > seconds else 0.0
             said = [f"accuracy {p.accuracy:.1%}"] if p.accuracy is not None else []

@@ -1,10 +1,13 @@
 """The tables of `bridge eval`: a row a width, and under it its baseline and the difference.
 
-Shares are in percent; a difference whose interval excludes 0 has a mark.
+Shares are in percent; a difference whose interval excludes 0 has a mark. One that was stopped says
+what is kept instead.
 """
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -33,6 +36,34 @@ SHOWN = {
 
 
 WIDE = 104  # characters that a table needs with each interval beside its mean
+
+
+@dataclass
+class Asked:
+    """What a command is to find, as far as is known yet."""
+
+    groups: int  # a problem and width
+    widths: dict[str, tuple[int, ...]] = field(default_factory=dict)  # decoded, by model
+    each: int | None = None  # groups a width, of all problems
+
+
+def stopped(out: Path | None, asked: Asked) -> str:
+    """What is left of an evaluation that was stopped, in one line."""
+    from bridge.evaluation.records import kept
+
+    if out is None:
+        return "stopped; nothing is kept without --out"
+    found = [(name, key) for name in ("model", "baseline") for key in kept(out / name)]
+    of = ""
+    if asked.each is not None:
+        problems = asked.each // asked.groups
+        found = [
+            (name, (width, problem, number))
+            for name, (width, problem, number) in found
+            if width in asked.widths.get(name, ()) and problem < problems and number < asked.groups
+        ]
+        of = f" of {asked.each * sum(map(len, asked.widths.values()))}"
+    return f"kept {len(found)}{of} groups in {one_line(str(out))}; the same command goes on"
 
 
 def show(report: "Report") -> None:
