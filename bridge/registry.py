@@ -4,8 +4,12 @@ Nothing is imported until it is asked for, since a framework may be absent, heav
 wrong is kept as text that says how to mend it, and never hides the other backends.
 """
 
+import os
+import re
+import sys
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, entry_points
+from importlib.util import find_spec
 
 from bridge.contract import Backend
 from bridge.errors import BridgeError
@@ -52,16 +56,14 @@ def backends() -> list[BackendInfo]:
 
 
 def find_backend(name: str | None) -> Backend:
-    """The backend of that name; None: the best one that works.
+    """The backend of that name; None: the first of `backends()` that works, found without importing
+    those that cannot be it: once one works on a CPU, those after it without an accelerator.
 
     Raises BridgeError for an unknown name, and for a backend whose framework is not installed.
     """
     registered = _registered()
     if name is None:
-        best = next((info for info in backends() if info.installed), None)
-        if best is None:
-            raise BridgeError("no backend works; try: pip install 'bridge-llm[torch]'")
-        name = best.name
+        return _best(registered)
     if name not in registered:
         known = ", ".join(sorted(registered))
         raise BridgeError(f"backend {name!r} is not known (registered: {known})")
@@ -122,8 +124,64 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def _preference(info: BackendInfo) -> tuple:
-    on_cpu = not info.devices or info.devices[0].startswith("cpu")
+def _best(registered: dict[str, EntryPoint]) -> Backend:
+    best = None
+    for name in sorted(registered, key=_rank):
+        if best is not None and not _may_have_accelerator(name):
+            continue
+        try:
+            backend = _construct(name, registered[name])
+        except BridgeError:
+            continue
+        if not _on_cpu(backend.devices()):
+            return backend
+        best = best or backend
+    if best is None:
+        raise BridgeError("no backend works; try: pip install 'bridge-llm[torch]'")
+    return best
+
+
+def _may_have_accelerator(name: str) -> bool:
+    """False where what is installed shows, without an import, that a backend has none."""
+    if name == "numpy":
+        return False
+    if name == "jax":  # whose accelerators are plugins, all of them found in one of these ways
+        libraries = ("PJRT_NAMES_AND_LIBRARY_PATHS", "TPU_LIBRARY_PATH")
+        packages = ("jax_plugins", "libtpu")
+        return (
+            any(os.environ.get(variable) for variable in libraries)
+            or any(find_spec(package) is not None for package in packages)
+            or bool(entry_points(group="jax_plugins"))
+        )
+    if name == "mlx" and sys.platform == "linux":  # where each kind of device is a package
+        return not _installed("mlx-cpu") or any(map(_installed, _packages_of("mlx", "mlx-cuda")))
+    return True
+
+
+def _installed(package: str) -> bool:
+    try:
+        distribution(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _packages_of(package: str, prefix: str) -> list[str]:
+    """What a package names as its parts, in any of its extras, if they start so."""
+    if not _installed(package):
+        return []
+    names = (re.split(r"[^\w.-]", text)[0] for text in distribution(package).requires or ())
+    return [name for name in names if name.startswith(prefix)]
+
+
+def _on_cpu(devices: list[str]) -> bool:
+    return not devices or devices[0].startswith("cpu")
+
+
+def _rank(name: str) -> tuple:
     order = ("torch", "jax", "mlx")  # as fast as they are on CPUs
-    rank = order.index(info.name) if info.name in order else len(order)
-    return (not info.installed, on_cpu, info.name == "numpy", rank, info.name)
+    return (name == "numpy", order.index(name) if name in order else len(order), name)
+
+
+def _preference(info: BackendInfo) -> tuple:
+    return (not info.installed, _on_cpu(info.devices), *_rank(info.name))
