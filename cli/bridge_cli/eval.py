@@ -155,13 +155,13 @@ def evaluate(
         print(f"Responses, figures and plots are in {one_line(str(out))}")
 
 
-def _widths(text: str) -> list[int]:
+def _widths(text: str) -> tuple[int, ...]:
     from bridge.errors import BridgeError
 
     try:
-        widths = [int(part) for part in text.split(",") if part.strip()]
+        widths = tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
     except ValueError:
-        widths = []
+        widths = ()
     if not widths or min(widths) < 1:
         raise BridgeError(f"--width must be numbers from 1 on by commas, not {text!r}")
     return widths
