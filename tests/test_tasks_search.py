@@ -19,6 +19,33 @@ def test_it_is_found_by_name_and_is_a_task():
         find_task(NAME, numbers=7)
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "wrong"),
+    [
+        (NAME, "seed", "abc"),
+        (NAME, "numbers", 4.0),
+        (NAME, "modulus", None),
+        ("bridge.tasks.guess:guess_and_check", "guesses", "31"),
+        ("bridge.tasks.guess:guess_and_check", "tables", [32]),
+        ("bridge.tasks.guess:guess_and_check", "seed", True),
+        ("bridge.tasks.chain:chain", "steps", {}),
+        ("bridge.tasks.chain:chain", "seed", 1.5),
+    ],
+)
+def test_an_option_of_another_type_is_refused_by_name(name, option, wrong):
+    with pytest.raises(BridgeError, match=rf"^{option} must be a whole number in \d+\.\.\d+, not"):
+        find_task(name, **{option: wrong})
+
+
+def test_seeds_are_those_of_philox():
+    assert OperatorSearch(seed=2**64 - 1).problem("test", 0) == OperatorSearch(
+        seed=np.uint64(2**64 - 1)
+    ).problem("test", 0)
+    for seed in (-1, 2**64, 10**5000):
+        with pytest.raises(BridgeError, match=r"seed must be in 0\.\.18446744073709551615, not"):
+            OperatorSearch(seed=seed)
+
+
 def by_python(numbers, operators, modulus):
     text = str(numbers[0])
     for operator, number in zip(operators, numbers[1:], strict=True):

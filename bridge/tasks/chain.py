@@ -14,9 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from bridge.errors import BridgeError
 from bridge.tasks.problem import Problem
-from bridge.tasks.synthetic import OPERATORS, Synthetic, apply, digits, left_to_right, number_after
+from bridge.tasks.synthetic import (
+    OPERATORS,
+    Synthetic,
+    apply,
+    digits,
+    left_to_right,
+    number_after,
+    whole,
+)
 
 
 class Chain(Synthetic):
@@ -26,12 +33,10 @@ class Chain(Synthetic):
 
     def __init__(self, steps: int = 6, modulus: int = 19, seed: int = 0) -> None:
         """`steps` of a chain. `seed`: another one gives other chains, of the same splits."""
-        if not 2 <= steps <= 9:
-            raise BridgeError(f"steps must be in 2..9, not {steps}")
-        if not 5 <= modulus <= 97:
-            raise BridgeError(f"modulus must be in 5..97, not {modulus}")
-        self.steps, self.modulus, self.seed = steps, modulus, seed
-        self.name = f"chain-{steps}-mod-{modulus}"
+        self.steps = whole("steps", steps, 2, 9)
+        self.modulus = whole("modulus", modulus, 5, 97)
+        self.seed = whole("seed", seed)
+        self.name = f"chain-{self.steps}-mod-{self.modulus}"
 
     def draw(self, words: np.ndarray) -> tuple[str, dict[str, Any]]:
         """Numbers from 1 to 9, and an operator between each two."""

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from bridge.errors import BridgeError
 from bridge.tasks.problem import SPLITS, Problem
-from bridge.tasks.synthetic import Synthetic, number_after
+from bridge.tasks.synthetic import Synthetic, number_after, whole
 
 
 class GuessAndCheck(Synthetic):
@@ -32,12 +31,10 @@ class GuessAndCheck(Synthetic):
 
     def __init__(self, guesses: int = 31, tables: int = 32, seed: int = 0) -> None:
         """`guesses` there are, and as many results, in each table. `seed`: of tables too."""
-        if not 11 <= guesses <= 97:
-            raise BridgeError(f"guesses must be in 11..97, not {guesses}")
-        if not 8 <= tables <= 256:
-            raise BridgeError(f"tables must be in 8..256, not {tables}")
-        self.guesses, self.tables, self.seed = guesses, tables, seed
-        self.name = f"guess-and-check-{guesses}"
+        self.guesses = whole("guesses", guesses, 11, 97)
+        self.tables = whole("tables", tables, 8, 256)
+        self.seed = whole("seed", seed)
+        self.name = f"guess-and-check-{self.guesses}"
 
     @cached_property
     def results(self) -> Int[np.ndarray, "tables guesses"]:

@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from bridge.errors import BridgeError
 from bridge.tasks.problem import Problem
-from bridge.tasks.synthetic import OPERATORS, Synthetic, digits, left_to_right
+from bridge.tasks.synthetic import OPERATORS, Synthetic, digits, left_to_right, whole
 
 
 class OperatorSearch(Synthetic):
@@ -29,12 +28,10 @@ class OperatorSearch(Synthetic):
 
     def __init__(self, numbers: int = 4, modulus: int = 19, seed: int = 0) -> None:
         """`numbers` a puzzle. `seed`: another one gives other puzzles, of the same splits."""
-        if not 2 <= numbers <= 6:
-            raise BridgeError(f"numbers must be in 2..6, not {numbers}")
-        if not 5 <= modulus <= 97:
-            raise BridgeError(f"modulus must be in 5..97, not {modulus}")
-        self.numbers, self.modulus, self.seed = numbers, modulus, seed
-        self.name = f"operator-search-{numbers}-mod-{modulus}"
+        self.numbers = whole("numbers", numbers, 2, 6)
+        self.modulus = whole("modulus", modulus, 5, 97)
+        self.seed = whole("seed", seed)
+        self.name = f"operator-search-{self.numbers}-mod-{self.modulus}"
 
     def draw(self, words: np.ndarray) -> tuple[str, dict[str, Any]]:
         """Numbers from 1 to 9, and what some choice of operators makes of them."""

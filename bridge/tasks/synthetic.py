@@ -7,12 +7,15 @@ laptop, and know how one who tries at random would answer. No network, no file.
 
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
+from operator import index
 from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import UInt32
 
+from bridge.errors import BridgeError
 from bridge.philox import philox4x32
+from bridge.reading import show
 from bridge.tasks.problem import SPLITS, Problem, check_number
 
 OPERATORS = "+-*"
@@ -68,6 +71,20 @@ class Synthetic:
     def words(self, first: Any, second: Any, third: int) -> UInt32[np.ndarray, "... 4"]:
         """Random words of this kind of task and its seed; `third` is below 256."""
         return philox4x32((first, second, third | self.purpose << 8, STREAM), self.seed)
+
+
+def whole(name: str, value: Any, low: int = 0, high: int = 2**64 - 1) -> int:
+    """An option that is a whole number in low..high; unless given, any seed (clause 6.1). Raises
+    BridgeError for anything else."""
+    try:
+        number = index(None if isinstance(value, bool) else value)
+    except TypeError:
+        raise BridgeError(
+            f"{name} must be a whole number in {low}..{high}, not {show(value)}"
+        ) from None
+    if not low <= number <= high:
+        raise BridgeError(f"{name} must be in {low}..{high}, not {show(number)}")
+    return number
 
 
 def left_to_right(numbers: Sequence[int], operators: Sequence[str], modulus: int) -> list[int]:
