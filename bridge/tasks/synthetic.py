@@ -8,7 +8,7 @@ laptop, and know how one who tries at random would answer. No network, no file.
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from operator import index
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsIndex
 
 import numpy as np
 from jaxtyping import UInt32
@@ -76,12 +76,9 @@ class Synthetic:
 def whole(name: str, value: Any, low: int = 0, high: int = 2**64 - 1) -> int:
     """An option that is a whole number in low..high; unless given, any seed (clause 6.1). Raises
     BridgeError for anything else."""
-    try:
-        number = index(None if isinstance(value, bool) else value)
-    except TypeError:
-        raise BridgeError(
-            f"{name} must be a whole number in {low}..{high}, not {show(value)}"
-        ) from None
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise BridgeError(f"{name} must be a whole number in {low}..{high}, not {show(value)}")
+    number = index(value)
     if not low <= number <= high:
         raise BridgeError(f"{name} must be in {low}..{high}, not {show(number)}")
     return number
