@@ -385,3 +385,24 @@ def test_a_comparison_is_paired_and_needs_the_same_problems(model, host):
     with pytest.raises(BridgeError, match="other problems"):
         compare(ours, other)
     assert json.loads(json.dumps(four.to_json()))["curve"][0] == asdict(four.curve[0])
+
+
+@pytest.mark.parametrize(
+    ("method", "gives", "said"),
+    [
+        ("size", lambda _: 1 / 0, "size of test fails (ZeroDivisionError: division by zero)"),
+        ("problem", lambda *_: {}["x"], "problem 0 of test fails (KeyError: 'x')"),
+        ("problem", lambda *_: ("how?", "so"), "problem 0 of test fails (AttributeError: "),
+        ("read_answer", lambda _: sys.exit(), "a response to problem 0 fails (SystemExit)"),
+        ("read_answer", lambda _: "a".index("b"), "read_answer of a response to problem 0 fails ("),
+        ("read_answer", lambda _: [], "[], which is neither a text nor None); mend the task"),
+    ],
+)
+def test_a_task_that_raises_is_named(model, tmp_path, monkeypatch, method, gives, said):
+    task = ToyTask()
+    scorer = ToyScorer(ToyTask())
+    monkeypatch.setattr(task, method, gives)
+    with pytest.raises(BridgeError) as error:
+        run(model, tmp_path / "out", task, scorer)
+    assert str(error.value).startswith("task toy: ") and said in str(error.value)
+    assert "\n" not in str(error.value)

@@ -6,13 +6,16 @@ what is left to do: an evaluation that was interrupted ends with the same bytes 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from bridge.errors import BridgeError
 from bridge.evaluation.records import Group, Journal, Row
 from bridge.generation import Done, Finished, ResponseSet, Token
 from bridge.model import Model
+from bridge.reading import show
 
 if TYPE_CHECKING:
     from bridge.tasks import Problem, Score, Task
@@ -73,6 +76,21 @@ class Progress:
     running: int  # rows of the present batch that have not ended
     tokens: int  # drawn since the start, at all widths
     seconds: float  # since the start
+
+
+@contextmanager
+def calling(task: "Task", what: str) -> Iterator[None]:
+    """Make of whatever a task raises here a BridgeError that names both."""
+    try:
+        yield
+    except BridgeError:
+        raise
+    except (Exception, SystemExit) as error:
+        from bridge.tasks.worker import describe
+
+        raise BridgeError(
+            f"task {task.name}: {what} fails ({describe(error)}); mend the task"
+        ) from error
 
 
 class Run:
@@ -161,13 +179,21 @@ class Run:
                         text=response.text,
                         tokens=len(response.tokens),
                         finish_reason=response.finish_reason,
-                        answer=self.task.read_answer(response.text),
+                        answer=self._answer(problem, response.text),
                         score=float(score.value),
                         trouble=score.problem,
                     )
                 )
             found.append(Group(width, problem.number, number, plan.digests[i], tuple(rows)))
         return found
+
+    def _answer(self, problem: "Problem", response: str) -> str | None:
+        """What a response votes for, from a task that may be the user's own."""
+        with calling(self.task, f"read_answer of a response to problem {problem.number}"):
+            answer = self.task.read_answer(response)
+            if answer is not None and not isinstance(answer, str):
+                raise TypeError(f"it gave {show(answer)}, which is neither a text nor None")
+            return answer
 
     def _count(self, groups: Sequence[Group]) -> None:
         self.done += len(groups)

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge.errors import BridgeError
-from bridge.evaluation.batches import GROUP_SHIFT, Decoding, Plan, Progress, Run, Scores
+from bridge.evaluation.batches import (
+    GROUP_SHIFT,
+    Decoding,
+    Plan,
+    Progress,
+    Run,
+    Scores,
+    calling,
+)
 from bridge.evaluation.records import Journal
 from bridge.evaluation.summary import Evaluation, rows_are_independent, widths_decoded
 from bridge.generation import check_sampling
@@ -132,12 +140,20 @@ def _plan(
 
 
 def _problems(task: "Task", split: str, count: int | None) -> "list[Problem]":
-    size = task.size(split)
+    with calling(task, f"size of {split}"):
+        size = task.size(split)
     most = 1 << GROUP_SHIFT if size is None else min(size, 1 << GROUP_SHIFT)
     count = min(PROBLEMS, most) if count is None else count
     if not 1 <= count <= most:
         raise BridgeError(f"problems must be in 1..{most}, as split {split!r} has, not {count}")
-    return [task.problem(split, number) for number in range(count)]
+    found = []
+    for number in range(count):
+        with calling(task, f"problem {number} of {split}"):
+            problem = task.problem(split, number)
+            for field in ("number", "prompt", "answer"):
+                getattr(problem, field)
+        found.append(problem)
+    return found
 
 
 def _called(problem: "Problem", split: str) -> str:
