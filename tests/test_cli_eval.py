@@ -17,6 +17,7 @@ from bridge.evaluation.plots import plot_accuracy, plot_gpass
 from bridge.evaluation.summary import summarise
 from bridge.initialise import init
 from bridge_cli.main import app
+from bridge_cli.options import read_task_options
 from tests.tiny_host import write_host
 from tests.toy_task import ToyScorer, ToyTask
 
@@ -43,7 +44,7 @@ def paths(tmp_path_factory):
 def tasks(monkeypatch):
     """The toy task under the name `toy`, scored within this process."""
     module = types.ModuleType("bridge.tasks")
-    module.scored, module.interrupt_at = 0, None
+    module.scored, module.interrupt_at, module.time_limit = 0, None, None
 
     def find_task(name, **options):
         assert name == "toy"
@@ -57,7 +58,8 @@ def tasks(monkeypatch):
             return super().score(pairs)
 
     @contextmanager
-    def scorer(task):
+    def scorer(task, time_limit):
+        module.time_limit = time_limit
         yield Scorer(task)
 
     module.find_task, module.Scorer = find_task, scorer
@@ -174,6 +176,31 @@ def test_names_of_models_and_tasks_are_no_formulas(paths, tmp_path):
         assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
+def test_task_options_have_two_names_and_rewards_a_time_limit(paths, tasks):
+    said = run(paths / "bridge", *SHORT, "--task-options", "size=2", "--task-option", "ask=so {}?")
+    assert "2 problems of test" in said.stdout and tasks.time_limit == 10
+    run(paths / "bridge", *SHORT, "--task-options", "size=1", "--reward-seconds", 2.5)
+    assert tasks.time_limit == 2.5
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("3", 3), ("1_000", 1000), ("2.5", 2.5), ("1E5", 1e5), ("true", True), ("null", None)),
+        *(('"3"', "3"), ("'a'", "a"), ('[1, "x"]', [1, "x"])),
+        *(('{"a": 1}', {"a": 1}), ("{a = 1}", {"a": 1})),
+        # Texts, though TOML or JSON would read some of them as something else.
+        *((word, word) for word in ("", "x=y", "plain words", "07", "1\nb = 2", "2020-01-01")),
+        *((word, word) for word in ("nan", "inf", "-inf", "NaN", "Infinity", "1e999", "[nan]")),
+        ("[" * 100_000, "[" * 100_000),
+        ("9" * 5000, "9" * 5000),
+    ],
+)
+def test_values_of_task_options(text, value):
+    [found] = read_task_options([f"key={text}"]).values()
+    assert found == value and type(found) is type(value)
+
+
 def test_chat_templates_and_task_options_are_used(paths, tmp_path):
     fed = {}
     for name, options in (("chat", ()), ("raw", ("--raw",)), ("sys", ("--system", "be brief"))):
@@ -193,7 +220,10 @@ def test_chat_templates_and_task_options_are_used(paths, tmp_path):
         (("--problems", "13"), "problems must be in 1..12"),
         (("--groups", "0"), "groups must be in 1..4096"),
         (("--temperature", "-1"), "temperature must be 0 or above"),
-        (("--task-option", "size"), "--task-option must be KEY=VALUE"),
+        (("--task-option", "size"), "--task-options 'size': write KEY=VALUE"),
+        (("--task-options", "a size=1"), "--task-options 'a size=1': write KEY=VALUE"),
+        (("--reward-seconds", "0"), "reward_seconds must be above 0, not 0"),
+        (("--reward-seconds", "nan"), "reward_seconds must be above 0, not nan"),
         (("--raw", "--system", "x"), "--system is part of a chat"),
         (("--baseline", "nowhere"), "nowhere"),
         (("--max-new-tokens", "200000"), "goes past the context of 200000"),

@@ -46,6 +46,7 @@ def evaluate(
     split: str = "test",
     decoding: Decoding | None = None,
     max_rows: int = 256,
+    reward_seconds: float = 10.0,
     name: str = "",
     directory: Path | None = None,
     scorer: Scores | None = None,
@@ -58,7 +59,8 @@ def evaluate(
     `directory`: what is found is kept there, and what was found there with the same settings is
     not done again; widths, problems and groups may grow. `name`: of the weights, one of those
     settings. `max_rows`: rows decoded at once, which changes rounding and nothing else.
-    `scorer`: None is a `bridge.tasks.Scorer` of the task.
+    `scorer`: None is a `bridge.tasks.Scorer` of the task, `reward_seconds` the time that it gives
+    a response.
     Raises BridgeError before anything is computed, for a prompt that does not fit too.
     """
     widths = tuple(sorted(set(widths)))
@@ -68,6 +70,8 @@ def evaluate(
         raise BridgeError(f"groups must be in 1..{GROUPS}, not {groups}")
     if max_rows < 1:
         raise BridgeError(f"max_rows must be 1 or above, not {max_rows}")
+    if not 0 < reward_seconds < float("inf"):
+        raise BridgeError(f"reward_seconds must be above 0, not {reward_seconds:g}")
     plan = _plan(model, task, split, problems, groups, decoding or Decoding(), max_rows)
     settings = {
         "task": task.name,
@@ -81,7 +85,7 @@ def evaluate(
         "stop": list(plan.decoding.stop),
     }
     independent = rows_are_independent(model.config)
-    with Journal(directory, settings) as journal, _scoring(task, scorer) as scores:
+    with Journal(directory, settings) as journal, _scoring(task, scorer, reward_seconds) as scores:
         _check_asked(journal, plan, split)
         run = Run(model, task, plan, journal, scores, progress)
         for width in widths_decoded(widths, independent):
@@ -176,10 +180,10 @@ def _check_asked(journal: Journal, plan: Plan, split: str) -> None:
             )
 
 
-def _scoring(task: "Task", scorer: Scores | None) -> Any:
+def _scoring(task: "Task", scorer: Scores | None, reward_seconds: float) -> Any:
     """The scorer given, which stays its owner's, or one of our own, which ends with us."""
     if scorer is not None:
         return nullcontext(scorer)
     from bridge.tasks import Scorer
 
-    return Scorer(task)
+    return Scorer(task, time_limit=reward_seconds)

@@ -26,6 +26,7 @@ from bridge_cli.options import (
     Temperature,
     TopK,
     TopP,
+    read_task_options,
 )
 from bridge_cli.text import one_line, print_json
 
@@ -41,11 +42,21 @@ if TYPE_CHECKING:
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint directory.")],
     task: Annotated[
-        str, typer.Option(help="reasoning-gym:NAME, a .jsonl file, or module:function.")
+        str,
+        typer.Option(
+            help="reasoning-gym:NAME, a .jsonl file, or module:function; see docs/training.md."
+        ),
     ],
-    task_option: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Of the task; repeat it.")
+    task_options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task-options",
+            "--task-option",
+            metavar="KEY=VALUE",
+            help="Of the task; repeat it.",
+        ),
     ] = None,
+    reward_seconds: Annotated[float, typer.Option(help="Time limit of a reward.")] = 10.0,
     width: Annotated[
         str, typer.Option("-n", "--width", help="Rows of a group; several by commas.")
     ] = "1,2,4,8,16",
@@ -107,7 +118,7 @@ def evaluate(
     if baseline is not None:
         theirs = open_checkpoint(baseline, headers_only=True)  # its turn comes late
         asked.widths["baseline"] = widths_decoded(widths, rows_are_independent(theirs.config))
-    found_task = find_task(task, **_options(task_option or []))
+    found_task = find_task(task, **read_task_options(task_options or []))
 
     def evaluated(path: Path, base: Path | None, name: str) -> "Evaluation":
         model, weights, chat = _load(path, base, backend, device, dtype, raw, system, out)
@@ -132,6 +143,7 @@ def evaluate(
                     system,
                 ),
                 max_rows=max_rows,
+                reward_seconds=reward_seconds,
                 name=weights,
                 directory=None if out is None else out / name,
                 progress=progress,
@@ -165,22 +177,6 @@ def _widths(text: str) -> tuple[int, ...]:
     if not widths or min(widths) < 1:
         raise BridgeError(f"--width must be numbers from 1 on by commas, not {text!r}")
     return widths
-
-
-def _options(pairs: list[str]) -> dict[str, Any]:
-    """KEY=VALUE, where a value that is JSON is taken as such."""
-    from bridge.errors import BridgeError
-
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.isidentifier():
-            raise BridgeError(f"--task-option must be KEY=VALUE, not {pair!r}")
-        try:
-            options[key] = jsonlib.loads(value)
-        except ValueError:
-            options[key] = value
-    return options
 
 
 def _check_out(out: Path) -> None:
