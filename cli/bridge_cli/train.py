@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 import typer
 from typer.core import TyperGroup
 
+from bridge_cli.options import read_task_options
 from bridge_cli.text import count, one_line, print_json, size
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def gather(kind: str, source: Path | None, options: dict[str, Any], resume: bool
     from bridge.errors import BridgeError
     from bridge.training.run_directory import CONFIG
     from bridge.training.settings import FILTERED, REFUSED, read_settings
-    from bridge.training.toml import read_toml, toml_value
+    from bridge.training.toml import read_toml
 
     given: dict[str, Any] = {}
     for name in REFUSED:
@@ -85,11 +86,8 @@ def gather(kind: str, source: Path | None, options: dict[str, Any], resume: bool
                 f"--{name.replace('_', '-')} is refused in training: it {FILTERED} out"
             )
     flags = {name: value for name, value in options.items() if value is not None and value != []}
-    for pair in flags.pop("task_options", []):
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise BridgeError(f"--task-options {pair!r}: write KEY=VALUE")
-        flags.setdefault("task_options", {})[key] = toml_value(value)
+    if pairs := flags.pop("task_options", []):
+        flags["task_options"] = read_task_options(pairs)
     where = "settings"
     if source is not None and source.suffix == ".toml":
         given, where = read_toml(source), str(source)
