@@ -225,6 +225,42 @@ def test_equal_values_leave_room_for_what_was_not_seen():
     assert bootstrap(np.full((1, 9), 7.0), bounds=None) == [Interval(7.0, 7.0, 7.0)]
 
 
+def test_where_few_problems_differ_the_interval_is_clopper_and_pearsons():
+    for P, few in ((300, range(4)), (12, range(4)), (3, range(2))):
+        shares = [stats.binomtest(k, P).proportion_ci(method="exact") for k in few]
+        for k, share in zip(few, shares, strict=True):
+            values = np.zeros((1, P))
+            values[0, :k] = 1
+            [got], [turned] = bootstrap(values), bootstrap(1 - values)
+            assert (got.low, got.high) == pytest.approx((share.low, share.high), abs=1e-12)
+            assert (turned.low, turned.high) == pytest.approx(
+                (1 - share.high, 1 - share.low), abs=1e-12
+            )
+            # Those that differ do so by next to nothing: others may by more.
+            [got] = bootstrap(values / 12870)
+            assert got.mean == pytest.approx(k / P / 12870, abs=1e-15)
+            assert (got.low, got.high) == pytest.approx((0, share.high), abs=1e-12)
+            [got] = paired(values / 3, np.zeros((1, P)))
+            assert (got.low, got.high) == pytest.approx((-share.high, share.high), abs=1e-12)
+    # One more, and a resample without any of them is rare: the bootstrap's own.
+    values = np.zeros((1, 300))
+    values[0, :4] = 1
+    want = stats.bootstrap((values[0],), np.mean, method="BCa", rng=np.random.default_rng(1))
+    [got] = bootstrap(values)
+    # Quantiles of two sets of draws, of means of counts, may differ by one count.
+    for ours, theirs in zip((got.low, got.high), want.confidence_interval, strict=True):
+        assert round(abs(300 * (ours - theirs))) <= 1
+
+
+def test_values_that_differ_by_rounding_are_equal():
+    values = np.full((1, 40), 0.3)
+    values[0, ::2] = 0.1 + 0.2
+    [got], [same] = bootstrap(values), bootstrap(np.full((1, 40), 0.3))
+    assert vars(got) == pytest.approx(vars(same), abs=1e-12)
+    [difference] = paired(values, np.full((1, 40), 0.3))
+    assert difference.low < -0.08 and difference.high > 0.08
+
+
 def test_a_paired_difference_takes_the_problems_out():
     rng = np.random.default_rng(2)
     hardness = rng.random((1, 200))

@@ -6,6 +6,7 @@ metrics are drawn with the same problems, and the draws are a function of the se
 """
 
 from dataclasses import dataclass
+from math import comb
 from statistics import NormalDist
 
 import numpy as np
@@ -40,27 +41,30 @@ def bootstrap(
     """The mean of each of M metrics over P problems, with its bias-corrected and accelerated (BCa)
     interval: Efron 1987, "Better bootstrap confidence intervals".
 
-    Where every problem has the same value, resampling sees no spread, though P problems cannot tell
-    that there is none. With `bounds` on what a value may be, the interval is then the exact one: at
-    this confidence fewer than the fraction 1 - (alpha / 2)^(1 / P) of all problems differ, each by
-    no more than the bounds allow (for shares of 0 and 1, that of Clopper and Pearson). `bounds`
-    None: the interval is the point. Raises ValueError without a problem.
+    Where all but a few problems have the same value, resampling sees next to no spread, though P
+    problems cannot tell that there is none. That is so where a resample holds that value alone with
+    a probability above alpha / 2 (at 95 %, up to three of many problems differ). With `bounds` on
+    what a value may be, the interval is then an exact one: at this confidence no more than Clopper
+    and Pearson's share of all problems differs, each by no more than the bounds allow; where every
+    value is one of the bounds, it is Clopper and Pearson's own. `bounds` None: the bootstrap's, and
+    of equal values the point. Raises ValueError without a problem.
     """
     M, P = values.shape
     if P == 0:
         raise ValueError("no problem to take an interval over")
     means = values.mean(axis=1)
     sums = _resampled(values, resamples, seed)
-    constant = (values == values[:, :1]).all(axis=1)
     alpha = 1 - confidence
     found = []
     for m in range(M):
-        if constant[m]:
-            low, high = _unseen(float(values[m, 0]), P, alpha, bounds)
-            found.append(Interval(float(values[m, 0]), low, high))
+        common, differ = _commonest(values[m])
+        if differ == 0 and bounds is None:
+            low = high = common
+        elif bounds is not None and (1 - differ / P) ** P > alpha / 2:
+            low, high = _unseen(values[m], common, differ, alpha, bounds)
         else:
             low, high = _bca(values[m], float(means[m]), sums[m], alpha)
-            found.append(Interval(float(means[m]), low, high))
+        found.append(Interval(common if differ == 0 else float(means[m]), low, high))
     return found
 
 
@@ -103,8 +107,7 @@ def _bca(
 ) -> tuple[float, float]:
     """Quantiles of the resampled means, moved for bias and skewness."""
     normal = NormalDist()
-    # Means that are equal but for rounding must count as equal.
-    near = 1e-12 * max(1.0, float(np.abs(values).max()))
+    near = _near(values)
     below = float(np.mean(means < mean - near) + np.mean(np.abs(means - mean) <= near) / 2)
     half = 0.5 / len(means)
     bias = normal.inv_cdf(min(max(below, half), 1 - half))
@@ -118,12 +121,41 @@ def _bca(
     return float(low), float(high)
 
 
+def _near(values: Float[np.ndarray, " P"]) -> float:
+    """How far apart values and means may be that are equal but for rounding."""
+    return 1e-12 * max(1.0, float(np.abs(values).max()))
+
+
+def _commonest(values: Float[np.ndarray, " P"]) -> tuple[float, int]:
+    """The value of most problems, and how many have another."""
+    found, counts = np.unique(values, return_counts=True)
+    common = float(found[counts.argmax()])
+    return common, int(np.sum(np.abs(values - common) > _near(values)))
+
+
 def _unseen(
-    value: float, P: int, alpha: float, bounds: tuple[float, float] | None
+    values: Float[np.ndarray, " P"],
+    common: float,
+    differ: int,
+    alpha: float,
+    bounds: tuple[float, float],
 ) -> tuple[float, float]:
-    """Where the mean may lie though each of P problems had the same value."""
-    if bounds is None:
-        return value, value
-    differ = 1 - (alpha / 2) ** (1 / P)
-    low, high = bounds
-    return value - differ * (value - low), value + differ * (high - value)
+    """Where the mean may lie though only a few of P problems, or none, have another value."""
+    P, (low, high) = len(values), bounds
+    most = _share(differ, P, alpha / 2)
+    least = _share(differ - 1, P, 1 - alpha / 2) if differ and np.isin(values, bounds).all() else 0
+    down, up = most * (common - low), most * (high - common)
+    if least and common == low:
+        return low + least * (high - low), common + up
+    if least:
+        return common - down, high - least * (high - low)
+    return common - down, common + up
+
+
+def _share(count: int, P: int, chance: float) -> float:
+    """The share of all problems at which `count` of P or fewer are drawn with this chance."""
+    low, high = 0.0, 1.0
+    while low < (middle := (low + high) / 2) < high:
+        tail = sum(comb(P, i) * middle**i * (1 - middle) ** (P - i) for i in range(count + 1))
+        low, high = (middle, high) if tail > chance else (low, middle)
+    return middle
