@@ -19,6 +19,7 @@ from bridge.training.order import ROLLOUTS, problem_number, stream_seed
 from bridge.training.rollouts import decoder_logprobs, generate, roll_out
 from bridge.training.samples import Correct
 from bridge.training.sft import deal
+from bridge.training.watch import Silent
 from bridge_conformance.tolerance import allowance, error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -381,6 +382,30 @@ def test_a_task_with_no_correct_sample_says_so(model, tmp_path):
         run(settings, Hopeless())
     assert "\n" not in str(error.value)
     assert len((tmp_path / "sft" / "samples.jsonl").read_text().splitlines()) == 40
+
+
+def test_rewards_that_all_fail_are_said_to(model, tmp_path):
+    class Failing:
+        def score(self, pairs):
+            return [
+                Score(0.0, f"raises {'ValueError: x' if i else 'KeyError'}")
+                for i, _ in enumerate(pairs)
+            ]
+
+    notes = []
+
+    class Watch(Silent):
+        def note(self, text):
+            notes.append(text)
+
+    settings = sft(model, tmp_path, problems=6, samples=2, max_rows=6)
+    said = (
+        r"\(0 correct in all\).*; 12 rewards failed and count as 0, most often: raises ValueError"
+    )
+    with pytest.raises(BridgeError, match=said) as error:
+        train(settings, task=Sums(), scorer=Failing(), watch=Watch())
+    assert "\n" not in str(error.value)
+    assert notes == ["a reward failed and counts as 0: raises KeyError"]
 
 
 LINES = [

@@ -202,6 +202,16 @@ def test_what_is_measured_each_few_steps_stays_in_sight():
     assert last == ["last", "1.0000", "0.125"] and mean == ["mean", "of", "2", "1.5000", "0.125"]
 
 
+def test_rewards_that_fail_in_an_evaluation_are_said_once_and_counted(capsys):
+    view = View(None, quiet=False)
+    figures = {"accuracy": 0.0, "reward_mean": 0.0, "problems": 4}
+    for kind, step in (("evaluation", 0), ("step", 1), ("evaluation", 1)):
+        bad = {"bad_rewards": 3, "bad_reward": f"raises Error{step}"}
+        view.record({"kind": kind, "step": step, **figures, **bad})
+    said = [line for line in capsys.readouterr().err.splitlines() if "failed" in line]
+    assert said == ["a reward failed and counts as 0: raises Error0"] and view.bad == 9
+
+
 def test_ctrl_c_exits_130_and_the_same_command_goes_on(model, tmp_path, toy, monkeypatch):
     import bridge.training.log as log
 

@@ -2,10 +2,11 @@
 
 Sampled ones are kept as JSONL, a line a problem and a whole batch of problems at a time, so that a
 run that was stopped goes on with the next batch and samples none again. A file of a user's needs
-`prompt` and `responses` in each line; what else is in a line is not read, but for the token ids.
+`prompt` and `responses` in each line; beyond them the token ids and the troubles are read, if any.
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Correct:
     prompt: list[int]
     responses: list[list[int]]
     name: str  # for messages
+    troubles: tuple[str, ...] = ()  # what went wrong with the rewards of its samples
 
 
 def make_samples(
@@ -57,6 +59,7 @@ def make_samples(
     done = whole_lines(path)
     done = done if len(done) >= total else done[: len(done) // batch * batch]
     correct = sum(len(json.loads(line)["responses"]) for line in done)
+    told = False
     with closing(Lines(path, done)) as lines:
         for first in range(len(done), total, batch):
             interrupt.boundary()
@@ -67,6 +70,10 @@ def make_samples(
             seed = stream_seed(settings.seed, SAMPLES, first)
             rollouts = roll_out(model, scorer, problems, settings, seed, width=settings.samples)
             kept = [_line(rollout, threshold) for rollout in rollouts]
+            troubles = [trouble for rollout in rollouts for trouble in rollout.troubles]
+            if troubles and not told:
+                watch.note(f"a reward failed and counts as 0: {troubles[0]}")
+                told = True
             correct += sum(len(line["responses"]) for line in kept)
             lines.append(kept)
             lines.sync()
@@ -95,10 +102,12 @@ def read_samples(path: Path, model: Model, settings: SFTSettings) -> list[Correc
         raise BridgeError(f"{path}: no such file")
     found: list[Correct] = []
     problems = rows = 0
+    troubles: Counter[str] = Counter()
     for number, line in enumerate(read_text(path).splitlines(), 1):
         where = f"{path}, line {number}"
         correct = _read(line, model, settings, where)
         problems, rows = problems + 1, rows + len(correct.responses)
+        troubles.update(correct.troubles)
         responses = correct.responses
         if settings.distinct:
             responses = [r for i, r in enumerate(responses) if r not in responses[:i]]
@@ -106,10 +115,17 @@ def read_samples(path: Path, model: Model, settings: SFTSettings) -> list[Correc
             found.append(Correct(correct.prompt, responses, correct.name))
     if not found:
         differ = " that differ" if settings.distinct else ""
+        mend = (
+            "choose easier problems, more samples, a larger max_new_tokens, or another checkpoint"
+        )
+        if troubles:
+            mend = (
+                f"{troubles.total()} rewards failed and count as 0, most often: "
+                f"{troubles.most_common(1)[0][0]}; mend the task, and choose another out; or {mend}"
+            )
         raise BridgeError(
             f"{path}: no problem of {problems} has two correct responses{differ} ({rows} correct "
-            "in all), so there is nothing to learn from; choose easier problems, more samples, a "
-            "larger max_new_tokens, or another checkpoint"
+            f"in all), so there is nothing to learn from; {mend}"
         )
     return found
 
@@ -134,7 +150,9 @@ def _read(line: str, model: Model, settings: SFTSettings, where: str) -> Correct
     context = model.config.max_position_embeddings
     if len(prompt) + max(map(len, tokens), default=0) > context:
         raise BridgeError(f"{where}: goes past the context of {context} tokens; leave it out")
-    return Correct(prompt, tokens, where)
+    troubles = value.get("troubles")
+    said = troubles if isinstance(troubles, list) else []
+    return Correct(prompt, tokens, where, tuple(t for t in said if isinstance(t, str)))
 
 
 def _encode(

@@ -70,6 +70,10 @@ class View:
             self._say(self.now)
 
     def record(self, record: Mapping[str, Any]) -> None:
+        if record.get("bad_rewards"):
+            if not self.bad:
+                self.note(f"a reward failed and counts as 0: {record['bad_reward']}")
+            self.bad += record["bad_rewards"]
         if record["kind"] == "evaluation":
             self.evaluation = (
                 f"step {record['step']}: accuracy {record['accuracy']:.1%}, reward "
@@ -80,10 +84,6 @@ class View:
         else:
             self.records = [*self.records[1 - RECENT :], record]
             self.done = record["step"]
-            if record.get("bad_rewards"):
-                self.bad += record["bad_rewards"]
-                if self.bad == record["bad_rewards"]:
-                    self.note(f"a reward failed and counts as 0: {record['bad_reward']}")
             if self.live is None:
                 figures = [line.format(record[k]) for k, line in FIGURES.items() if _has(record, k)]
                 self._say(f"step {self.done}/{self.total}, {', '.join(figures)}, {self._left()}")
