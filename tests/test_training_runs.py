@@ -173,6 +173,10 @@ def test_ctrl_c_while_sampling_keeps_what_is_sampled(model, tmp_path):
     path = tmp_path / "sft" / "samples.jsonl"
     first = path.read_bytes()
     assert len(first.splitlines()) == 16
+    one, *more = first.splitlines(keepends=True)
+    path.write_bytes(b"".join([one, b'{"respon\n', *more]))
+    with pytest.raises(BridgeError, match=r"samples\.jsonl, line 2: is damaged"):
+        run(settings)
     some = b"".join(first.splitlines(keepends=True)[:11])
     path.write_bytes(some + b'{"half a li')  # what a power cut may leave: half a batch of lines
     run(settings)
@@ -242,7 +246,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(settings, monkeypatch, where)
         patch.setattr(bridge.training.log.Log, "write", fill)
         with pytest.raises(BridgeError, match=r"No space left on device.*free some space") as error:
             run(settings)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and ".partial-" not in str(error.value)
     assert not list(Path(settings.out).rglob(".*.partial-*"))
     run(settings)
     assert outcome(Path(settings.out)) == outcome(Path(settings.out + "-undisturbed"))
@@ -358,6 +362,24 @@ def test_a_damaged_checkpoint_names_its_file(settings):
     (state.parent / "progress.json").unlink()
     with pytest.raises(BridgeError, match=r"progress.json: is missing or damaged"):
         run(settings)
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"kind": "st', b"\xff", b"[1]", b'{"kind": "step", "step": "3"}']
+)
+def test_a_damaged_line_of_the_log_is_named(settings, line):
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, Watch(2, interrupt))
+    log = Path(settings.out) / "log.jsonl"
+    first, *rest = log.read_bytes().splitlines()
+    log.write_bytes(b"\n".join([first, line, *rest, b""]))
+    with pytest.raises(
+        BridgeError, match=r"log\.jsonl, line 2: is damaged .*cut the file"
+    ) as error:
+        run(settings, resume=True)
+    assert "\n" not in str(error.value)
+    log.write_bytes(first + b"\n")
+    assert run(settings, resume=True).resumed_from == 2
 
 
 def test_best_is_the_best_evaluation_and_the_earliest_of_equals(settings, monkeypatch):

@@ -17,6 +17,7 @@ from rich.console import Console
 from training_toys import Graded, InProcess, write_model
 from typer.testing import CliRunner
 
+from bridge import tasks as real_tasks
 from bridge.contract import AdamW
 from bridge.errors import BridgeError
 from bridge.training import GRPOSettings, SFTSettings, read_settings
@@ -58,7 +59,7 @@ def toy(monkeypatch):
         return Graded(**options)
 
     tasks = ModuleType("bridge.tasks")
-    tasks.__dict__.update(find_task=find_task, Scorer=Worker)
+    tasks.__dict__.update({**vars(real_tasks), "find_task": find_task, "Scorer": Worker})
     monkeypatch.setitem(sys.modules, "bridge.tasks", tasks)
 
 
@@ -259,6 +260,8 @@ def test_a_dry_run_tells_in_advance_what_would_be_refused(model, tmp_path, toy):
 def test_refusals_of_the_command_line(model, tmp_path, toy):
     out = ("--out", tmp_path / "run")
     assert "SOURCE is missing" in refusal("grpo")
+    nothing = refusal("grpo", "--resume", *out)
+    assert f"{tmp_path / 'run'}: holds no run to resume (no config.toml)" in nothing
     assert "no such checkpoint" in refusal("grpo", tmp_path / "none", *out, "--task", "toy")
     assert "no such file" in refusal("grpo", tmp_path / "none.toml")
     assert "--top-k is refused in training" in refusal("grpo", model, "--top-k", 5)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import BridgeError
-from bridge.reading import open_file
+from bridge.reading import one_line, open_file
 
 
 def whole_lines(path: Path) -> list[bytes]:
@@ -22,6 +22,27 @@ def whole_lines(path: Path) -> list[bytes]:
             return file.read().split(b"\n")[:-1]
     except FileNotFoundError:
         return []
+
+
+def read_values(path: Path, lines: Iterable[bytes], **needs: type) -> list[dict[str, Any]]:
+    """The first lines of a file as objects. Raises BridgeError, naming file and line, for one that
+    is none, or where a name of `needs` is missing or not of its type."""
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+            if not isinstance(value, dict):
+                raise ValueError("no object")
+            for name, kind in needs.items():
+                if type(value.get(name)) is not kind:
+                    raise ValueError(f"{name} must be {kind.__name__}")
+        except (ValueError, RecursionError) as error:
+            raise BridgeError(
+                f"{path}, line {number}: is damaged ({one_line(error)}); mend it, or cut the file "
+                "off before it, and the same command goes on"
+            ) from None
+        found.append(value)
+    return found
 
 
 class Lines:

@@ -9,7 +9,6 @@ process may have left: apart from seconds the log is that of a run that was neve
 
 import hashlib
 import importlib
-import json
 import math
 import os
 import sys
@@ -19,9 +18,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bridge.errors import BridgeError
-from bridge.training.lines import Lines, whole_lines
+from bridge.training.lines import Lines, read_values, whole_lines
 
 Record = Mapping[str, Any]
+NEEDS = {"kind": str, "step": int}  # of every record
 
 
 class Sink(Protocol):
@@ -40,8 +40,10 @@ class Log:
     """Appends records to a file, each flushed, and hands them on to sinks."""
 
     def __init__(self, path: Path, step: int, sinks: list[Sink]) -> None:
-        """Go on at `step`. Raises BridgeError where the file cannot be written."""
-        kept = [line for line in whole_lines(path) if _before(json.loads(line), step)]
+        """Go on at `step`. Raises BridgeError where the file is damaged or cannot be written."""
+        lines = whole_lines(path)
+        records = read_values(path, lines, **NEEDS)
+        kept = [line for line, r in zip(lines, records, strict=True) if _before(r, step)]
         self.lines, self.sinks = Lines(path, kept), sinks
 
     def write(self, record: Record) -> None:
@@ -64,8 +66,8 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log, without half a line at its end."""
-    return [json.loads(line) for line in whole_lines(path)]
+    """A log's records, without half a line at its end. Raises BridgeError for a damaged line."""
+    return read_values(path, whole_lines(path), **NEEDS)
 
 
 def open_sinks(names: tuple[str, ...], out: Path, settings: Record, step: int) -> list[Sink]:

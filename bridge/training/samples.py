@@ -18,7 +18,7 @@ from bridge.model import Model
 from bridge.reading import one_line, read_text
 from bridge.tasks import Task
 from bridge.training.interrupt import Interrupt
-from bridge.training.lines import Lines, whole_lines
+from bridge.training.lines import Lines, read_values, whole_lines
 from bridge.training.order import SAMPLES, problem_number, stream_seed
 from bridge.training.rollouts import (
     Rollout,
@@ -51,14 +51,15 @@ def make_samples(
     interrupt: Interrupt,
 ) -> None:
     """Sample what `path` lacks yet. The problems are those that the train split begins with, in the
-    order of the run's seed. Raises BridgeError for a full disk, losing nothing that is there."""
+    order of the run's seed. Raises BridgeError for a damaged line, and for a full disk, losing
+    nothing that is there."""
     size = split_size(task, "train")
     total = settings.problems if size is None else min(size, settings.problems)
     batch = max(1, settings.max_rows // settings.samples)
     threshold = getattr(task, "threshold", 1.0)
     done = whole_lines(path)
     done = done if len(done) >= total else done[: len(done) // batch * batch]
-    correct = sum(len(json.loads(line)["responses"]) for line in done)
+    correct = sum(len(line["responses"]) for line in read_values(path, done, responses=list))
     told = False
     with closing(Lines(path, done)) as lines:
         for first in range(len(done), total, batch):

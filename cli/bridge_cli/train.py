@@ -93,7 +93,9 @@ def gather(kind: str, source: Path | None, options: dict[str, Any], resume: bool
         given, where = read_toml(source), str(source)
     elif resume and source is None and "out" in flags:
         path = Path(flags["out"]) / CONFIG
-        given, where = (read_toml(path), str(path)) if path.is_file() else ({}, where)
+        if not path.is_file():
+            raise BridgeError(f"{path.parent}: holds no run to resume (no {CONFIG}); name another")
+        given, where = read_toml(path), str(path)
     elif source is not None:
         given = {"checkpoint": str(source)}
     if not given:
