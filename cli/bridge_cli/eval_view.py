@@ -123,8 +123,9 @@ def _numbers(figures: "Figures", metric: str, sign: str) -> list[str]:
 def _remarks(report: "Report") -> "Iterator[str]":
     ours, settings = report.evaluation, report.evaluation.settings
     yield (
-        f"{one_line(settings['task'])}, {len(ours.problems)} problems of {settings['split']}, "
-        f"{ours.groups} group{'s' * (ours.groups > 1)} each; temperature "
+        f"{one_line(settings['task'])}, {_counted(len(ours.problems), 'problem')} of "
+        f"{settings['split']}, "
+        f"{_counted(ours.groups, 'group')} each; temperature "
         f"{settings['temperature']:g}, seed {settings['seed']}; percent, with 95 % intervals over "
         "problems"
     )
@@ -133,6 +134,10 @@ def _remarks(report: "Report") -> "Iterator[str]":
     yield from _of_one("model", ours, report.figures)
     if report.baseline is not None:
         yield from _of_one("baseline", report.baseline, report.baseline_figures)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _of_one(name: str, evaluation: "Evaluation", figures: "list[Figures]") -> "Iterator[str]":
