@@ -48,7 +48,7 @@ class Settings:
     checkpoint: str = setting("", "The model to start from: a checkpoint directory.", "Model")
     out: str = setting("", "The run's directory, to make or to go on with.", "Run")
     task: str = setting(
-        "", "reasoning-gym:NAME, a JSONL file, or module:function; see the README.", "Task"
+        "", "reasoning-gym:NAME, a JSONL file, or module:function; see docs/training.md.", "Task"
     )
     task_options: dict[str, Any] = field(
         default_factory=dict,
