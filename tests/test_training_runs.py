@@ -210,6 +210,44 @@ def test_a_gradient_above_the_bound_stops(settings):
         run(replace(settings, stop_grad_norm=1e-9, max_new_tokens=5), task=Spread())
 
 
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_task_that_raises_is_named_and_the_last_boundary_kept(settings, split):
+    """At the fourth step, or at the evaluation after the third."""
+
+    class Ends(Graded):
+        asked = 0
+
+        def problem(self, which, number):
+            self.asked += which == split
+            if self.asked > {"train": 3 * 2, "validation": 2}[split]:
+                raise IndexError("no\nmore")
+            return super().problem(which, number)
+
+    late = replace(settings, save_every=100, keep=1)
+    run(replace(late, out=settings.out + "-undisturbed"))
+    said = rf"task sums: problem \d+ of {split} fails \(IndexError: no more\)"
+    with pytest.raises(BridgeError, match=said) as error:
+        run(late, task=Ends())
+    assert "\n" not in str(error.value)
+    assert run(late).resumed_from == 3
+    assert outcome(Path(settings.out)) == outcome(Path(settings.out + "-undisturbed"))
+
+
+def test_whatever_else_goes_wrong_the_last_boundary_is_kept(settings):
+    class Gone(InProcess):
+        asked = 0
+
+        def score(self, pairs):
+            self.asked += 1
+            if self.asked > 3:
+                raise RuntimeError("the device is gone")
+            return super().score(pairs)
+
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        train(replace(settings, save_every=100, eval_every=0), task=Graded(), scorer=Gone(Graded()))
+    assert (Path(settings.out) / "checkpoints" / "step-000003").is_dir()
+
+
 @pytest.mark.parametrize("where", ["trainer.safetensors", "progress.json", "log.jsonl", "best"])
 def test_a_full_disk_is_one_line_and_loses_nothing(settings, monkeypatch, where):
     """The disk is full when a file is synced, or appended to, at the second of its kind."""

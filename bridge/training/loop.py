@@ -142,14 +142,14 @@ def _follow(run: Run, learner: Learner) -> None:
     while True:
         step = run.progress.step
         every = settings.eval_every
-        if every and (step % every == 0 or step == total):
-            _evaluate(run)
-            run.stop_if_asked()
-        if step >= total:
-            break
         try:
+            if every and (step % every == 0 or step == total):
+                _evaluate(run)
+                run.stop_if_asked()
+            if step >= total:
+                break
             figures = learner.step(step)
-        except BridgeError:
+        except Exception:
             if run.at_boundary and step:  # nothing of this step was learnt: keep what was before
                 run.save()
             raise
