@@ -4,11 +4,13 @@ The faults are `conformance/mutations`; each runs here against the one check tha
 cases that profile `ci` draws. The same cases must pass without a fault.
 """
 
+import re
 import sys
 
 import pytest
 
 from bridge_conformance.checks import CHECKS
+from bridge_conformance.tolerance import DTYPES
 from bridge_ref.losses import group_advantages
 from bridge_torch.backend import TorchBackend
 from mutations import FAULTS, harness
@@ -57,3 +59,9 @@ def test_a_fault_that_does_not_fit_the_source_is_an_error():
         load_package("bridge_torch", [Edit("block", "no such text", "")])
     with pytest.raises(StaleFault, match="places for 'self'"):
         load_package("bridge_torch", [Edit("block", "self", "")])
+
+
+def test_the_table_of_seeds_is_of_todays_checks():
+    table = harness.README.read_text().partition("<!-- seeds -->")[2]
+    passed = re.findall(r"(?m)^\| \d+ \| (\d+) \|", table.partition("<!-- end of seeds -->")[0])
+    assert len(passed) == 20 and set(map(int, passed)) == {len(DTYPES) * len(CHECKS)}
