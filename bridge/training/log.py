@@ -44,6 +44,7 @@ class Log:
         lines = whole_lines(path)
         records = read_values(path, lines, **NEEDS)
         kept = [line for line, r in zip(lines, records, strict=True) if _before(r, step)]
+        self.before = [r for r in records if _before(r, step)]  # what it goes on from
         self.lines, self.sinks = Lines(path, kept), sinks
 
     def write(self, record: Record) -> None:

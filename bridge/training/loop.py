@@ -18,6 +18,7 @@ from bridge.model import build, trainable_names
 from bridge.tasks import Task
 from bridge.tensors import content_hash
 from bridge.training import grpo
+from bridge.training.health import Health
 from bridge.training.interrupt import Interrupt
 from bridge.training.log import Log, open_sinks, read_log
 from bridge.training.order import VALIDATION, stream_seed
@@ -120,8 +121,9 @@ def train(
         sinks = open_sinks(settings.log, directory.path, settings.to_json(), progress.step)
         log = Log(directory.log, progress.step, sinks)
         stack.callback(log.close)
+        health = Health(settings, opened.config.vocab_size, log.before, watch.note)
         run = Run(
-            *(settings, directory, model, trainer, writer, log, watch, interrupt, progress),
+            *(settings, directory, model, trainer, writer, log, watch, interrupt, health, progress),
             *(task, scorer),
         )
         learner: Learner
@@ -155,9 +157,11 @@ def _follow(run: Run, learner: Learner) -> None:
             raise
         run.done(learner.position(step + 1))
         _record(run, {"kind": "step", "step": step + 1, **figures})
+        run.health.record({"kind": "step", **figures})
         if (step + 1) % settings.save_every == 0 or step + 1 == total:
             run.save()
         run.stop_if_asked()
+    run.health.end()
     run.watch.phase("save")
     said = {"kind": settings.kind, **vars(run.progress)}
     run.directory.save_model("final", run.trainer.state(), run.writer, said)

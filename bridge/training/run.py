@@ -11,6 +11,7 @@ from bridge.errors import BridgeError
 from bridge.model import Model
 from bridge.tasks import Task
 from bridge.training.batches import Group, pack
+from bridge.training.health import Health
 from bridge.training.interrupt import Interrupt
 from bridge.training.log import Log
 from bridge.training.rollouts import Scorer
@@ -32,6 +33,7 @@ class Run:
     log: Log
     watch: Watcher
     interrupt: Interrupt
+    health: Health
     progress: Progress
     task: Task | None = None
     scorer: Scorer | None = None
@@ -53,7 +55,8 @@ class Run:
 
     def update(self, step: int, batches: Sequence[Batch], lr: float) -> dict[str, float]:
         """One update of the weights. Raises BridgeError, its batch saved, where the loss or the
-        gradient is not finite, or the gradient's norm is above `stop_grad_norm`."""
+        gradient is not finite, the gradient's norm is above `stop_grad_norm`, or `Health` finds
+        that the loss has exploded."""
         self.at_boundary = False
         metrics = self.trainer.step(batches, lr=lr)
         limit = self.settings.stop_grad_norm
@@ -61,7 +64,10 @@ class Run:
             if not math.isfinite(metrics[name]):
                 self._fail(step, batches, f"{name} is {metrics[name]}")
         if metrics["grad_norm"] > limit:
-            self._fail(step, batches, f"grad_norm {metrics['grad_norm']:.3g} is above {limit:.3g}")
+            what = f"grad_norm {metrics['grad_norm']:.3g} is above {limit:.3g}"
+            self._fail(step, batches, what, "stop_grad_norm")
+        if trouble := self.health.trouble(metrics, batches):
+            self._fail(step, batches, *trouble)
         return metrics
 
     def done(self, problems: int) -> None:
@@ -84,16 +90,19 @@ class Run:
             self.watch.note(f"saved {self.save()}; the same command goes on from there")
         self.interrupt.boundary()
 
-    def _fail(self, step: int, batches: Sequence[Batch], what: str) -> None:
-        """Stop, with the batch kept."""
+    def _fail(self, step: int, batches: Sequence[Batch], what: str, bound: str = "") -> None:
+        """Stop, with the batch kept; `bound` is the setting that it goes past. The weights are
+        those after the update: what they were before is not copied at each step, but whoever goes
+        on with `save_every` at 1 comes here again and has it."""
         kept = self.directory.save_failed(step + 1, batches)
         steps = self.directory.steps()
-        last = (
-            f"the last checkpoint is {self.directory.place(steps[-1])}"
-            if steps
-            else ("there is no checkpoint yet")
-        )
+        last = "there is no checkpoint yet"
+        if steps:
+            last = f"the last checkpoint is {self.directory.place(steps[-1])}"
+        if step not in {0, *steps}:
+            last += " (the same command with save_every 1 keeps the one before this step)"
+        go_on = f", or raise {bound} to go on with this one" if bound else ""
         raise BridgeError(
-            f"step {step + 1}: {what}; its batch is {kept}, and {last}; lower lr or max_grad_norm "
-            "in a new run"
+            f"step {step + 1}: {what}; its batch is {kept}, and {last}; lower lr or "
+            f"max_grad_norm in a new run{go_on}"
         )

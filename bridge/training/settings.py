@@ -101,6 +101,14 @@ class Settings:
         1e4, "A gradient norm above it ends the run, its batch saved.", "Run", "above 0"
     )
 
+    stop_loss: float = setting(
+        4.0,
+        "A loss above so many times its lowest median of 20 steps, and above ln(vocabulary), ends "
+        "the run, its batch saved.",
+        "Run",
+        "above 0",
+    )
+
     seed: int = setting(0, "Of data order and sampling.", "Run", "in 0..2^64-1")
     save_every: int = setting(20, "Steps between checkpoints.", "Run", "1 or above")
     keep: int = setting(2, "Checkpoints kept: the latest ones.", "Run", "1 or above")
@@ -185,6 +193,19 @@ class GRPOSettings(Settings):
     )
     drop_equal: bool = setting(
         False, "Leave groups of equal rewards out of the batch.", "Objective"
+    )
+    stop_loss: float = setting(
+        100.0,
+        "A loss above so many times the largest advantage, or 1, ends the run, its batch saved.",
+        "Run",
+        "above 0",
+    )
+    stop_entropy: float = setting(
+        0.9,
+        "An entropy above so much of ln(vocabulary), after one below half of it, ends the run, its "
+        "batch saved; at 1 or above none does.",
+        "Run",
+        "above 0",
     )
     gap_every: int = setting(
         10, "Steps between measurements of the log-probability gap; 0: none.", "Run", "0 or above"
