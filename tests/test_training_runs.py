@@ -488,11 +488,36 @@ def test_tensorboard_gets_every_figure(settings):
     assert "evaluation/accuracy" in events.Tags()["tensors"]
 
 
+@pytest.mark.parametrize("killed, changed", [(3, {}), (1, {}), (1, {"lr": 1.0, "seed": 1})])
+def test_tensorboard_has_each_point_once_after_a_kill(settings, monkeypatch, killed, changed):
+    """Killed at a step after the checkpoint of step 2, or before there is one; then the run may
+    also begin with other settings, and what was drawn before is gone."""
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+    from tensorboard.summary.writer import event_file_writer
+
+    # Files of one second are read by the process's count of them, as texts: from 0 again.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+    logged = replace(settings, log=("tensorboard",), eval_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(logged, Watch(killed, die))
+    run(replace(logged, **changed))
+    events = EventAccumulator(str(Path(settings.out) / "tensorboard"), {"tensors": 0})
+    events.Reload()
+    records = read_log(Path(settings.out) / "log.jsonl")
+    for kind in ("step", "evaluation"):
+        found = [
+            (e.step, e.tensor_proto.float_val[0]) for e in events.Tensors(f"{kind}/reward_mean")
+        ]
+        want = [(r["step"], pytest.approx(r["reward_mean"])) for r in records if r["kind"] == kind]
+        assert found == want
+
+
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_tracker_is_told_or_says_how_to_install_it(settings, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(BridgeError, match=f"log: {name} cannot be imported .*pip install {name}"):
         run(replace(settings, log=(name,)))
+    assert not Path(settings.out).exists()
     heard = []
 
     class Tracker:
@@ -506,7 +531,13 @@ def test_a_tracker_is_told_or_says_how_to_install_it(settings, monkeypatch, name
             heard.append("finished")
 
     monkeypatch.setitem(sys.modules, name, Tracker())
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(settings, log=(name,)), Watch(3, die, "evaluation"))
     run(replace(settings, log=(name,)))
+    [again] = [i for i, one in enumerate(heard) if isinstance(one, dict)][1:]
+    del heard[again - 1 : again + 1]  # it finished, and was begun again
+    told = [(step, min(figures)) for step, figures in heard[1:-1]]
+    assert len(set(told)) == len(told)
     assert heard[0]["project"] == "bridge" and heard[0]["name"] == "run"
     assert heard[0]["config"]["lr"] == 1e-2 and heard[-1] == "finished"
     assert [step for step, figures in heard[1:-1] if "step/loss" in figures] == [1, 2, 3, 4, 5, 6]

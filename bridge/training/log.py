@@ -12,6 +12,7 @@ import importlib
 import math
 import os
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -27,8 +28,8 @@ NEEDS = {"kind": str, "step": int}  # of every record
 class Sink(Protocol):
     """Where figures go beside the file."""
 
-    def write(self, record: Record) -> None:
-        """One record."""
+    def write(self, record: Record, again: bool) -> None:
+        """One record; `again`: it was written before the run was stopped, too."""
         ...
 
     def close(self) -> None:
@@ -39,12 +40,14 @@ class Sink(Protocol):
 class Log:
     """Appends records to a file, each flushed, and hands them on to sinks."""
 
-    def __init__(self, path: Path, step: int, sinks: list[Sink]) -> None:
-        """Go on at `step`. Raises BridgeError where the file is damaged or cannot be written."""
+    def __init__(self, path: Path, step: int, sinks: list[Sink], same: bool = True) -> None:
+        """Go on at `step`; `same`: what is there is of these settings. Raises
+        BridgeError where the file is damaged or cannot be written."""
         lines = whole_lines(path)
         records = read_values(path, lines, **NEEDS)
         kept = [line for line, r in zip(lines, records, strict=True) if _before(r, step)]
         self.before = [r for r in records if _before(r, step)]  # what it goes on from
+        self.told = {(r["kind"], r["step"]) for r in records[len(kept) :] if same}
         self.lines, self.sinks = Lines(path, kept), sinks
 
     def write(self, record: Record) -> None:
@@ -53,7 +56,7 @@ class Log:
         plain = {name: _plain(value) for name, value in record.items()}
         self.lines.append([plain])
         for sink in self.sinks:
-            sink.write(plain)
+            sink.write(plain, (plain["kind"], plain["step"]) in self.told)
 
     def sync(self) -> None:
         """What was written outlives a power cut from here on."""
@@ -71,29 +74,41 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return read_values(path, whole_lines(path), **NEEDS)
 
 
-def open_sinks(names: tuple[str, ...], out: Path, settings: Record, step: int) -> list[Sink]:
-    """The sinks asked for. Raises BridgeError, with the install command, for one that is absent."""
-    kinds = {"tensorboard": _Tensorboard, "wandb": _Tracker, "trackio": _Tracker}
-    sinks: list[Sink] = []
+def check_sinks(names: tuple[str, ...]) -> None:
+    """Raises BridgeError, with the install command, for a sink that is absent."""
     for name in names:
         try:
-            sinks.append(kinds[name](name, out, settings, step))
+            importlib.import_module("tensorboard.summary" if name == "tensorboard" else name)
         except ImportError as error:
             raise BridgeError(
                 f"log: {name} cannot be imported ({error}); try: pip install {name}"
             ) from None
-    return sinks
+
+
+def open_sinks(names: tuple[str, ...], out: Path, settings: Record, first: int) -> list[Sink]:
+    """The sinks asked for. What they have of the steps from `first` on is void."""
+    kinds = {"tensorboard": _Tensorboard, "wandb": _Tracker, "trackio": _Tracker}
+    return [kinds[name](name, out, settings, first) for name in names]
 
 
 class _Tensorboard:
-    """Event files under OUT/tensorboard, one tag a figure."""
+    """Event files under OUT/tensorboard, one tag a figure. A start of a session says that whatever
+    was written before is void from its step on."""
 
-    def __init__(self, name: str, out: Path, settings: Record, step: int) -> None:
+    def __init__(self, name: str, out: Path, settings: Record, first: int) -> None:
         from tensorboard.summary import Writer
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self.writer = Writer(str(out / name))
+        session = EventFileWriter(str(out / name))
+        events: Any = importlib.import_module("tensorboard.compat.proto.event_pb2")
+        start = events.SessionLog(status=events.SessionLog.START)
+        session.add_event(events.Event(wall_time=time.time(), step=first, session_log=start))
+        session.close()
+        self.writer, self.first = Writer(str(out / name)), first
 
-    def write(self, record: Record) -> None:
+    def write(self, record: Record, again: bool) -> None:
+        if again and record["step"] < self.first:
+            return
         for name, value in _figures(record):
             self.writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
         self.writer.flush()
@@ -103,9 +118,10 @@ class _Tensorboard:
 
 
 class _Tracker:
-    """wandb, or trackio, which has the same face. A resumed run goes on under the same name."""
+    """wandb, or trackio, which has the same face. A resumed run goes on under the same name, and
+    what was told before it was stopped is not told again: neither takes anything back."""
 
-    def __init__(self, name: str, out: Path, settings: Record, step: int) -> None:
+    def __init__(self, name: str, out: Path, settings: Record, first: int) -> None:
         self.module = importlib.import_module(name)
         place = out.resolve()
         more = {}
@@ -117,7 +133,9 @@ class _Tracker:
                 project="bridge", name=place.name, config=dict(settings), resume="allow", **more
             )
 
-    def write(self, record: Record) -> None:
+    def write(self, record: Record, again: bool) -> None:
+        if again:
+            return
         figures = {f"{record['kind']}/{name}": value for name, value in _figures(record)}
         with redirect_stdout(sys.stderr):
             self.module.log(figures, step=record["step"])

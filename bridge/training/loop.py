@@ -20,7 +20,7 @@ from bridge.tensors import content_hash
 from bridge.training import grpo
 from bridge.training.health import Health
 from bridge.training.interrupt import Interrupt
-from bridge.training.log import Log, open_sinks, read_log
+from bridge.training.log import Log, check_sinks, open_sinks, read_log
 from bridge.training.order import VALIDATION, stream_seed
 from bridge.training.rollouts import Scorer, evaluate, split_size
 from bridge.training.run import Run
@@ -79,6 +79,7 @@ def train(
     opened = open_checkpoint(Path(settings.checkpoint), base)
     names = trainable_names(opened.config, settings.trained)
     writer = ModelWriter(opened, names, settings.adapter)
+    check_sinks(settings.log)
     task = find_task(settings) if task is None else task
     if settings.eval_every and task is not None:
         split_size(task, "validation")
@@ -118,8 +119,9 @@ def train(
             from bridge.tasks import Scorer as Worker
 
             scorer = stack.enter_context(Worker(task, time_limit=settings.reward_seconds))
-        sinks = open_sinks(settings.log, directory.path, settings.to_json(), progress.step)
-        log = Log(directory.log, progress.step, sinks)
+        first = progress.step + 1 if directory.same else 0
+        sinks = open_sinks(settings.log, directory.path, settings.to_json(), first)
+        log = Log(directory.log, progress.step, sinks, directory.same)
         stack.callback(log.close)
         health = Health(settings, opened.config.vocab_size, log.before, watch.note)
         run = Run(

@@ -55,8 +55,9 @@ class Progress:
 class RunDirectory:
     """A run's directory, locked while it is open; a context manager."""
 
-    def __init__(self, path: Path, lock: BinaryIO) -> None:
-        self.path, self.lock = path, lock
+    def __init__(self, path: Path, lock: BinaryIO, same: bool) -> None:
+        """`same`: whether what was logged before, if anything, was by these settings."""
+        self.path, self.lock, self.same = path, lock, same
         self.checkpoints = path / "checkpoints"
 
     @classmethod
@@ -68,12 +69,13 @@ class RunDirectory:
         """
         path = Path(settings.out)
         started = check_directory(settings, resume)
+        same = started or _same(path, settings)
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = _lock(path)
         except OSError as error:
             raise BridgeError(f"{path}: cannot be made ({error.strerror})") from None
-        run = cls(path, lock)
+        run = cls(path, lock, same)
         run._sweep()
         if not started:
             if (path / "best").is_dir():  # what an earlier start began with
@@ -212,6 +214,14 @@ def _worth_keeping(path: Path) -> bool:
     try:
         return read_object(path / "best" / SAID)["evaluation"]["step"] > 0
     except (OSError, KeyError, TypeError):
+        return False
+
+
+def _same(path: Path, settings: Settings) -> bool:
+    """Whether a run began here with just these settings."""
+    try:
+        return read_run(path) == settings
+    except BridgeError:
         return False
 
 
