@@ -21,7 +21,8 @@ import bridge
 from bridge.errors import BridgeError
 from bridge.training import GRPOSettings, SFTSettings, train
 from bridge.training.log import read_log
-from bridge.training.run_directory import RunDirectory
+from bridge.training.order import problem_number
+from bridge.training.run_directory import RunDirectory, check_same
 from bridge.training.watch import Silent
 
 TESTS = Path(__file__).parent
@@ -70,6 +71,19 @@ class Watch(Silent):
 
     def note(self, text):
         self.notes.append(text)
+
+
+class Wordy(Graded):
+    """Of a split, the second prompt is long."""
+
+    def __init__(self, split):
+        super().__init__()
+        self.split, self.second = split, problem_number(80, 0, 1) if split == "train" else 1
+
+    def problem(self, split, number):
+        found = super().problem(split, number)
+        long = split == self.split and number == self.second
+        return replace(found, prompt="1+" * 10 + found.prompt) if long else found
 
 
 def run(settings, watch=None, **options):
@@ -219,7 +233,7 @@ def test_a_task_that_raises_is_named_and_the_last_boundary_kept(settings, split)
 
         def problem(self, which, number):
             self.asked += which == split
-            if self.asked > {"train": 3 * 2, "validation": 2}[split]:
+            if self.asked > {"train": 2 + 3 * 2, "validation": 2 + 2}[split]:  # 2 before it begins
                 raise IndexError("no\nmore")
             return super().problem(which, number)
 
@@ -319,10 +333,47 @@ def test_a_run_goes_on_only_with_its_own_settings(settings, model, tmp_path):
 
 
 def test_a_run_that_has_saved_nothing_may_begin_with_other_settings(settings):
-    with pytest.raises(BridgeError, match="goes past the context"):
-        run(replace(settings, max_new_tokens=70))
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(settings, max_new_tokens=3), Watch(1, die))
+    assert "max_new_tokens = 3\n" in (Path(settings.out) / "config.toml").read_text()
     assert run(settings).steps == 6
     assert "max_new_tokens = 2\n" in (Path(settings.out) / "config.toml").read_text()
+
+
+LONG = r"task sums: the prompt of problem \d+ of {} has {} tokens.* goes past the context of 64"
+REFUSED = [
+    ({"max_new_tokens": 61}, Graded(), LONG.format("train", 4)),
+    ({"max_new_tokens": 50}, Wordy("train"), LONG.format("train", 24)),
+    ({"max_new_tokens": 50}, Wordy("validation"), LONG.format("validation", 24)),
+    ({"micro_batch_tokens": 19}, Graded(), r"4 rows of up to 5 tokens are 20 cells"),
+]
+
+
+@pytest.mark.parametrize("kind", ["grpo", "sft"])
+@pytest.mark.parametrize("change, task, message", REFUSED)
+def test_what_is_refused_leaves_nothing(settings, kind, change, task, message):
+    if kind == "sft":
+        names = ("checkpoint", "out", "task", "backend", "width", "max_new_tokens", "eval_every")
+        settings = SFTSettings(**{name: getattr(settings, name) for name in names})
+    with pytest.raises(BridgeError, match=message) as error:
+        run(replace(settings, **change), task=task)
+    assert "\n" not in str(error.value) and not Path(settings.out).exists()
+
+
+def test_rows_are_as_long_as_the_context_leaves(settings):
+    """Where nothing else is said: the same as with that length, and after a stop, too."""
+    free = replace(settings, max_new_tokens=None, steps=3, eval_every=0, save_every=1)
+    got, *_ = stopped_and_resumed(free, 2)
+    run(replace(free, max_new_tokens=60, out=settings.out + "-said"))
+    assert got == outcome(Path(settings.out + "-said"))
+
+
+def test_what_an_older_run_was_asked_is_the_default_yet(settings, tmp_path):
+    older, now = (replace(settings, max_new_tokens=n) for n in (256, None))
+    check_same(older, now, tmp_path)
+    check_same(now, older, tmp_path)
+    with pytest.raises(BridgeError, match="max_new_tokens was 255, and now is 256"):
+        check_same(replace(now, max_new_tokens=255), now, tmp_path)
 
 
 def test_a_best_checkpoint_is_worth_keeping(settings):

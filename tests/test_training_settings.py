@@ -249,6 +249,17 @@ def test_a_dry_run_writes_nothing_and_tells_sizes(model, tmp_path, toy, kind):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_dry_run_on_a_file_counts_decoding_only_where_there_is_some(model, tmp_path, toy):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "1+2=", "responses": ["3", "3"]}\n')
+    arguments = ("sft", model, "--out", tmp_path / "run", "--data", data, "--task", "toy")
+    arguments = (*arguments, "--backend", "torch", "--dry-run", "--json")
+    plan = json.loads(bridge(*arguments).stdout)
+    assert plan["memory"]["decoding"] == plan["seconds"]["evaluation"] == 0
+    plan = json.loads(bridge(*arguments, "--eval-every", 1).stdout)
+    assert plan["memory"]["decoding"] > 0 < plan["seconds"]["evaluation"]
+
+
 def test_a_dry_run_tells_in_advance_what_would_be_refused(model, tmp_path, toy):
     common = ("grpo", model, "--out", tmp_path / "run", "--task", "toy", "--dry-run")
     said = refusal(*common, "--micro-batch-tokens", 40, "--max-new-tokens", 6)

@@ -18,6 +18,7 @@ from bridge.model import build, trainable_names
 from bridge.tasks import Task
 from bridge.tensors import content_hash
 from bridge.training import grpo
+from bridge.training.ahead import look_ahead
 from bridge.training.health import Health
 from bridge.training.interrupt import Interrupt
 from bridge.training.log import Log, check_sinks, open_sinks, read_log
@@ -73,7 +74,7 @@ def train(
     on from it.
     """
     settings, watch = absolute(settings), watch or Silent()
-    check_directory(settings, resume)
+    started = check_directory(settings, resume)
     watch.phase("loading")
     base = None if settings.base is None else Path(settings.base)
     opened = open_checkpoint(Path(settings.checkpoint), base)
@@ -96,6 +97,7 @@ def train(
         names,
         checkpoint_activations=settings.checkpoint_activations,
     )
+    ahead = None if started else look_ahead(settings, model, task)
     digest = content_hash(opened.tensors, opened.specs)
     with ExitStack() as stack:
         directory = stack.enter_context(RunDirectory.open(settings, resume))
@@ -130,13 +132,13 @@ def train(
         )
         learner: Learner
         if isinstance(settings, SFTSettings):
-            learner = WarmUp(run, settings)
+            learner = WarmUp(run, settings, None if ahead is None else ahead.data)
         else:
             chosen = _grpo(settings)
             learner = grpo.PolicySteps(run, chosen, load() if chosen.beta else None)
-        started = progress.step
+        first = progress.step
         _follow(run, learner)
-        return _result(settings, directory, run.progress, started or None)
+        return _result(settings, directory, run.progress, first or None)
 
 
 def _follow(run: Run, learner: Learner) -> None:

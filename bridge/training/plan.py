@@ -13,25 +13,20 @@ from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bridge.checkpoint import open_checkpoint
 from bridge.config import ModelConfig, tensor_shapes
 from bridge.contract import SFT
-from bridge.inputs import check_prompts
 from bridge.inspect import WIDTHS, summarise
 from bridge.model import Model, build, trainable_names
 from bridge.tasks import Task
 from bridge.training import grpo
-from bridge.training.batches import Group, check_fits, pack
+from bridge.training.ahead import Ahead, look_ahead
+from bridge.training.batches import Group, pack
 from bridge.training.loop import find_task, optimizer
-from bridge.training.order import problem_number
-from bridge.training.rollouts import generate, split_size, take_problems
+from bridge.training.rollouts import generate
 from bridge.training.run_directory import absolute, check_directory
-from bridge.training.samples import read_samples
 from bridge.training.saving import ModelWriter
 from bridge.training.settings import GRPOSettings, Settings, SFTSettings
-from bridge.training.sft import deal
 
 TIMESTEPS = 16  # of decoding that are measured
 
@@ -74,7 +69,8 @@ def plan(settings: Settings, *, task: Task | None = None) -> Plan:
     task = find_task(settings) if task is None else task
     where = (settings.backend, settings.device, settings.dtype)
     model = build(opened, opened.config, opened.tensors, *where)
-    prompts, size, example = _data(settings, model, task)
+    ahead = look_ahead(settings, model, task)
+    size, example = ahead.size, ahead.largest
     groups, minibatches, updates, beta = 1, 1, 1, 0.0
     if isinstance(settings, SFTSettings):
         groups = settings.groups
@@ -82,18 +78,18 @@ def plan(settings: Settings, *, task: Task | None = None) -> Plan:
         groups, minibatches, beta = settings.problems, settings.minibatches, settings.beta
         updates = minibatches * settings.epochs
     of_update = ceil(groups / minibatches)
-    check_fits(example, settings.micro_batch_tokens)
     fitting = min(of_update, settings.micro_batch_tokens // example.cells)
     micro_batches = ceil(of_update / fitting)
-    decode = _decoding(settings, model, prompts) if task is not None else {}
+    samples = ahead.data is None or settings.eval_every  # else nothing is decoded
+    decode = _decoding(settings, ahead, model) if samples else {}
     micro = _micro_step(settings, model, names, [example] * fitting)
     steps = _steps(settings, size)
-    parts = _seconds(settings, decode, micro, micro_batches, updates)
+    parts = _seconds(settings, ahead, decode, micro, micro_batches, updates)
     shapes = tensor_shapes(opened.config)
     trained = sum(prod(shapes[name]) for name in names)
     rows = fitting * example.rows
     summary = summarise(opened)
-    caches = summary.memory(settings.max_rows, 0, settings.max_new_tokens, model.dtype)
+    caches = summary.memory(settings.max_rows, 0, ahead.max_new_tokens, model.dtype)
     wide = 8 if model.dtype == "float64" else 4
     targets = rows * (example.length - len(example.prompt) + 1)
     memory = {
@@ -103,7 +99,7 @@ def plan(settings: Settings, *, task: Task | None = None) -> Plan:
         "gradients": 2 * wide * trained,  # of a micro-batch, and added up
         "activations": _activations(opened.config, rows, example.length, model.dtype, settings),
         "logits": 3 * wide * targets * opened.config.vocab_size,
-        "decoding": caches.row_caches,
+        "decoding": caches.row_caches if decode else 0,
     }
     if model.device.startswith("cpu"):
         memory["measured_peak"] = _peak()
@@ -130,40 +126,15 @@ def plan(settings: Settings, *, task: Task | None = None) -> Plan:
     )
 
 
-def _data(
-    settings: Settings, model: Model, task: Task | None
-) -> tuple[list[list[int]], int | None, Group]:
-    """Ids of the first prompts, the size of the data, and the largest group that there may be: the
-    largest of a file; else the longest prompt seen, and rows of `max_new_tokens`."""
-    advantages = np.where(np.arange(settings.width) % 2, 1.0, -1.0)
-    if isinstance(settings, SFTSettings) and settings.data is not None:
-        data = read_samples(Path(settings.data), model, settings)
-        largest = max(deal(data, settings, 0), key=lambda group: group.cells)
-        return [correct.prompt for correct in data], len(data), largest
-    assert task is not None
-    size = split_size(task, "train")
-    count = settings.problems if size is None else min(size, settings.problems)
-    numbers = [problem_number(size, settings.seed, i) for i in range(min(count, 64))]
-    chat = model.has_chat_template and not settings.raw
-    prompts = [
-        model.encode(problem.prompt, chat=chat, system=settings.system)
-        for problem in take_problems(task, "train", numbers)
-    ]
-    arrays = [np.array(prompt) for prompt in prompts]
-    check_prompts(model.config, arrays, [settings.width] * len(prompts), settings.max_new_tokens)
-    longest = max(prompts, key=len)
-    rows = [[longest[-1]] * settings.max_new_tokens] * settings.width
-    return prompts, size, Group(longest, rows, advantages, "the longest group")
-
-
-def _decoding(settings: Settings, model: Model, prompts: list[list[int]]) -> dict[str, float]:
+def _decoding(settings: Settings, ahead: Ahead, model: Model) -> dict[str, float]:
     """Seconds of a timestep of a full decoding batch, and its rows."""
     width = settings.samples if isinstance(settings, SFTSettings) else settings.width
     count = max(1, min(settings.problems, settings.max_rows // width))
-    asked = [prompts[i % len(prompts)] for i in range(count)]
-    short = replace(settings, max_new_tokens=min(TIMESTEPS, settings.max_new_tokens))
+    asked = [ahead.prompts[i % len(ahead.prompts)] for i in range(count)]
+    timesteps = min(TIMESTEPS, ahead.max_new_tokens)
+    short = replace(settings, max_new_tokens=timesteps)
     seconds = _second(lambda: generate(model, asked, short, 0, width))
-    return {"timestep": seconds / short.max_new_tokens, "rows": count * width}
+    return {"timestep": seconds / timesteps, "rows": count * width}
 
 
 def _micro_step(
@@ -206,6 +177,7 @@ def _steps(settings: Settings, size: int | None) -> int:
 
 def _seconds(
     settings: Settings,
+    ahead: Ahead,
     decode: dict[str, float],
     micro: dict[str, float],
     micro_batches: int,
@@ -216,9 +188,8 @@ def _seconds(
     def sampling(problems: int, width: int) -> float:
         if not decode:
             return 0.0
-        return (
-            ceil(problems * width / decode["rows"]) * settings.max_new_tokens * decode["timestep"]
-        )
+        timesteps = ceil(problems * width / decode["rows"]) * ahead.max_new_tokens
+        return timesteps * decode["timestep"]
 
     update = updates * micro_batches * micro["update"]
     found = {"rollout": 0.0, "logprobs": 0.0, "update": update, "sampling": 0.0, "evaluation": 0.0}

@@ -71,7 +71,9 @@ class Settings:
 
     problems: int = setting(16, "Problems that are sampled.", "Sampling", "1 or above")
     width: int = setting(8, "Rows of a group.", "Sampling", "1 or above")
-    max_new_tokens: int = setting(256, "Of each row.", "Sampling", "1 or above")
+    max_new_tokens: int | None = setting(
+        None, "Of each row; else 256, or what the context leaves.", "Sampling", "1 or above"
+    )
     temperature: float = setting(
         1.0, "Of the sampling, at which log-probabilities are taken too.", "Sampling", "above 0"
     )

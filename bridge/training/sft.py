@@ -25,8 +25,9 @@ class WarmUp:
 
     objective = SFT()
 
-    def __init__(self, run: Run, settings: SFTSettings) -> None:
-        """Samples first, or goes on with it. Raises BridgeError where nothing is correct."""
+    def __init__(self, run: Run, settings: SFTSettings, data: list[Correct] | None = None) -> None:
+        """Samples first, or goes on with it. `data`: what is in the settings' file, where it was
+        read already. Raises BridgeError where nothing is correct."""
         self.run, self.settings = run, settings
         path = run.directory.path / SAMPLES
         if settings.data is None:
@@ -34,7 +35,7 @@ class WarmUp:
             make_samples(path, run.model, run.task, run.scorer, settings, run.watch, run.interrupt)
         else:
             path = Path(settings.data)
-        self.data = read_samples(path, run.model, settings)
+        self.data = read_samples(path, run.model, settings) if data is None else data
         self.dealt: tuple[int, list[Group]] = (0, deal(self.data, settings, 0))
         for group in self.dealt[1]:
             check_fits(group, settings.micro_batch_tokens)
