@@ -58,7 +58,8 @@ def new_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """A directory to fill, which becomes `target` once the block ends well.
 
     The files in it must be synced by who writes them (`new_file` does). With `overwrite`, an old
-    checkpoint is exchanged for the new one in a single step. Raises BridgeError as `new_file` does.
+    checkpoint is exchanged for the new one in a single step. Raises BridgeError as `new_file` does;
+    one from the block names files as they would have been called.
     """
     refuse_existing(target, overwrite)
     partial = _beside(target)
@@ -74,6 +75,10 @@ def new_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
         _sync_directory(target.parent)
     except OSError as error:
         raise _explain(target, error) from None
+    except BridgeError as error:
+        if str(partial) not in str(error):
+            raise
+        raise BridgeError(str(error).replace(str(partial), str(target))) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

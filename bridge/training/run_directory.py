@@ -15,8 +15,7 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -134,7 +133,7 @@ class RunDirectory:
         """A checkpoint that the run can go on from; all but the latest `keep` are removed."""
         place = self.place(progress.step)
         if not place.exists():
-            with _whole(place) as directory:
+            with new_directory(place) as directory:
                 writer.write(directory, state)
                 write_state(directory, state)
                 write_json(directory / PROGRESS, vars(progress))
@@ -151,7 +150,7 @@ class RunDirectory:
     ) -> Path:
         """`best` or `final`, in place of an older one, with what is to be said of it."""
         place = self.path / name
-        with _whole(place, overwrite=True) as directory:
+        with new_directory(place, overwrite=True) as directory:
             writer.write(directory, state)
             write_json(directory / SAID, said)
         return place
@@ -268,16 +267,6 @@ def _remove(place: Path) -> None:
     hidden = place.parent / f".{place.name}.partial-{secrets.token_hex(4)}"
     place.rename(hidden)
     shutil.rmtree(hidden)
-
-
-@contextmanager
-def _whole(place: Path, overwrite: bool = False) -> Iterator[Path]:
-    """As `new_directory`, and what cannot be written in it has the name that it would have had."""
-    with new_directory(place, overwrite) as directory:
-        try:
-            yield directory
-        except BridgeError as error:
-            raise BridgeError(str(error).replace(str(directory), str(place))) from None
 
 
 class _told:
