@@ -220,6 +220,12 @@ def _collect(
     return sets
 
 
+def default_new_tokens(longest: int, context: int) -> int:
+    """How many tokens rows get where none is asked for: 256, or what the longest prompt leaves of
+    the context, and at least one."""
+    return min(256, max(1, context - longest))
+
+
 def check_sampling(
     temperature: float,
     top_k: int | None,

@@ -15,7 +15,16 @@ from bridge.checkpoint import Checkpoint, open_checkpoint
 from bridge.config import ModelConfig, bridge_shapes, tensor_shapes
 from bridge.contract import AdamW, BackendModel, Batch, Objective, Trainer
 from bridge.errors import BridgeError
-from bridge.generation import Done, Event, Limits, Request, ResponseSet, check_sampling, run
+from bridge.generation import (
+    Done,
+    Event,
+    Limits,
+    Request,
+    ResponseSet,
+    check_sampling,
+    default_new_tokens,
+    run,
+)
 from bridge.inputs import default_positions
 from bridge.registry import find_backend, resolve_device, resolve_dtype
 from bridge.tokenizer import Tokenizer, read_eos_ids, read_tokenizer
@@ -300,7 +309,7 @@ class Model:
         context = self.config.max_position_embeddings
         longest, number = max((len(r.tokens), i) for i, r in enumerate(requests))
         if asked is None:
-            asked = min(256, max(1, context - longest))
+            asked = default_new_tokens(longest, context)
         if type(asked) is not int or asked < 1:
             raise BridgeError(f"max_new_tokens must be 1 or above, not {asked!r}")
         if longest + asked > context:

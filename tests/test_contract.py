@@ -1,5 +1,7 @@
 """What every backend refuses of those who call it directly, and what it survives."""
 
+import sys
+
 import numpy as np
 import pytest
 from tiny_host import write_host
@@ -23,8 +25,13 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(params=BACKENDS)
-def model(request, place):
-    return bridge.load(place, backend=request.param).implementation
+def backend(request):
+    return request.param
+
+
+@pytest.fixture
+def model(place, backend):
+    return bridge.load(place, backend=backend).implementation
 
 
 def batch(model, rows=4, steps=6, seed=0, **more):
@@ -97,13 +104,11 @@ def test_to_train_nothing_is_refused(model):
         model.trainer(SFT(), AdamW(), [])
 
 
-def test_a_step_that_was_cut_off_leaves_no_gradient(model, place, monkeypatch):
-    other = bridge.load(place, backend=_name(model)).implementation
+def test_a_step_that_was_cut_off_leaves_no_gradient(model, place, backend, monkeypatch):
+    other = bridge.load(place, backend=backend).implementation
     names = ["model.norm.weight"]
     steady, cut = (m.trainer(SFT(), AdamW(), names) for m in (other, model))
-    import importlib
-
-    trainer = importlib.import_module(type(cut).__module__)
+    trainer = sys.modules[type(cut).__module__]
     usual, calls = trainer.loss_and_grads, []
 
     def fails_second(*arguments, **keywords):
@@ -128,7 +133,3 @@ def test_without_a_limit_a_norm_past_float32_leaves_gradients_as_they_are(model)
     huge = batch(model, advantages=np.array([1e25, -1e25, 1e25, -1e25], np.float32))
     trainer.step(huge)
     assert all(np.isfinite(a).all() for k, a in trainer.state().items() if k.startswith("master"))
-
-
-def _name(model):
-    return type(model).__module__.split(".")[0].removeprefix("bridge_").replace("ref", "numpy")

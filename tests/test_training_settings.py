@@ -23,8 +23,9 @@ from bridge.errors import BridgeError
 from bridge.training import GRPOSettings, SFTSettings, read_settings
 from bridge.training.loop import optimizer
 from bridge.training.settings import KINDS
-from bridge.training.toml import read_toml, toml_value, write_toml
+from bridge.training.toml import read_toml, write_toml
 from bridge_cli.main import app
+from bridge_cli.options import read_task_options
 from bridge_cli.train_view import View
 
 GIVEN = {"checkpoint": "c", "out": "o", "task": "t"}
@@ -306,9 +307,8 @@ def test_the_optimizer_is_the_one_asked_for():
 
 def test_values_of_task_options_are_as_toml_writes_them():
     given = ("3", "2.5", "true", '"3"', "[1, 2]", "plain words", "2020-13-99")
-    assert [toml_value(text) for text in given] == [
-        *(3, 2.5, True, "3", [1, 2], "plain words", "2020-13-99")
-    ]
+    options = read_task_options([f"option{i}={text}" for i, text in enumerate(given)])
+    assert list(options.values()) == [*(3, 2.5, True, "3", [1, 2], "plain words", "2020-13-99")]
 
 
 def test_training_is_not_imported_by_other_commands():

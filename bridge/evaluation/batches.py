@@ -6,16 +6,15 @@ what is left to do: an evaluation that was interrupted ends with the same bytes 
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from bridge.errors import BridgeError
 from bridge.evaluation.records import Group, Journal, Row
 from bridge.generation import Done, Finished, ResponseSet, Token
 from bridge.model import Model
 from bridge.reading import show
+from bridge.tasks.calls import calling
 
 if TYPE_CHECKING:
     from bridge.tasks import Problem, Score, Task
@@ -76,21 +75,6 @@ class Progress:
     running: int  # rows of the present batch that have not ended
     tokens: int  # drawn since the start, at all widths
     seconds: float  # since the start
-
-
-@contextmanager
-def calling(task: "Task", what: str) -> Iterator[None]:
-    """Make of whatever a task raises here a BridgeError that names both."""
-    try:
-        yield
-    except BridgeError:
-        raise
-    except (Exception, SystemExit) as error:
-        from bridge.tasks.worker import describe
-
-        raise BridgeError(
-            f"task {task.name}: {what} fails ({describe(error)}); mend the task"
-        ) from error
 
 
 class Run:

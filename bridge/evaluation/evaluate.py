@@ -14,25 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge.errors import BridgeError
-from bridge.evaluation.batches import (
-    GROUP_SHIFT,
-    Decoding,
-    Plan,
-    Progress,
-    Run,
-    Scores,
-    calling,
-)
+from bridge.evaluation.batches import GROUP_SHIFT, Decoding, Plan, Progress, Run, Scores
 from bridge.evaluation.records import Journal
 from bridge.evaluation.summary import Evaluation, rows_are_independent, widths_decoded
-from bridge.generation import check_sampling
+from bridge.generation import check_sampling, default_new_tokens
 from bridge.model import Model
+from bridge.tasks.calls import take_problems, take_size
 
 if TYPE_CHECKING:
     from bridge.tasks import Problem, Task
 
 PROBLEMS = 200  # where nobody says how many
-NEW_TOKENS = 256
 GROUPS = 1 << (32 - GROUP_SHIFT)  # as many as the counter tells apart
 
 
@@ -124,7 +116,7 @@ def _plan(
     context = model.config.max_position_embeddings
     longest, number = max((len(ids), i) for i, ids in enumerate(prompts))
     asked = d.max_new_tokens
-    limit = min(NEW_TOKENS, max(1, context - longest)) if asked is None else asked
+    limit = default_new_tokens(longest, context) if asked is None else asked
     if limit < 1:
         raise BridgeError(f"max_new_tokens must be 1 or above, not {limit}")
     if longest + limit > context:
@@ -144,20 +136,12 @@ def _plan(
 
 
 def _problems(task: "Task", split: str, count: int | None) -> "list[Problem]":
-    with calling(task, f"size of {split}"):
-        size = task.size(split)
+    size = take_size(task, split)
     most = 1 << GROUP_SHIFT if size is None else min(size, 1 << GROUP_SHIFT)
     count = min(PROBLEMS, most) if count is None else count
     if not 1 <= count <= most:
         raise BridgeError(f"problems must be in 1..{most}, as split {split!r} has, not {count}")
-    found = []
-    for number in range(count):
-        with calling(task, f"problem {number} of {split}"):
-            problem = task.problem(split, number)
-            for field in ("number", "prompt", "answer"):
-                getattr(problem, field)
-        found.append(problem)
-    return found
+    return take_problems(task, split, range(count))
 
 
 def _called(problem: "Problem", split: str) -> str:

@@ -12,17 +12,18 @@ from pathlib import Path
 import numpy as np
 
 from bridge.errors import BridgeError
+from bridge.generation import default_new_tokens
 from bridge.model import Model
 from bridge.tasks import Task
+from bridge.tasks.calls import take_problems
 from bridge.training.batches import Group, check_fits
 from bridge.training.order import problem_number
-from bridge.training.rollouts import split_size, take_problems
+from bridge.training.rollouts import split_size
 from bridge.training.samples import Correct, read_samples
 from bridge.training.settings import Settings, SFTSettings
 from bridge.training.sft import deal
 
 FIRST = 64  # prompts that are looked at
-DEFAULT = 256  # of max_new_tokens, where the context leaves as much
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,7 @@ def look_ahead(settings: Settings, model: Model, task: Task | None) -> Ahead:
         asked |= _encode(settings, model, task, "validation", range(count))
     context, length = model.config.max_position_embeddings, settings.max_new_tokens
     if length is None:
-        left = context - max(map(len, asked.values()), default=0)
-        length = max(1, min(DEFAULT, left))
+        length = default_new_tokens(max(map(len, asked.values()), default=0), context)
     for name, prompt in asked.items():
         if len(prompt) + length > context:
             raise BridgeError(

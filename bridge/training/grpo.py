@@ -14,6 +14,7 @@ import numpy as np
 
 from bridge.contract import GRPO, Batch
 from bridge.model import Model
+from bridge.tasks.calls import take_problems
 from bridge.training.advantages import group_advantages
 from bridge.training.batches import Group, make_batch, pack
 from bridge.training.order import (
@@ -29,7 +30,6 @@ from bridge.training.rollouts import (
     roll_out,
     split_size,
     summary,
-    take_problems,
 )
 from bridge.training.run import Run
 from bridge.training.schedule import learning_rate

@@ -45,8 +45,8 @@ class Log:
         BridgeError where the file is damaged or cannot be written."""
         lines = whole_lines(path)
         records = read_values(path, lines, **NEEDS)
-        kept = [line for line, r in zip(lines, records, strict=True) if _before(r, step)]
-        self.before = [r for r in records if _before(r, step)]  # what it goes on from
+        pairs = [pair for pair in zip(lines, records, strict=True) if _before(pair[1], step)]
+        kept, self.before = [line for line, _ in pairs], [record for _, record in pairs]
         self.told = {(r["kind"], r["step"]) for r in records[len(kept) :] if same}
         self.lines, self.sinks = Lines(path, kept), sinks
 

@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import Float
 
 from bridge.errors import BridgeError
-from bridge.evaluation.batches import calling
 from bridge.generation import Response, ResponseSet
 from bridge.model import Model
 from bridge.tasks import Problem, Score, Task
+from bridge.tasks.calls import take_problems, take_size
 from bridge.training.settings import Settings
 
 
@@ -155,23 +155,9 @@ def decoder_logprobs(
     return [np.array(values) for values in found]
 
 
-def take_problems(task: Task, split: str, numbers: Sequence[int]) -> list[Problem]:
-    """Problems of a split by their numbers. Raises BridgeError, naming task and problem, for
-    whatever the task raises, and for what is no problem."""
-    found = []
-    for number in numbers:
-        with calling(task, f"problem {number} of {split}"):
-            problem = task.problem(split, number)
-            for field in ("number", "prompt", "answer"):
-                getattr(problem, field)
-        found.append(problem)
-    return found
-
-
 def split_size(task: Task, split: str) -> int | None:
     """How many problems a split has; None: it is endless. Raises BridgeError for an empty one."""
-    with calling(task, f"size of {split}"):
-        size = task.size(split)
+    size = take_size(task, split)
     if size is not None and size < 1:
         raise BridgeError(f"task {task.name}: has no {split} problems")
     return size

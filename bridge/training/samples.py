@@ -17,6 +17,7 @@ from bridge.errors import BridgeError
 from bridge.model import Model
 from bridge.reading import one_line, read_text
 from bridge.tasks import Task
+from bridge.tasks.calls import take_problems
 from bridge.training.interrupt import Interrupt
 from bridge.training.lines import Lines, read_values, whole_lines
 from bridge.training.order import SAMPLES, problem_number, stream_seed
@@ -25,7 +26,6 @@ from bridge.training.rollouts import (
     Scorer,
     roll_out,
     split_size,
-    take_problems,
 )
 from bridge.training.settings import SFTSettings
 from bridge.training.watch import Watcher

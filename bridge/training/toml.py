@@ -20,14 +20,6 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise BridgeError(f"{path}: is not TOML: {one_line(error)}") from None
 
 
-def toml_value(text: str) -> Any:
-    """A value as TOML writes it; whatever is none stands for itself, as a text."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
 def write_toml(values: Mapping[str, Any]) -> str:
     """TOML of plain values, lists, and tables within each other."""
     return "".join(f"{_key(key)} = {_value(value)}\n" for key, value in values.items())

@@ -64,7 +64,7 @@ def conformance(
             "conformance needs hypothesis; try: pip install 'bridge-llm[conformance]'"
         ) from None
     from bridge.registry import find_backend
-    from bridge_conformance.runner import PROFILES, choose, run
+    from bridge_conformance.runner import choose, find_profile, run
 
     number = (level or "L6").upper().removeprefix("L")
     if number not in "123456" or len(number) != 1:
@@ -73,8 +73,7 @@ def conformance(
         raise BridgeError(
             "--level goes without --check: checks run alone have no verdict on levels"
         )
-    if profile not in PROFILES:
-        raise BridgeError(f"profile {profile!r} is not known (known: {', '.join(PROFILES)})")
+    find_profile(profile)
     chosen = choose(check, int(number))
     if list_:
         if backend is not None:

@@ -4,12 +4,10 @@
 kind than a check runs on. Both know a case's meaning; its spelling is `cases_json`'s.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import asdict
 from math import isfinite
 from typing import Any
-
-import numpy as np
 
 from bridge.config import ModelConfig, tensor_shapes
 from bridge.contract import GRPO
@@ -126,11 +124,3 @@ def _whole(value: Any, name: str, least: int = 0) -> None:
 def _one_of(value: Any, known: Collection[Any], name: str) -> None:
     if value not in known:
         raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(str, known))}")
-
-
-def whole_numbers(value: Any, shape: Sequence[int], name: str) -> np.ndarray:
-    """Nested lists of whole numbers as int64 of this shape. Raises ValueError for any other."""
-    array = np.array(value)
-    if array.dtype.kind != "i" or array.shape != tuple(shape):
-        raise ValueError(f"{name}: is not whole numbers, {list(shape)} of them")
-    return array.astype(np.int64)

@@ -7,6 +7,7 @@ compressed, which begins with `z:`. Nothing in it can run code.
 import base64
 import json
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,7 +17,7 @@ from bridge.config import bridge_shapes, tensor_shapes
 from bridge.contract import GRPO, SFT
 from bridge.errors import BridgeError
 from bridge_conformance.cases import BlockCase, DecodeCase, ModelCase, RowsCase, TrainCase
-from bridge_conformance.cases_given import check_case, whole_numbers
+from bridge_conformance.cases_given import check_case
 from bridge_conformance.checks_golden import GoldenCase
 
 LONG = 1500  # characters of JSON from which on it is compressed
@@ -75,9 +76,9 @@ def from_json(value: Any) -> Any:
     if kind == "rows":
         active = np.array([["01".index(c) for c in row] for row in value["active"]], dtype=bool)
         tokens, positions = (
-            whole_numbers(value[name], active.shape, name) for name in ("tokens", "positions")
+            _whole_numbers(value[name], active.shape, name) for name in ("tokens", "positions")
         )
-        groups = whole_numbers(value["groups"], active.shape[:1], "groups")
+        groups = _whole_numbers(value["groups"], active.shape[:1], "groups")
         return RowsCase(_model(value["model"]), tokens, groups, active, positions)
     if kind == "block":
         return BlockCase(from_json(value["rows"]), value["layer"], value["seed"])
@@ -149,3 +150,11 @@ def _names(rows: RowsCase, trainable: str | list[str]) -> tuple[str, ...]:
         layers = range(config.num_hidden_layers)
         return tuple(name for layer in layers for name in bridge_shapes(config, layer))
     return tuple(trainable)
+
+
+def _whole_numbers(value: Any, shape: Sequence[int], name: str) -> np.ndarray:
+    """Nested lists of whole numbers as int64 of this shape. Raises ValueError for any other."""
+    array = np.array(value)
+    if array.dtype.kind != "i" or array.shape != tuple(shape):
+        raise ValueError(f"{name}: is not whole numbers, {list(shape)} of them")
+    return array.astype(np.int64)

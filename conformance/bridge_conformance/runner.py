@@ -75,8 +75,7 @@ def run(
     `complete` being false. Raises BridgeError, before anything runs, for what is not known and for
     a case that could not have been drawn.
     """
-    if profile not in PROFILES:
-        raise BridgeError(f"profile {profile!r} is not known (known: {', '.join(PROFILES)})")
+    amounts = find_profile(profile)
     if level not in LEVELS:
         raise BridgeError(f"level {level} is not known; use 1 to {max(LEVELS)}")
     object_ = find_backend(backend) if isinstance(backend, str) else backend
@@ -107,7 +106,7 @@ def run(
     if workers is None:
         workers = 2 if isinstance(backend, str) and device == "cpu" else 1
     worker = Worker(backend if workers > 1 else object_, device)
-    session = Session(report, PROFILES[profile], chosen, workers, worker, progress)
+    session = Session(report, amounts, chosen, workers, worker, progress)
     try:
         session.examine([dtype for dtype in asked if dtype in offered], case)
         if case is None:
@@ -118,6 +117,13 @@ def run(
     session.conclude(offered)
     report.seconds = time.perf_counter() - start
     return report
+
+
+def find_profile(name: str) -> Profile:
+    """The profile of that name. Raises BridgeError for one that is not known."""
+    if name not in PROFILES:
+        raise BridgeError(f"profile {name!r} is not known (known: {', '.join(PROFILES)})")
+    return PROFILES[name]
 
 
 def choose(names: Sequence[str] | None, level: int) -> list[Check]:

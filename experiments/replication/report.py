@@ -9,6 +9,7 @@ files.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,12 +70,8 @@ def tables(results: Results) -> str:
 def _ablations(results: Results) -> list[str]:
     """Accuracy of each ablation, beside Bridge at the same seeds."""
     seeds = results.seeds("bridge", *results.ablations)
-    rows = {
-        NAMES[name]: [
-            results.arms[name].estimate("pass@1", width, seeds) for width in _widths(results)
-        ]
-        for name in ("bridge", *results.ablations)
-    }
+    names = ("bridge", *results.ablations)
+    rows = {NAMES[name]: _of(results, name, "pass@1", seeds) for name in names}
     said = f"Accuracy (pass@1); seeds {', '.join(map(str, seeds))}."
     return ["### Ablations", "", said, "", *_table(results, rows), ""]
 
@@ -85,20 +82,18 @@ def _changed(found: list[Results], as_it_is: Results) -> str:
     lines = ["## search, with one thing changed", "", "Accuracy (pass@1)."]
     for results in (as_it_is, *found):
         seeds = every if results is as_it_is else results.seeds(*results.compared)
-        rows = {
-            NAMES[name]: [
-                results.arms[name].estimate("pass@1", width, seeds) for width in _widths(results)
-            ]
-            for name in results.compared
-        }
+        rows = {NAMES[name]: _of(results, name, "pass@1", seeds) for name in results.compared}
         title = CHANGES.get(results.task, "Nothing changed")
         said = f"### {title}; seeds {', '.join(map(str, seeds))}"
         lines += ["", said, "", *_table(results, rows)]
     return "\n".join(lines)
 
 
-def _of(results: Results, name: str, metric: str) -> list[Estimate]:
-    arm, seeds = results.arms[name], results.seeds(name)
+def _of(
+    results: Results, name: str, metric: str, seeds: Sequence[int] | None = None
+) -> list[Estimate]:
+    """By width, over these seeds; None: all that the arm is done for."""
+    arm, seeds = results.arms[name], results.seeds(name) if seeds is None else seeds
     return [arm.estimate(metric, width, seeds) for width in _widths(results)]
 
 
