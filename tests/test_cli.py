@@ -473,12 +473,17 @@ def started(model, *arguments, **ends):
 
 
 def read_until(ours, pattern):
-    """Read from a terminal up to where it is told this; fails after a minute, or at its end."""
+    """What a terminal was told, up to where it was told this; fails after a minute, or at its end.
+
+    A read ends where the writer happened to be, which may be within a character: decode what
+    this and `read_all` return together, never one of them.
+    """
     said = b""
     deadline = time.monotonic() + 60
     while not re.search(pattern, said):
         assert time.monotonic() < deadline, said[-2000:]
         said += os.read(ours, 65536)
+    return said
 
 
 def read_all(ours):
@@ -502,13 +507,13 @@ def test_ctrl_c_on_a_terminal_keeps_what_was_said(model):
     ends = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "env": ENVIRONMENT}
     with started(model, "hello", "-n", "3", *ENDLESS, **ends) as process:
         os.close(theirs)
-        read_until(ours, "row 2 · [1-9]".encode())  # rows are some tokens in
+        early = read_until(ours, "row 2 · [1-9]".encode())  # rows are some tokens in
         process.send_signal(signal.SIGINT)
-        rest = read_all(ours).decode()
+        said = (early + read_all(ours)).decode()
         assert process.wait() == 130
-    kept = rest[rest.rindex("row 0 ") :]  # after the view has gone
+    kept = said[said.rindex("row 0 ") :]  # after the view has gone
     assert all(f"row {n} " in kept for n in range(3)) and "running" in kept
-    assert "Traceback" not in rest and "error" not in rest
+    assert "Traceback" not in said and "error" not in said
     os.close(ours)
 
 
