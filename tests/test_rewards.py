@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 from bridge.errors import BridgeError
 from bridge.tasks import Problem, Scorer
 
+# Seconds that bound a hang and nothing else, and those after which what hangs is said to.
+PATIENCE, SHORT = 300.0, 0.2
 SOURCE = """
 import ctypes, os, subprocess, sys, time
 from bridge.tasks import Problem
@@ -31,6 +34,9 @@ def pid(problem): return os.getpid()
 def raises(problem): raise ValueError("one\\ntwo")
 def hangs(problem): time.sleep(1000)
 def hangs_in_c(problem): ctypes.PyDLL(None).sleep(1000)  # holds the interpreter's lock
+def notes_and_hangs(problem):
+    open(problem.prompt, "x").close()
+    time.sleep(1000)
 def spins(problem):
     while True:
         try: time.sleep(1000)
@@ -86,11 +92,9 @@ def bad(tmp_path_factory):
     sys.path.remove(str(folder))
 
 
-BAD = {
+HANGS = dict.fromkeys(("hangs", "hangs_in_c", "spins"), f"the reward took more than {SHORT} s")
+BAD = HANGS | {
     "raises": "the reward raised ValueError: one two",
-    "hangs": "the reward took more than 0.2 s",
-    "hangs_in_c": "the reward took more than 0.2 s",
-    "spins": "the reward took more than 0.2 s",
     "leaves": "the reward raised SystemExit: 3",
     "interrupts": "the reward raised KeyboardInterrupt",
     "exits": "the reward ended its process (exit status 3)",
@@ -104,15 +108,20 @@ BAD = {
     "array": "the reward is no number but list [1.0]",
     "recurses": "the reward raised RecursionError",
     "strange": "the reward raised Strange",
-    "closes": "the reward ended its process",
+    # Its line is closed before it has ended: what is seen first depends on the machine.
+    "closes": ("the reward ended its process", "the reward closed the line to its own process"),
 }
 
 
 def test_whatever_a_reward_does_counts_0_and_the_next_is_scored(bad):
     problem = Problem(7, "?")
-    with Scorer(bad, time_limit=0.2) as scorer:
-        pairs = [(problem, name) for each in BAD for name in (each, "right", "number")]
-        scores = scorer.score(pairs)
+    scores = []
+    with Scorer(bad) as scorer:
+        for each in BAD:
+            scorer.time_limit = SHORT if each in HANGS else PATIENCE
+            scores += scorer.score([(problem, each)])
+            scorer.time_limit = PATIENCE  # a machine may be busy, and these are quick
+            scores += scorer.score([(problem, "right"), (problem, "number")])
     assert [s.value for s in scores] == [0.0, 1.0, 7.0] * len(BAD)
     for name, wrong, right, number in zip(BAD, *(scores[i::3] for i in range(3)), strict=True):
         assert wrong.problem is not None and wrong.problem.startswith(BAD[name]), name
@@ -122,7 +131,7 @@ def test_whatever_a_reward_does_counts_0_and_the_next_is_scored(bad):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit memory")
 def test_a_reward_that_eats_memory(bad):
-    with Scorer(bad, memory=1 << 28) as scorer:
+    with Scorer(bad, memory=1 << 28, time_limit=PATIENCE) as scorer:
         pairs = [(Problem(0, "?"), name) for name in ("eats", "right", "hoards", "right")]
         eats, one, hoards, two = scorer.score(pairs)
     assert eats.problem == hoards.problem == "the reward raised MemoryError"
@@ -131,7 +140,7 @@ def test_a_reward_that_eats_memory(bad):
 
 def test_what_is_harmless_is_scored(bad, capfd):
     names = ("prints", "truth", "reads", "forks", "number", "right")
-    with Scorer(bad) as scorer:
+    with Scorer(bad, time_limit=PATIENCE) as scorer:
         scores = scorer.score([(Problem(n, "?"), name) for n, name in enumerate(names)])
     assert [s.value for s in scores] == [1.0, 1.0, 0.0, 1.0, 4.0, 1.0]
     assert all(s.problem is None for s in scores)
@@ -139,7 +148,7 @@ def test_what_is_harmless_is_scored(bad, capfd):
 
 
 def test_scores_come_in_order_from_one_process_that_stays(bad):
-    with Scorer(bad) as scorer:
+    with Scorer(bad, time_limit=PATIENCE) as scorer:
         scores = scorer.score([(Problem(n, "?"), "number") for n in range(2000)])
         assert [s.value for s in scores] == list(range(2000))
         pids = {s.value for s in scorer.score([(Problem(0, "?"), "pid")] * 10)}
@@ -148,7 +157,7 @@ def test_scores_come_in_order_from_one_process_that_stays(bad):
 
 
 def test_a_long_response_and_a_problem_that_cannot_be_sent(bad):
-    with Scorer(bad) as scorer:
+    with Scorer(bad, time_limit=PATIENCE) as scorer:
         long = Problem(3, "x" * 5_000_000)
         lost = Problem(4, "?", metadata={"f": lambda: None})
         one, two, three = scorer.score([(long, "number"), (lost, "number"), (long, "right")])
@@ -233,7 +242,7 @@ def test_no_orphan_is_left_even_of_a_reward_that_holds_the_interpreter(bad, tmp_
         pids = [int(pid) for pid in note.read_text().split()]
         assert all(map(alive, pids))
         os.killpg(run.pid, how)  # as a terminal does
-        run.communicate(timeout=60)
+        run.communicate(timeout=PATIENCE)
         wait_for(lambda: not any(map(alive, pids)))
     finally:
         run.kill()
@@ -242,30 +251,40 @@ def test_no_orphan_is_left_even_of_a_reward_that_holds_the_interpreter(bad, tmp_
 
 def test_what_a_reward_started_dies_with_it(bad, tmp_path):
     note = tmp_path / "pids"
-    with Scorer(bad, time_limit=2.0) as scorer:
-        [score] = scorer.score([(Problem(0, str(note)), "orphans")])
-        assert score.problem == "the reward took more than 2 s"
-        wait_for(lambda: not any(alive(int(pid)) for pid in note.read_text().split()))
+    with Scorer(bad) as scorer:
+        for limit in (1, 4, 16, 64):  # the first by which it has started something
+            scorer.time_limit = float(limit)
+            [score] = scorer.score([(Problem(0, str(note)), "orphans")])
+            assert score.problem == f"the reward took more than {limit} s"
+            pids = note.read_text().split() if note.exists() else []
+            if len(pids) == 2:
+                break
+        else:
+            pytest.fail("a minute is not enough to start a process")
+        wait_for(lambda: not any(alive(int(pid)) for pid in pids))
 
 
 def wait_for(condition) -> None:
-    """Until it holds; a minute at most."""
-    end = time.monotonic() + 60
+    """Until it holds; fails where it never does."""
+    end = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < end, "waited for a minute"
+        assert time.monotonic() < end, f"waited for {PATIENCE:g} s"
         time.sleep(0.02)
 
 
-def test_ctrl_c_within_a_score_leaves_a_scorer_that_works(bad, monkeypatch):
-    with Scorer(bad) as scorer:
-        handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
-        try:
-            signal.setitimer(signal.ITIMER_REAL, 0.3)
-            with pytest.raises(KeyboardInterrupt):
-                scorer.score([(Problem(0, "?"), "hangs")])
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, handler)
+def test_ctrl_c_within_a_score_leaves_a_scorer_that_works(bad, tmp_path):
+    note, here = tmp_path / "scoring", threading.get_ident()
+
+    def press():
+        wait_for(note.exists)
+        signal.pthread_kill(here, signal.SIGINT)
+
+    with Scorer(bad, time_limit=PATIENCE) as scorer:
+        presser = threading.Thread(target=press, daemon=True)
+        with pytest.raises(KeyboardInterrupt):
+            presser.start()
+            scorer.score([(Problem(0, str(note)), "notes_and_hangs")])
+        presser.join()
         scores = scorer.score([(Problem(5, "?"), "number"), (Problem(0, "?"), "right")])
         assert [s.value for s in scores] == [5.0, 1.0]
 
@@ -278,6 +297,8 @@ def test_a_formula_that_takes_for_ever_to_compare(tmp_path):
     task = find_task(str(path), match="math")
     problem = task.problem("test", 0)
     with Scorer(task, time_limit=1.0) as scorer:
-        tower, right = scorer.score([(problem, r"\boxed{9^{9^{9^{9^9}}}}"), (problem, "1")])
+        [tower] = scorer.score([(problem, r"\boxed{9^{9^{9^{9^9}}}}")])
+        scorer.time_limit = PATIENCE
+        [right] = scorer.score([(problem, "1")])
     assert tower.value == 0.0 and tower.problem == "the reward took more than 1 s"
     assert right.value == 1.0
