@@ -1,38 +1,75 @@
-"""`bridge convert` killed at fifty moments of its writing: DST absent or whole, SRC untouched."""
+"""`bridge convert` killed at fifty moments of its writing: DST absent or whole, SRC untouched.
+
+It kills itself (SIGKILL): once so many of its bytes are with the system, or, every other time, at
+one of the interpreter's audit events, among which are files being opened, renamed and removed. So
+the moments are the same on every machine, whatever its pace.
+"""
 
 import hashlib
+import io
 import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
-import time
+from pathlib import Path
+from unittest import mock
 
 import pytest
 
 KILLS = 50
 
 
-def convert(src, dst, form):
-    """Run the command line, in a process of its own."""
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Counted(io.FileIO):
+    """A file of those that count together what is written to them, and die when it is enough."""
+
+    written, enough = 0, float("inf")
+
+    def write(self, data):
+        data = memoryview(data).cast("B")
+        left = Counted.enough - Counted.written
+        count = super().write(data[: int(min(left, len(data)))])
+        Counted.written += count
+        if Counted.written >= Counted.enough:
+            die()
+        return count
+
+
+def convert(src, dst, form, note, enough, event):
+    """Run the command line, in a process of its own, and note how many bytes and events it was."""
     from bridge_cli.main import app
 
+    heard, plain = 0, Path.open
+
+    def hear(name, arguments):
+        nonlocal heard
+        heard += 1
+        if heard == event:
+            die()
+
+    def counted(path, mode="r", *rest, **options):
+        if mode != "xb":  # how everything that is written is opened
+            return plain(path, mode, *rest, **options)
+        return io.BufferedWriter(Counted(path, mode))
+
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
-    app(["convert", src, dst, "--to", form, "--shard-size", "2MB"], prog_name="bridge")
+    Counted.enough = enough
+    sys.addaudithook(hear)
+    arguments = ["convert", src, dst, "--to", form, "--shard-size", "2MB"]
+    with mock.patch.object(Path, "open", counted):
+        app(arguments, prog_name="bridge", standalone_mode=False)
+    note.write_text(f"{Counted.written} {heard}")
 
 
 def contents(directory):
     """The hash of every file."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
-def written(parent):
-    """Bytes of the unfinished checkpoint; none while one of its files gets its name."""
-    try:
-        return sum(path.stat().st_size for path in parent.glob(".dst.partial-*/*"))
-    except FileNotFoundError:
-        return 0
 
 
 @pytest.fixture(scope="module")
@@ -49,37 +86,47 @@ def source(tmp_path_factory):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-def test_a_killed_conversion_leaves_nothing_half_done(source, tmp_path):
-    """The moments are fractions of the bytes that are written, whatever the machine's pace."""
+def test_a_killed_conversion_leaves_nothing_half_done(source, tmp_path, monkeypatch):
     context = multiprocessing.get_context("forkserver")
-    # What a process then need not import before it starts to write.
+    # What a process then need not import before it starts to write. The server imports it, and
+    # passes over in silence what it does not find.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     commands = ["bridge_cli.main", "bridge.conversion", "rich.console", "rich.progress"]
     context.set_forkserver_preload(["__main__", __name__, *commands])
+    home, note = tmp_path / "home", tmp_path / "note"
+    home.mkdir()
+
+    def run(form, enough=float("inf"), event=None):
+        arguments = (str(source), str(home / "dst"), form, note, enough, event)
+        process = context.Process(target=convert, args=arguments)
+        process.start()
+        process.join()
+        return process.exitcode
+
     before = contents(source)
     whole, total = {}, {}
     for form in ("jax", "mlx"):
-        done = context.Process(target=convert, args=(str(source), str(tmp_path / form), form))
-        done.start()
-        done.join()
-        whole[form] = contents(tmp_path / form)
-        total[form] = sum(path.stat().st_size for path in (tmp_path / form).iterdir())
-        shutil.rmtree(tmp_path / form)
+        assert run(form) == 0
+        whole[form] = contents(home / "dst")
+        size, events = map(int, note.read_text().split())
+        assert size == sum(path.stat().st_size for path in (home / "dst").iterdir())
+        total[form] = size, events
+        shutil.rmtree(home / "dst")
     rng, interrupted = random.Random(0), 0
     for kill in range(KILLS):
-        form, dst = ("jax", "mlx")[kill % 2], tmp_path / "dst"
-        enough = 1.1 * rng.random() * total[form]  # a few come too late
-        process = context.Process(target=convert, args=(str(source), str(dst), form))
-        process.start()
-        while process.is_alive() and not dst.exists() and written(tmp_path) < enough:
-            time.sleep(0.0005)
-        process.kill()
-        process.join()
+        form = ("jax", "mlx")[kill % 2]
+        size, events = total[form]
+        if kill // 2 % 2:
+            code = run(form, event=rng.randrange(1, events))
+        else:
+            code = run(form, enough=int(1.1 * rng.random() * size))  # a few come too late
+        assert code in (0, -signal.SIGKILL)
         assert contents(source) == before
-        left = {path.name for path in tmp_path.iterdir()}
+        left = {path.name for path in home.iterdir()}
         interrupted += "dst" not in left
         if "dst" in left:
-            assert contents(dst) == whole[form]
+            assert contents(home / "dst") == whole[form]
         assert all(name == "dst" or name.startswith(".dst.partial-") for name in left)
         for name in left:
-            shutil.rmtree(tmp_path / name)
+            shutil.rmtree(home / name)
     assert KILLS // 2 <= interrupted < KILLS
