@@ -148,7 +148,7 @@ def test_what_is_harmless_is_scored(bad, capfd):
 
 
 def test_scores_come_in_order_from_one_process_that_stays(bad):
-    with Scorer(bad, time_limit=PATIENCE) as scorer:
+    with Scorer(bad, time_limit=PATIENCE, processes=1) as scorer:
         scores = scorer.score([(Problem(n, "?"), "number") for n in range(2000)])
         assert [s.value for s in scores] == list(range(2000))
         pids = {s.value for s in scorer.score([(Problem(0, "?"), "pid")] * 10)}

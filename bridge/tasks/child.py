@@ -28,14 +28,22 @@ class ChildLost(Exception):
     """The child is gone, and why: in words that finish the sentence "the reward ..."."""
 
 
+class ChildLate(ChildLost):
+    """It was killed because its time was up."""
+
+
 class Child:
-    """One worker process and the line to it: one question at a time, each with its time limit."""
+    """One worker process and the line to it: one question at a time, each with its time limit.
+
+    `ask` waits for the answer; who has several children gives each its question with `begin`, and
+    takes an answer with `take` once there is something on the `line`, or the `deadline` is past.
+    """
 
     def __init__(self, handler: str, payload: bytes, memory: int | None = None) -> None:
         """Start `handler`, "module:function", which makes of `payload` what answers requests.
 
         `memory`: bytes that it may take on top of what it holds once it is ready, where the system
-        can limit that. Does not wait; `ready` does.
+        can limit that. Does not wait until it is ready: its first answer says so, to `ready`.
         """
         self.line, theirs = socket.socketpair()
         ends, self.life = os.pipe()  # closed when we end, however we end
@@ -63,17 +71,18 @@ class Child:
         finally:
             theirs.close()
             os.close(ends)
-        self.payload: bytes | None = payload
+        self.starting = True
+        self.begin(payload, START_LIMIT)
 
     def ready(self) -> None:
         """Wait until it can answer. Raises BridgeError, of one line, where it never will."""
-        if self.payload is None:
+        if not self.starting:
             return
         try:
-            answer = self._ask(self.payload, START_LIMIT)
+            answer = self.take()
         except ChildLost as error:
             raise BridgeError(f"the process for the task did not start: it {error}") from None
-        self.payload = None
+        self.starting = False
         if answer:
             self.close()
             raise BridgeError(answer.decode("utf-8", "replace"))
@@ -81,20 +90,33 @@ class Child:
     def ask(self, request: bytes, limit: float) -> bytes:
         """The answer, within `limit` seconds. Raises ChildLost where none comes: it is killed."""
         self.ready()
-        return self._ask(request, limit)
+        self.begin(request, limit)
+        return self.take()
 
-    def _ask(self, request: bytes, limit: float) -> bytes:
-        deadline = time.monotonic() + limit
+    def begin(self, request: bytes, limit: float) -> None:
+        """Give it a question, which it has `limit` seconds to answer."""
+        self.limit, self.deadline = limit, time.monotonic() + limit
+        self.busy = True
         try:
-            self._send(LENGTH.pack(len(request)) + request, deadline)
-            [length] = LENGTH.unpack(self._receive(LENGTH.size, deadline))
+            self._send(LENGTH.pack(len(request)) + request, self.deadline)
+        except OSError:  # it is gone, or does not read: taking the answer says which
+            pass
+        except BaseException:
+            self.close()
+            raise
+
+    def take(self) -> bytes:
+        """The answer to the question that it has. Raises ChildLost where none comes in time."""
+        self.busy = False
+        try:
+            [length] = LENGTH.unpack(self._receive(LENGTH.size, self.deadline))
             if length > MOST:
                 self.close()
                 raise ChildLost("wrote into the line to its own process")
-            return self._receive(length, deadline)
+            return self._receive(length, self.deadline)
         except TimeoutError:
             self.close()
-            raise ChildLost(f"took more than {limit:g} s") from None
+            raise ChildLate(f"took more than {self.limit:g} s") from None
         except OSError:
             raise ChildLost(self._cause()) from None
         except BaseException:  # Ctrl-C leaves an answer on its way, which the next must not read
@@ -108,10 +130,8 @@ class Child:
     def _receive(self, length: int, deadline: float) -> bytes:
         data = bytearray()
         while len(data) < length:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError
-            self.line.settimeout(left)
+            # What is there came in time, however late we look.
+            self.line.settimeout(max(0.001, deadline - time.monotonic()))
             piece = self.line.recv(min(length - len(data), 1 << 20))
             if not piece:
                 raise ConnectionResetError
