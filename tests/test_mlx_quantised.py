@@ -169,6 +169,13 @@ def test_tensors_are_given_back_dequantised(hows, dtype):
         assert array.tobytes() == tensors[name].tobytes(), name
 
 
+def memory():
+    """Bytes in use. MLX's own thread lets go of its work only after the result is there."""
+    mx.synchronize()
+    mx.clear_cache()  # a buffer that is used again may be larger than what it holds
+    return mx.get_active_memory()
+
+
 @pytest.mark.parametrize("hows", [(Quantization(4, 64),), (Quantization(8, 32),), MIXED])
 def test_memory_is_that_of_what_is_packed(hows):
     """No float copy is kept, neither after loading nor after all that a model does."""
@@ -179,18 +186,17 @@ def test_memory_is_that_of_what_is_packed(hows):
         for packed in tensors.packings.values()
         for array in (packed.weight, packed.scales, packed.biases)
     )
-    gc.collect()
-    mx.clear_cache()  # a buffer that is used again may be larger than what it holds
-    before = mx.get_active_memory()
+    gc.collect()  # what earlier tests left must not go in between
+    before = memory()
     model = load(tensors, "bfloat16")
-    held = [mx.get_active_memory() - before]
+    held = [memory() - before]
     rows = batch()
     model.logits(rows.tokens, rows.groups, rows.active, np.broadcast_to(np.arange(6), (2, 6)))
     decoder = model.prefill([np.arange(4)], [2], 4)
     decoder.advance(decoder.sample(Sampling()))
     del decoder
     assert sum(array.nbytes for _, array in model.tensors()) > 1.5 * stored
-    held.append(mx.get_active_memory() - before)
+    held.append(memory() - before)
     floats = sum(array.nbytes for array in tensors.values())
     assert floats > 1.5 * stored
     # Beside the weights: rope's tables, and what an allocation is rounded up to.
@@ -207,12 +213,13 @@ def test_training_blocks_leaves_the_host_packed(objective, checkpoint_activation
     trainer = model.trainer(
         objective, AdamW(lr=0.01), names, checkpoint_activations=checkpoint_activations
     )
-    before = mx.get_active_memory()
+    gc.collect()
+    before = memory()
     metrics = [trainer.step(batch()) for _ in range(4)]
     assert min(each["grad_norm"] for each in metrics) > 0
     if isinstance(objective, SFT):
         assert metrics[-1]["loss"] < metrics[0]["loss"]
-    assert mx.get_active_memory() - before < 0.1 * sum(a.nbytes for a in tensors.values())
+    assert memory() - before < 0.1 * sum(a.nbytes for a in tensors.values())
     changed = {n for n, a in model.tensors() if a.tobytes() != tensors[n].tobytes()}
     assert changed == set(names)
 
