@@ -40,7 +40,7 @@ class CachedDecoder:
         `max_new_tokens`, goes past the context (clause 4.4), and for a width below 1."""
         check_prompts(config, prompts, widths, max_new_tokens)
         self.config, self.tensors = config, tensors
-        self.step, self.steps = 0, max(max_new_tokens - 1, 1)  # the last token is not fed
+        self.step, self.limit = 0, max_new_tokens - 1  # the last token is not fed
         numbers = range(len(prompts)) if prompt_ids is None else prompt_ids
         self.prompt = np.repeat(np.asarray(numbers, np.int64), widths)
         self.group = np.repeat(np.arange(len(prompts)), widths)
@@ -78,7 +78,7 @@ class CachedDecoder:
         keep: Bool[np.ndarray, " R"] | None = None,
     ) -> None:
         """Feed one token to each row kept (clauses 4.1 and 4.3)."""
-        left, V = self.steps - self.step, self.config.vocab_size
+        left, V = self.limit - self.step, self.config.vocab_size
         check_advance(V, len(self.row), left, tokens, keep)
         if tokens is None:
             tokens = self.drawn

@@ -9,12 +9,15 @@ import sys
 
 import pytest
 
+import bridge.conversion
+from bridge import checkpoint
+from bridge_conformance import checks_checkpoint
 from bridge_conformance.checks import CHECKS
 from bridge_conformance.tolerance import DTYPES
 from bridge_ref.losses import group_advantages
 from bridge_torch.backend import TorchBackend
 from mutations import FAULTS, harness
-from mutations.fault import Edit, StaleFault, load_package
+from mutations.fault import Edit, StaleFault, load_package, standing_in
 
 USED = sorted({(f.check, f.dtype) for f in FAULTS.values() if f.check in CHECKS})
 
@@ -52,6 +55,15 @@ def test_a_planted_fault_leaves_the_package_as_it_was():
     assert after == before
     assert planted["block"] is not before["bridge_torch.block"]
     assert planted["decode"].Grid is planted["block"].Grid  # of the copy, throughout
+
+
+def test_a_fault_of_files_leaves_whoever_reads_them_as_they_were():
+    holders = (checkpoint, bridge.conversion, checks_checkpoint)
+    before = [holder.open_checkpoint for holder in holders]
+    with standing_in(FAULTS["a shard is dropped when it is read"].edits):
+        during = {holder.open_checkpoint for holder in holders}
+        assert len(during) == 1 and during.isdisjoint(before)
+    assert [holder.open_checkpoint for holder in holders] == before
 
 
 def test_a_fault_that_does_not_fit_the_source_is_an_error():

@@ -84,6 +84,13 @@ def test_past_the_steps_reserved_rows_stay_as_they_are(model):
     assert len(decoder.logits()) == 0
 
 
+def test_a_single_new_token_is_drawn_and_never_fed(model):
+    decoder = model.prefill([np.array([1, 2, 3])], [2], 1)
+    decoder.sample(GREEDY)
+    with pytest.raises(BridgeError, match="past the max_new_tokens reserved"):
+        decoder.advance()
+
+
 def test_without_rows_there_is_nothing_to_draw(model):
     decoder = model.prefill([np.array([1, 2, 3])], [2], 4)
     decoder.advance(np.array([1, 2]), np.zeros(2, bool))

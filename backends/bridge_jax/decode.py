@@ -74,7 +74,7 @@ class Decoder:
         check_prompts(model.config, prompts, widths, max_new_tokens)
         self.model, self.step = model, 0
         # The last token is never fed back, so one timestep fewer than there may be tokens.
-        self.steps = max(max_new_tokens - 1, 1)
+        self.limit = max_new_tokens - 1
         self.lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         self.group = np.repeat(np.arange(len(prompts), dtype=np.int32), widths)
         self.layout = Layout.of(self.group, model.floor, model.floor)
@@ -91,7 +91,7 @@ class Decoder:
         distance from the end is the same for all."""
         model = self.model
         self.slots = bucket(int(self.lengths.max()), STEPS)
-        timesteps = bucket(self.steps, STEPS)
+        timesteps = bucket(max(self.limit, 1), STEPS)
         self.table = model.rope(self.slots + timesteps)
         alone = Layout.of(np.arange(len(prompts)), model.floor)
         tokens = np.zeros((alone.size, self.slots), np.int32)
@@ -133,7 +133,7 @@ class Decoder:
 
     def advance(self, tokens: np.ndarray | None = None, keep: np.ndarray | None = None) -> None:
         """Feed the rows where `keep [R]` one token each, and drop the others (clause 4.3)."""
-        left, V = self.steps - self.step, self.model.config.vocab_size
+        left, V = self.limit - self.step, self.model.config.vocab_size
         check_advance(V, len(self.group), left, tokens, keep)
         if tokens is not None:
             # On the device, as drawn ones are: or a step would be compiled once for either.

@@ -52,7 +52,7 @@ class Decoder:
         self.uniforms = Uniforms(rows, prompt_of_row)
         self.drawn: mx.array | None = None
         # The last token is never fed back, so one timestep fewer than there may be tokens.
-        self.limit = max(max_new_tokens - 1, 1)
+        self.limit = max_new_tokens - 1
         model.rope.reserve(int(self.lengths.max()) + max_new_tokens)
         with mx.stream(model.device):
             last = self._prefill(prompts)

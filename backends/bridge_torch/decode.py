@@ -56,8 +56,9 @@ class Decoder:
         self.next_logits = last.index_select(0, spread)
         L, R, K = config.num_hidden_layers, len(self.group), config.num_key_value_heads
         # The last token is never fed back, so one timestep fewer than there may be tokens.
+        self.limit = max_new_tokens - 1
         self.own = torch.empty(
-            (L, 2, R, K, max(max_new_tokens - 1, 1), config.head_dim),
+            (L, 2, R, K, max(self.limit, 1), config.head_dim),
             device=model.device,
             dtype=model.dtype,
         )
@@ -100,8 +101,9 @@ class Decoder:
     @torch.inference_mode()
     def advance(self, tokens: np.ndarray | None = None, keep: np.ndarray | None = None) -> None:
         """Feed the rows where `keep [R]` one token each, and drop the others (clause 4.3)."""
-        device, left = self.model.device, self.own.shape[4] - self.step
-        check_advance(self.model.config.vocab_size, len(self.group), left, tokens, keep)
+        left, V = self.limit - self.step, self.model.config.vocab_size
+        check_advance(V, len(self.group), left, tokens, keep)
+        device = self.model.device
         if tokens is not None:
             fed = torch.tensor(tokens, dtype=torch.int64, device=device)
         elif self.drawn is not None:

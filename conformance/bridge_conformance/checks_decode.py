@@ -4,8 +4,10 @@ Each drives a `Decoder` with forced tokens and rows that end at different times,
 logits with teacher forcing, or its draws with the reference's rule on those same logits.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any, cast
 
@@ -80,18 +82,41 @@ def a_prompt_is_prefilled_once_for_its_group(target: Target, case: DecodeCase) -
 
 
 def what_is_out_of_bounds_is_refused(target: Target, case: DecodeCase) -> None:
-    """Clause 4.4: no empty prompt, no width of 0, nothing past the context."""
+    """Clauses 4.4 and 10.1: no empty prompt, no width of 0, nothing past the context; no timestep
+    of other rows, of no token, of nothing drawn or of none reserved, and no block that is not."""
     trial = Trial(target, case.model)
-    left = case.model.config.max_position_embeddings - len(case.prompts[-1])
+    model, config, last = trial.model, case.model.config, case.prompts[-1]
+    left = config.max_position_embeddings - len(last)
     for what, prompt, width, new in (
-        ("an empty prompt", case.prompts[-1][:0], 1, 1),
-        ("a width of 0", case.prompts[-1], 0, 1),
-        ("a text past the context", case.prompts[-1], 1, left + 1),
+        ("an empty prompt", last[:0], 1, 1),
+        ("a width of 0", last, 0, 1),
+        ("a text past the context", last, 1, left + 1),
     ):
-        try:
-            trial.model.prefill([*case.prompts, prompt], [*case.widths, width], new)
-        except BridgeError:
-            continue
+        prompts, widths = [*case.prompts, prompt], [*case.widths, width]
+        _must_refuse(trial, case, what, partial(model.prefill, prompts, widths, new))
+    tokens, every = case.forced[0], np.ones(len(case.row_prompt), bool)
+    outside = np.where(np.arange(len(tokens)) == 0, config.vocab_size, tokens)
+    several, one = prefill(model, case), model.prefill(case.prompts, case.widths, 1)
+    for what, decoder, fed, keep in (
+        ("advance() of nothing drawn", several, None, None),
+        ("a token too few", several, tokens[1:], None),
+        ("a token too many", several, np.append(tokens, 0), None),
+        ("a keep too short", several, tokens, every[1:]),
+        ("an id past the vocabulary", several, outside, None),
+        ("a negative id", several, -1 - tokens, None),
+        ("a timestep that was not reserved", one, tokens, None),
+    ):
+        before = decoder.logits()
+        _must_refuse(trial, case, what, partial(decoder.advance, fed, keep))
+        trial.same(decoder.logits(), before, 0, f"logits after {what} was refused", case)
+    cells = np.zeros((1, 1, config.hidden_size)), np.zeros(1, np.int64), np.ones((1, 1), bool)
+    none = partial(model.block, config.num_hidden_layers, *cells)
+    _must_refuse(trial, case, "the block of a layer that is not", none)
+
+
+def _must_refuse(trial: Trial, case: DecodeCase, what: str, call: Callable[[], Any]) -> None:
+    with suppress(BridgeError):
+        call()
         raise trial.failure(f"{what} is taken", case)
 
 

@@ -6,6 +6,7 @@ Not shipped. `python -m mutations`, from `conformance/`, runs them all; `fault.p
 from mutations import (
     faults_block,
     faults_decode,
+    faults_files,
     faults_fused,
     faults_model,
     faults_sampling,
@@ -20,6 +21,7 @@ MODULES = (
     faults_fused,
     faults_sampling,
     faults_train,
+    faults_files,
 )
 
 FAULTS: dict[str, Fault] = {fault.name: fault for module in MODULES for fault in module.FAULTS}

@@ -1,19 +1,22 @@
 """What a fault is: a few characters changed in a package's source, and what then goes wrong.
 
-A planted fault is a second copy of the whole package, compiled from the changed source. The real
-package's modules are never touched, so nothing of one fault can be left over for the next. An edit
-must fit its file in exactly one place: a fault that no longer fits the code is an error.
+A fault planted in a backend is a second copy of the whole package, compiled from the changed
+source; the real package's modules are never touched. A fault of Bridge's own files stands in for
+them while it lasts (`standing_in`). Either way nothing of one fault is left over for the next. An
+edit must fit its file in exactly one place: a fault that no longer fits the code is an error.
 """
 
 import atexit
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 
 class Edit(NamedTuple):
@@ -108,6 +111,38 @@ def load_package(package: str, edits: Sequence[Edit] = ()) -> dict[str, ModuleTy
                 del sys.modules[name]
         sys.modules.update(aside)
     return {name.removeprefix(f"{package}."): module for name, module in loaded.items()}
+
+
+@contextmanager
+def standing_in(edits: Sequence[Edit], package: str = "bridge") -> Iterator[None]:
+    """For as long as this lasts, whoever has a function or class of an edited module has that of
+    the edited source. Raises StaleFault where an edit does not fit.
+
+    A second copy of all of Bridge would have an error class and a contract of its own, which
+    neither conformance nor a backend would know.
+    """
+    with ExitStack() as stack:
+        for module in dict.fromkeys(edit.module for edit in edits):
+            real = importlib.import_module(f"{package}.{module}")
+            path = str(real.__file__)
+            changed = ModuleType(real.__name__)
+            loader = _Loader(real.__name__, path, [e for e in edits if e.module == module])
+            loader.exec_module(changed)
+            for holder, name, value in _held(vars(real).values(), of=real.__name__):
+                new = getattr(changed, value.__name__)
+                stack.enter_context(patch.object(holder, name, new))
+        yield
+
+
+def _held(values: Iterable[Any], of: str) -> list[tuple[ModuleType, str, Any]]:
+    """Which modules hold what of these values module `of` defines, and under which names."""
+    defined = [value for value in values if getattr(value, "__module__", None) == of]
+    return [
+        (holder, name, value)
+        for holder in list(sys.modules.values())
+        for name, value in list(vars(holder).items())
+        if holder.__name__.startswith("bridge") and any(value is one for one in defined)
+    ]
 
 
 class _Finder:

@@ -173,4 +173,18 @@ FAULTS = (
         "what_is_out_of_bounds_is_refused",
         decode("check_prompts(config, prompts, widths, max_new_tokens)", "pass"),
     ),
+    Fault(
+        "whatever is given is fed",
+        "Tokens of another batch, and past the cache's end, go where memory ends.",
+        "10.1",
+        "what_is_out_of_bounds_is_refused",
+        decode("check_advance(V, len(self.group), left, tokens, keep)", "pass"),
+    ),
+    Fault(
+        "what stands for dropped rows is refused",
+        "A row that ended cannot leave: its next token, which nobody drew, is no token.",
+        "10.1",
+        "ended_rows_leave_other_groups_unchanged",
+        decode("left, tokens, keep)", "left, tokens, None)"),
+    ),
 )

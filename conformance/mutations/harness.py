@@ -6,8 +6,9 @@ catches it there. The results stand in `conformance/README.md`, between markers.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
@@ -25,7 +26,7 @@ from bridge_conformance.golden import Vector
 from bridge_conformance.runner import PROFILES, run
 from bridge_conformance.trial import Target
 from mutations import FAULTS
-from mutations.fault import Fault
+from mutations.fault import Fault, standing_in
 
 README = Path(__file__).parent.parent / "README.md"
 PROFILE, SEED = "ci", 0
@@ -62,14 +63,22 @@ def catches(fault: Fault) -> list[Catch]:
 def first_catch(fault: Fault) -> Catch | None:
     """Where the check that the fault names catches it first; None where it does not."""
     named = [CHECKS[fault.check]] if fault.check in CHECKS else []
-    return next(_of(fault, named), None)
+    with closing(_of(fault, named)) as caught:
+        return next(caught, None)
 
 
-def _of(fault: Fault, checks: Sequence[Check]) -> Iterator[Catch]:
+def _of(fault: Fault, checks: Sequence[Check]) -> Generator[Catch]:
+    if fault.package == "bridge":
+        from bridge_torch.backend import TorchBackend
+
+        with standing_in(fault.edits):
+            yield from failing(TorchBackend(), fault.dtype, checks)
+        return
     modules = fault.plant()
     if fault.package == "bridge_ref":
-        return iter(of_advantages(modules["losses"].group_advantages))
-    return failing(modules["backend"].TorchBackend(), fault.dtype, checks)
+        yield from of_advantages(modules["losses"].group_advantages)
+    else:
+        yield from failing(modules["backend"].TorchBackend(), fault.dtype, checks)
 
 
 def failing(backend: Backend, dtype: str, checks: Sequence[Check]) -> Iterator[Catch]:

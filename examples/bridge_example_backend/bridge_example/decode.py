@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from bridge.contract import Sampling
 from bridge.errors import BridgeError
-from bridge.inputs import check_prompts
+from bridge.inputs import check_advance, check_prompts
 from bridge.philox import uniforms
 
 from bridge_example.model import Transformer, causal
@@ -76,12 +76,12 @@ class Decoder:
 
     def advance(self, tokens: Array | None = None, keep: Array | None = None) -> None:
         """Feed the rows where `keep [R]` one token each, and drop the others (clause 4.3)."""
+        left, V = self.own[0].shape[2] - self.step, self.model.config.vocab_size
+        check_advance(V, len(self.prompt), left, tokens, keep)
         tokens = self.drawn if tokens is None else np.asarray(tokens)
         if tokens is None:
             raise BridgeError("advance: no tokens given and none drawn; call sample first")
         rows = np.arange(len(self.prompt)) if keep is None else np.flatnonzero(keep)
-        if len(rows) and self.step == self.own[0].shape[2]:
-            raise BridgeError(f"advance: step {self.step + 1} is past the max_new_tokens reserved")
         if len(rows) < len(self.prompt):
             self._compact(rows)
         self.next_logits = self._forward(tokens[rows]) if len(rows) else self.next_logits[:0]
