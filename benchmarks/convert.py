@@ -9,7 +9,6 @@ room for two of it.
 """
 
 import argparse
-import json
 import platform
 import shutil
 import statistics
@@ -25,6 +24,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from record import RESULTS, processor, record
 
 from bridge.checkpoint_writer import write_checkpoint
 from bridge.config import BridgeConfig, parse_config, tensor_shapes
@@ -110,11 +110,7 @@ def convert_here(source: str, target: str, form: str) -> None:
 
 def machine() -> dict[str, Any]:
     """Where the figures are from."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    return {"device": name, "python": platform.python_version(), "numpy": version("numpy")}
+    return {"device": processor(), "python": platform.python_version(), "numpy": version("numpy")}
 
 
 def report(results: dict[str, Any]) -> str:
@@ -138,7 +134,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LLAMA_8B["num_hidden_layers"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--where", type=Path, default=None, help="a directory on the disk to use")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--convert", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.convert:
@@ -168,10 +164,7 @@ def main() -> None:
         },
     }
     print(report(results))
-    options.out.mkdir(parents=True, exist_ok=True)
-    place = "-".join(results["machine"]["device"].lower().split())
-    text = json.dumps(results, indent=2) + "\n"
-    (options.out / f"convert-{place}.json").write_text(text, encoding="utf-8")
+    record(results, "convert", options.out)
 
 
 if __name__ == "__main__":

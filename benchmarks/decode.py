@@ -8,8 +8,6 @@ memory against transformers'. Each is measured for every size of block in `--blo
 """
 
 import argparse
-import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from record import RESULTS, processor, record
 
 import bridge
 from bridge.contract import Sampling
@@ -198,12 +197,7 @@ def _torch_device(device: str) -> str:
 
 def machine(backend: str, device: str) -> dict[str, Any]:
     """Where the figures are from."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    if device.startswith("cuda"):
-        name = torch.cuda.get_device_name()
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else processor()
     packages = {package: version(package) for package in (backend, "torch", "transformers")}
     return {"backend": backend, "device": name, "threads": torch.get_num_threads(), **packages}
 
@@ -231,7 +225,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--blocks", default="1x64,2x48,8x64", help="heads x head width, by commas")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--peak", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
@@ -263,10 +257,7 @@ def main() -> None:
                 "memory": memory(options.backend, host, out, on.device, 16, 512, steps),
             }
     print(report(results))
-    options.out.mkdir(parents=True, exist_ok=True)
-    place = "-".join(results["machine"]["device"].lower().split())
-    name = f"decode-{options.backend}-{place}.json"
-    (options.out / name).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    record(results, f"decode-{options.backend}", options.out)
 
 
 if __name__ == "__main__":
