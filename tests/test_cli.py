@@ -564,8 +564,8 @@ def test_a_terminal_sees_the_view_and_then_the_answers(model):
 
 def test_a_reader_that_leaves_is_no_error(model):
     command = [*BRIDGE, "inspect", str(model), "--tensors"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.close()
-    assert process.stderr.read() == b""
-    process.stderr.close()
-    assert process.wait() == 1
+    ours, theirs = os.pipe()
+    os.close(ours)
+    done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE)
+    os.close(theirs)
+    assert done.stderr == b"" and done.returncode == 1
