@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 HERE = Path(__file__).parent
 WINDOW = 5
@@ -34,7 +35,7 @@ def draw_steps(ax: Axes, log: str, field: str, title: str) -> None:
     ax.plot(x[WINDOW // 2 : -(WINDOW // 2)], mean, color=BLUE, label="mean over five")
     ax.set_title(title, fontsize=10)
     ax.set_xlabel("step")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def draw_accuracy(ax: Axes) -> None:
