@@ -179,7 +179,7 @@ def test_ctrl_c_while_sampling_keeps_what_is_sampled(model, tmp_path):
 
     class Stop(Watch):
         def sampled(self, done, total, correct):
-            if done == 8:
+            if done == 16:
                 interrupt()
 
     with pytest.raises(KeyboardInterrupt):

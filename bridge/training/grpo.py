@@ -98,11 +98,12 @@ class PolicySteps:
         numbers = [
             problem_number(self.size, settings.seed, first + i) for i in range(settings.problems)
         ]
-        run.phases("problems")
-        problems = take_problems(self.task, "train", numbers)
         seed = stream_seed(settings.seed, ROLLOUTS, step)
         assert run.scorer is not None
-        return roll_out(run.model, run.scorer, problems, settings, seed, phase=run.phases)
+        with run.interrupt.dropping():
+            run.phases("problems")
+            problems = take_problems(self.task, "train", numbers)
+            return roll_out(run.model, run.scorer, problems, settings, seed, phase=run.phases)
 
     def _groups(self, rollouts: Sequence[Rollout]) -> list[Group]:
         """What is learnt from: the rows with their advantages."""

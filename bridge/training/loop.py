@@ -20,7 +20,7 @@ from bridge.tensors import content_hash
 from bridge.training import grpo
 from bridge.training.ahead import look_ahead
 from bridge.training.health import Health
-from bridge.training.interrupt import Interrupt
+from bridge.training.interrupt import Interrupt, Stopped
 from bridge.training.log import Log, check_sinks, open_sinks, read_log
 from bridge.training.order import VALIDATION, stream_seed
 from bridge.training.rollouts import Scorer, evaluate, split_size
@@ -149,22 +149,23 @@ def _follow(run: Run, learner: Learner) -> None:
         step = run.progress.step
         every = settings.eval_every
         try:
+            run.interrupt.boundary()
             if every and (step % every == 0 or step == total):
                 _evaluate(run)
-                run.stop_if_asked()
             if step >= total:
                 break
             figures = learner.step(step)
-        except Exception:
+        except (Exception, Stopped) as error:
             if run.at_boundary and step:  # nothing of this step was learnt: keep what was before
-                run.save()
+                place = run.save()
+                if isinstance(error, Stopped):
+                    run.watch.note(f"saved {place}; the same command goes on from there")
             raise
         run.done(learner.position(step + 1))
         _record(run, {"kind": "step", "step": step + 1, **figures})
         run.health.record({"kind": "step", **figures})
         if (step + 1) % settings.save_every == 0 or step + 1 == total:
             run.save()
-        run.stop_if_asked()
     run.health.end()
     run.watch.phase("save")
     said = {"kind": settings.kind, **vars(run.progress)}
@@ -176,7 +177,8 @@ def _evaluate(run: Run) -> None:
     assert run.task is not None and run.scorer is not None
     run.phases("evaluate")
     seed = stream_seed(run.settings.seed, VALIDATION, 0)
-    found = evaluate(run.model, run.task, run.scorer, run.settings, seed)
+    with run.interrupt.dropping():
+        found = evaluate(run.model, run.task, run.scorer, run.settings, seed)
     seconds = run.phases.take()
     step = run.progress.step
     _record(run, {"kind": "evaluation", "step": step, **found, **seconds})

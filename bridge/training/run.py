@@ -84,12 +84,6 @@ class Run:
             self.progress, self.trainer.state(), self.writer, self.settings.keep
         )
 
-    def stop_if_asked(self) -> None:
-        """At a boundary: after Ctrl-C, save and raise KeyboardInterrupt."""
-        if self.interrupt.asked and self.progress.step:
-            self.watch.note(f"saved {self.save()}; the same command goes on from there")
-        self.interrupt.boundary()
-
     def _fail(self, step: int, batches: Sequence[Batch], what: str, bound: str = "") -> None:
         """Stop, with the batch kept; `bound` is the setting that it goes past. The weights are
         those after the update: what they were before is not copied at each step, but whoever goes

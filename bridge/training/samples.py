@@ -63,13 +63,13 @@ def make_samples(
     told = False
     with closing(Lines(path, done)) as lines:
         for first in range(len(done), total, batch):
-            interrupt.boundary()
             watch.sampled(first, total, correct)
             places = range(first, min(first + batch, total))
             numbers = [problem_number(size, settings.seed, place) for place in places]
-            problems = take_problems(task, "train", numbers)
             seed = stream_seed(settings.seed, SAMPLES, first)
-            rollouts = roll_out(model, scorer, problems, settings, seed, width=settings.samples)
+            with interrupt.dropping():
+                problems = take_problems(task, "train", numbers)
+                rollouts = roll_out(model, scorer, problems, settings, seed, width=settings.samples)
             kept = [_line(rollout, threshold) for rollout in rollouts]
             troubles = [trouble for rollout in rollouts for trouble in rollout.troubles]
             if troubles and not told:
