@@ -6,7 +6,7 @@ last token is never fed back (clause 2.3).
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from bridge.contract import BackendModel, Sampling
 from bridge.errors import BridgeError
+from bridge.inputs import check_context
 from bridge.tokenizer import TextStream, Tokenizer
 
 
@@ -220,10 +221,16 @@ def _collect(
     return sets
 
 
-def default_new_tokens(longest: int, context: int) -> int:
-    """How many tokens rows get where none is asked for: 256, or what the longest prompt leaves of
-    the context, and at least one."""
-    return min(256, max(1, context - longest))
+def row_length(asked: int | None, prompts: Mapping[str, int], context: int) -> int:
+    """How many tokens rows get: as asked, else 256, or what the longest prompt leaves of the
+    context. `prompts`: tokens of each, by what to call it. Raises BridgeError for a length below 1,
+    and for a prompt that it takes past the context (clause 4.4)."""
+    longest = max(prompts, key=lambda name: prompts[name], default="")
+    tokens = prompts.get(longest, 0)
+    length = min(256, max(1, context - tokens)) if asked is None else asked
+    _check(type(length) is int and length >= 1, "max_new_tokens", "1 or above", length)
+    check_context(longest, tokens, length, context)
+    return length
 
 
 def check_sampling(

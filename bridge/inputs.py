@@ -46,11 +46,17 @@ def check_prompts(
             raise BridgeError(f"prompt {number} is empty; give at least one token")
         if width < 1:
             raise BridgeError(f"prompt {number}: width must be 1 or above, not {width}")
-        if len(prompt) + max_new_tokens > context:
-            raise BridgeError(
-                f"prompt {number} has {len(prompt)} tokens, and with max_new_tokens "
-                f"{max_new_tokens} it goes past the context of {context}; shorten either"
-            )
+        check_context(f"prompt {number}", len(prompt), max_new_tokens, context)
+
+
+def check_context(name: str, tokens: int, max_new_tokens: int, context: int) -> None:
+    """Refuse a prompt of so many tokens whose rows may go past the context (clause 4.4); `name` is
+    what to call it."""
+    if tokens + max_new_tokens > context:
+        raise BridgeError(
+            f"{name} has {tokens} tokens, and with max_new_tokens {max_new_tokens} it goes past "
+            f"the context of {context}; lower max_new_tokens, or shorten the prompt or leave it out"
+        )
 
 
 def check_advance(

@@ -22,7 +22,7 @@ from bridge.generation import (
     Request,
     ResponseSet,
     check_sampling,
-    default_new_tokens,
+    row_length,
     run,
 )
 from bridge.inputs import default_positions
@@ -190,7 +190,9 @@ class Model:
         """
         sampling = check_sampling(temperature, top_k, top_p, min_p, seed)
         requests = self._requests(prompts, width, chat, system, prompt_ids)
-        max_new_tokens = self._max_new_tokens(requests, max_new_tokens)
+        lengths = {f"prompt {number}": len(r.tokens) for number, r in enumerate(requests)}
+        context = self.config.max_position_embeddings
+        max_new_tokens = row_length(max_new_tokens, lengths, context)
         stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if not all(isinstance(s, str) and s for s in stop):
             raise BridgeError("stop must hold texts that are not empty")
@@ -304,20 +306,6 @@ class Model:
             raise BridgeError(f"{where} has no tokens")
         _check_range(np.asarray(tokens), f"{where} (by tokenizer.json)", self.config.vocab_size)
         return text, tokens
-
-    def _max_new_tokens(self, requests: Sequence[Request], asked: int | None) -> int:
-        context = self.config.max_position_embeddings
-        longest, number = max((len(r.tokens), i) for i, r in enumerate(requests))
-        if asked is None:
-            asked = default_new_tokens(longest, context)
-        if type(asked) is not int or asked < 1:
-            raise BridgeError(f"max_new_tokens must be 1 or above, not {asked!r}")
-        if longest + asked > context:
-            raise BridgeError(
-                f"prompt {number} has {longest} tokens, and with max_new_tokens {asked} it goes "
-                f"past the context of {context}; shorten the prompt or lower max_new_tokens"
-            )
-        return asked
 
 
 def trainable_names(config: ModelConfig, trainable: str | Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from bridge.errors import BridgeError
 from bridge.evaluation.batches import GROUP_SHIFT, Decoding, Plan, Progress, Run, Scores
 from bridge.evaluation.records import Journal
 from bridge.evaluation.summary import Evaluation, rows_are_independent, widths_decoded
-from bridge.generation import check_sampling, default_new_tokens
+from bridge.generation import check_sampling, row_length
 from bridge.model import Model
 from bridge.tasks.calls import take_problems, take_size
 
@@ -113,17 +113,8 @@ def _plan(
         for p in problems
     ]
     # The limit of a row must not depend on how prompts are batched.
-    context = model.config.max_position_embeddings
-    longest, number = max((len(ids), i) for i, ids in enumerate(prompts))
-    asked = d.max_new_tokens
-    limit = default_new_tokens(longest, context) if asked is None else asked
-    if limit < 1:
-        raise BridgeError(f"max_new_tokens must be 1 or above, not {limit}")
-    if longest + limit > context:
-        raise BridgeError(
-            f"{_called(problems[number], split)} has {longest} tokens, and with max_new_tokens "
-            f"{limit} it goes past the context of {context}; lower max_new_tokens or leave it out"
-        )
+    lengths = {_called(p, split): len(ids) for p, ids in zip(problems, prompts, strict=True)}
+    limit = row_length(d.max_new_tokens, lengths, model.config.max_position_embeddings)
     return Plan(
         problems,
         prompts,

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bridge.errors import BridgeError
-from bridge.generation import default_new_tokens
+from bridge.generation import row_length
 from bridge.model import Model
 from bridge.tasks import Task
 from bridge.tasks.calls import take_problems
@@ -57,15 +56,8 @@ def look_ahead(settings: Settings, model: Model, task: Task | None) -> Ahead:
         most = split_size(task, "validation")
         count = min(settings.eval_problems, FIRST if most is None else min(most, FIRST))
         asked |= _encode(settings, model, task, "validation", range(count))
-    context, length = model.config.max_position_embeddings, settings.max_new_tokens
-    if length is None:
-        length = default_new_tokens(max(map(len, asked.values()), default=0), context)
-    for name, prompt in asked.items():
-        if len(prompt) + length > context:
-            raise BridgeError(
-                f"{name} has {len(prompt)} tokens, and with max_new_tokens {length} it goes past "
-                f"the context of {context}; lower max_new_tokens, or leave the problem out"
-            )
+    lengths = {name: len(prompt) for name, prompt in asked.items()}
+    length = row_length(settings.max_new_tokens, lengths, model.config.max_position_embeddings)
     if data is None:
         longest = max(prompts, key=len)
         advantages = np.where(np.arange(width) % 2, 1.0, -1.0)
