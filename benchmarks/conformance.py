@@ -33,16 +33,16 @@ def timed(backend: str, profile: str) -> dict[str, Any]:
     )
     seconds = time.perf_counter() - start
     report = json.loads(done.stdout)
-    outcomes = report["outcomes"]
+    passed = [outcome for outcome in report["outcomes"] if outcome["status"] == "pass"]
     return {
         "backend": backend,
         "profile": profile,
         "seconds": seconds,
         "passed": report["verdict"]["passed"],
         "level": report["verdict"]["level"],
-        "dtypes": report["dtypes"],
-        "checks_passed": sum(outcome["status"] == "pass" for outcome in outcomes),
-        "cases": sum(outcome["cases"] for outcome in outcomes),
+        "dtypes": list(dict.fromkeys(outcome["dtype"] for outcome in passed)),
+        "checks_passed": len(passed),
+        "cases": sum(outcome["cases"] for outcome in passed),
         "versions": report["versions"],
     }
 
