@@ -167,7 +167,7 @@ def test_a_long_response_and_a_problem_that_cannot_be_sent(bad):
 
 def test_limits_and_tasks_that_are_refused(bad):
     for limit in (0, -1, float("nan"), float("inf")):
-        with pytest.raises(BridgeError, match="time_limit must be above 0 s"):
+        with pytest.raises(BridgeError, match="time_limit must be above 0, not"):
             Scorer(bad, time_limit=limit)
     with pytest.raises(BridgeError, match="memory must be"):
         Scorer(bad, memory=0)

@@ -8,7 +8,7 @@ what is left to do: an evaluation that was interrupted ends with the same bytes 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from bridge.evaluation.records import Group, Journal, Row
 from bridge.generation import Done, Finished, ResponseSet, Token
@@ -17,17 +17,9 @@ from bridge.reading import show
 from bridge.tasks.calls import calling
 
 if TYPE_CHECKING:
-    from bridge.tasks import Problem, Score, Task
+    from bridge.tasks import Problem, Scores, Task
 
 GROUP_SHIFT = 20  # a prompt's number in the counter is problem + (group << 20)
-
-
-class Scores(Protocol):
-    """What `bridge.tasks.Scorer` does."""
-
-    def score(self, pairs: "Sequence[tuple[Problem, str]]") -> "list[Score]":
-        """One score a response, and never an exception of the task's."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -86,7 +78,7 @@ class Run:
         task: "Task",
         plan: Plan,
         journal: Journal,
-        scores: Scores,
+        scores: "Scores",
         progress: Callable[[Progress], None] | None,
     ) -> None:
         self.model, self.task, self.plan = model, task, plan

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge.errors import BridgeError
-from bridge.evaluation.batches import GROUP_SHIFT, Decoding, Plan, Progress, Run, Scores
+from bridge.evaluation.batches import GROUP_SHIFT, Decoding, Plan, Progress, Run
 from bridge.evaluation.records import Journal
 from bridge.evaluation.summary import Evaluation, rows_are_independent, widths_decoded
 from bridge.generation import check_sampling, row_length
 from bridge.model import Model
 from bridge.tasks.calls import take_problems, take_size
+from bridge.tasks.scorer import check_seconds
 
 if TYPE_CHECKING:
-    from bridge.tasks import Problem, Task
+    from bridge.tasks import Problem, Scores, Task
 
 PROBLEMS = 200  # where nobody says how many
 GROUPS = 1 << (32 - GROUP_SHIFT)  # as many as the counter tells apart
@@ -41,7 +42,7 @@ def evaluate(
     reward_seconds: float = 10.0,
     name: str = "",
     directory: Path | None = None,
-    scorer: Scores | None = None,
+    scorer: "Scores | None" = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Evaluation:
     """Answer the first `problems` problems of a split with `groups` groups at each width.
@@ -62,8 +63,7 @@ def evaluate(
         raise BridgeError(f"groups must be in 1..{GROUPS}, not {groups}")
     if max_rows < 1:
         raise BridgeError(f"max_rows must be 1 or above, not {max_rows}")
-    if not 0 < reward_seconds < float("inf"):
-        raise BridgeError(f"reward_seconds must be above 0, not {reward_seconds:g}")
+    check_seconds("reward_seconds", reward_seconds)
     plan = _plan(model, task, split, problems, groups, decoding or Decoding(), max_rows)
     settings = {
         "task": task.name,
@@ -155,7 +155,7 @@ def _check_asked(journal: Journal, plan: Plan, split: str) -> None:
             )
 
 
-def _scoring(task: "Task", scorer: Scores | None, reward_seconds: float) -> Any:
+def _scoring(task: "Task", scorer: "Scores | None", reward_seconds: float) -> Any:
     """The scorer given, which stays its owner's, or one of our own, which ends with us."""
     if scorer is not None:
         return nullcontext(scorer)

@@ -6,7 +6,7 @@ with Scorer(task) as scorer:
 """
 
 from bridge.tasks.find import find_task
-from bridge.tasks.problem import SPLITS, Problem, Score, Task
+from bridge.tasks.problem import SPLITS, Problem, Score, Scores, Task
 from bridge.tasks.scorer import Scorer
 
-__all__ = ["SPLITS", "Problem", "Score", "Scorer", "Task", "find_task"]
+__all__ = ["SPLITS", "Problem", "Score", "Scorer", "Scores", "Task", "find_task"]

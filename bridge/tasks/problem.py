@@ -4,7 +4,7 @@ A problem is a function of task, split and number alone, so that whoever resumes
 the same. Nothing here knows models or tokens; whoever scores does it through a `Scorer`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, Protocol, runtime_checkable
@@ -61,6 +61,15 @@ class Task(Protocol):
 
     def read_answer(self, response: str) -> str | None:
         """What the response votes for; None: it gives no answer. Quick, and never raises."""
+        ...
+
+
+class Scores(Protocol):
+    """Who scores responses: a `Scorer`, or what stands in for it."""
+
+    def score(self, pairs: Sequence[tuple[Problem, str]]) -> Sequence[Score]:
+        """One score for each problem and response, in order; a reward that fails is one of 0 with
+        its reason."""
         ...
 
 

@@ -49,8 +49,7 @@ class Scorer:
         Raises BridgeError for limits that are none, and where the task cannot be loaded in another
         process: it must be of a module that can be imported, not of the script that runs.
         """
-        if not isfinite(time_limit) or time_limit <= 0:
-            raise BridgeError(f"time_limit must be above 0 s, not {time_limit}")
+        check_seconds("time_limit", time_limit)
         if memory is not None and memory < 1:
             raise BridgeError(f"memory must be 1 byte or more, or None, not {memory}")
         if processes is not None and processes < 1:
@@ -189,6 +188,12 @@ class Scorer:
                 f"{count} rewards in a row took more than {self.time_limit:g} s each; mend the "
                 "task, or give a reward more time (reward_seconds), and the same command goes on"
             )
+
+
+def check_seconds(name: str, seconds: float) -> None:
+    """Raise BridgeError unless a time limit is one; `name` is what its user calls it."""
+    if not isfinite(seconds) or seconds <= 0:
+        raise BridgeError(f"{name} must be above 0, not {seconds:g}")
 
 
 def _cores() -> int:

@@ -15,7 +15,7 @@ from bridge.checkpoint import open_checkpoint
 from bridge.contract import SFT, AdamW
 from bridge.errors import BridgeError
 from bridge.model import build, trainable_names
-from bridge.tasks import Task
+from bridge.tasks import Scores, Task
 from bridge.tensors import content_hash
 from bridge.training import grpo
 from bridge.training.ahead import look_ahead
@@ -23,7 +23,7 @@ from bridge.training.health import Health
 from bridge.training.interrupt import Interrupt, Stopped
 from bridge.training.log import Log, check_sinks, open_sinks, read_log
 from bridge.training.order import VALIDATION, stream_seed
-from bridge.training.rollouts import Scorer, evaluate, split_size
+from bridge.training.rollouts import evaluate, split_size
 from bridge.training.run import Run
 from bridge.training.run_directory import Progress, RunDirectory, absolute, check_directory
 from bridge.training.saving import ModelWriter
@@ -63,7 +63,7 @@ def train(
     *,
     resume: bool = False,
     task: Task | None = None,
-    scorer: Scorer | None = None,
+    scorer: Scores | None = None,
     watch: Watcher | None = None,
 ) -> Result:
     """Run `settings` to the end, from the last checkpoint in `out` if there is one.
@@ -118,9 +118,9 @@ def train(
             Interrupt(lambda: watch.note("stopping after this step; Ctrl-C again to stop at once"))
         )
         if scorer is None and task is not None:
-            from bridge.tasks import Scorer as Worker
+            from bridge.tasks import Scorer
 
-            scorer = stack.enter_context(Worker(task, time_limit=settings.reward_seconds))
+            scorer = stack.enter_context(Scorer(task, time_limit=settings.reward_seconds))
         first = progress.step + 1 if directory.same else 0
         sinks = open_sinks(settings.log, directory.path, settings.to_json(), first)
         log = Log(directory.log, progress.step, sinks, directory.same)

@@ -8,7 +8,7 @@ and is counted (`bridge.tasks.Scorer` sees to it); whoever else scores must do t
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -16,17 +16,9 @@ from jaxtyping import Float
 from bridge.errors import BridgeError
 from bridge.generation import Response, ResponseSet
 from bridge.model import Model
-from bridge.tasks import Problem, Score, Task
+from bridge.tasks import Problem, Scores, Task
 from bridge.tasks.calls import take_problems, take_size
 from bridge.training.settings import Settings
-
-
-class Scorer(Protocol):
-    """Who scores: `bridge.tasks.Scorer`, or what stands in for it."""
-
-    def score(self, pairs: Sequence[tuple[Problem, str]]) -> Sequence[Score]:
-        """One score a pair, in order; none raises."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +39,7 @@ class Rollout:
 
 def roll_out(
     model: Model,
-    scorer: Scorer,
+    scorer: Scores,
     problems: Sequence[Problem],
     settings: Settings,
     seed: int,
@@ -164,7 +156,7 @@ def split_size(task: Task, split: str) -> int | None:
 
 
 def evaluate(
-    model: Model, task: Task, scorer: Scorer, settings: Settings, seed: int
+    model: Model, task: Task, scorer: Scores, settings: Settings, seed: int
 ) -> Mapping[str, Any]:
     """Figures on the first `eval_problems` validation problems, at the training width and
     temperature: the same problems and draws each time, so that two evaluations compare."""

@@ -9,12 +9,11 @@ from typing import Any
 from bridge.contract import Batch, Trainer
 from bridge.errors import BridgeError
 from bridge.model import Model
-from bridge.tasks import Task
+from bridge.tasks import Scores, Task
 from bridge.training.batches import Group, pack
 from bridge.training.health import Health
 from bridge.training.interrupt import Interrupt
 from bridge.training.log import Log
-from bridge.training.rollouts import Scorer
 from bridge.training.run_directory import Progress, RunDirectory
 from bridge.training.saving import ModelWriter
 from bridge.training.settings import Settings
@@ -36,7 +35,7 @@ class Run:
     health: Health
     progress: Progress
     task: Task | None = None
-    scorer: Scorer | None = None
+    scorer: Scores | None = None
 
     def __post_init__(self) -> None:
         self.phases = Phases(self.watch)

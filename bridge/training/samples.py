@@ -16,17 +16,12 @@ from typing import Any
 from bridge.errors import BridgeError
 from bridge.model import Model
 from bridge.reading import one_line, read_text
-from bridge.tasks import Task
+from bridge.tasks import Scores, Task
 from bridge.tasks.calls import take_problems
 from bridge.training.interrupt import Interrupt
 from bridge.training.lines import Lines, read_values, whole_lines
 from bridge.training.order import SAMPLES, problem_number, stream_seed
-from bridge.training.rollouts import (
-    Rollout,
-    Scorer,
-    roll_out,
-    split_size,
-)
+from bridge.training.rollouts import Rollout, roll_out, split_size
 from bridge.training.settings import SFTSettings
 from bridge.training.watch import Watcher
 
@@ -45,7 +40,7 @@ def make_samples(
     path: Path,
     model: Model,
     task: Task,
-    scorer: Scorer,
+    scorer: Scores,
     settings: SFTSettings,
     watch: Watcher,
     interrupt: Interrupt,
