@@ -64,8 +64,9 @@ def test_a_loss_that_explodes_stops_and_can_be_computed_again(sft):
         run(sft)
     said = str(error.value)
     assert "the same command with save_every 1" in said and "raise stop_loss" in said
-    with pytest.raises(BridgeError, match=re.escape(said.partition(";")[0])):
+    with pytest.raises(BridgeError, match=re.escape(said.partition(";")[0])) as second:
         run(replace(sft, save_every=1))
+    assert "may start from it" in str(second.value) and "may start" not in said
     out = Path(sft.out)
     before = bridge.load(out / "checkpoints" / "step-000002", backend="torch")
     with np.load(out / "failed" / "step-000003.npz") as kept:
@@ -103,12 +104,18 @@ def test_the_bound_of_sft_is_on_what_the_loss_was(sft):
     assert sft_trouble(replace(sft, stop_loss=50), slow, 1.05**29) is None
 
 
+SCORED = {"rows": 4, "bad_rewards": 0}
+
+
 def grpo_trouble(settings, entropies, loss=0.0, entropy=0.5, advantage=1.0):
     records = [
-        {"kind": "step", "entropy": e, "equal_groups": 0, "accuracy": 0.5} for e in entropies
+        {"kind": "step", "entropy": e, "equal_groups": 0, "accuracy": 0.5, **SCORED}
+        for e in entropies
     ]
     where = np.ones((1, 1), bool)
-    batch = Batch(where * 1, np.zeros(1, int), where, where * 1, where, advantages=[advantage])
+    batch = Batch(
+        where * 1, np.zeros(1, int), where, where * 1, where, advantages=np.array([advantage])
+    )
     found = Health(settings, 13, records).trouble({"loss": loss, "entropy": entropy}, [batch])
     return found and found[1]
 
@@ -152,6 +159,23 @@ def test_rewards_that_teach_nothing_are_noted_once_and_at_the_end(grpo, value, w
     first, last = watch.notes
     assert first.startswith("nothing to learn from in the first 3 steps: ") and why in first
     assert last.startswith("nothing was learnt in 5 steps: ") and why in last
+
+
+def test_rewards_that_all_fail_are_no_hard_problems(grpo):
+    """They are 0 all the same; where one step's do not fail, they are."""
+    reasons = []
+    for bad in (4, 3):
+        notes = []
+        health = Health(grpo, 13, note=notes.append)
+        for failed in (4, 4, bad):
+            given = {"equal_groups": 2, "accuracy": 0.0, "rows": 4, "bad_rewards": failed}
+            health.record({"kind": "step", **given, "bad_reward": "the reward raised OSError: no"})
+        reasons += [note.partition(": ")[2] for note in notes]
+    all_failed, hard = reasons
+    assert all_failed == (
+        "every reward failed and counts as 0 (the reward raised OSError: no); mend the task"
+    )
+    assert "no response is correct" in hard
 
 
 def test_a_run_that_goes_on_counts_the_steps_before(grpo):

@@ -48,6 +48,7 @@ class Health:
         self.loss, self.entropy = Lowest(), Lowest()
         self.steps = self.equal = 0
         self.accuracies: set[float] = set()
+        self.failed: list[str] = []  # of steps whose rewards all failed, the commonest reason
         for record in records:
             self._add(record)
 
@@ -101,10 +102,14 @@ class Health:
             self.steps += 1
             self.equal += record["equal_groups"] == self.settings.problems
             self.accuracies.add(record["accuracy"])
+            if record["bad_rewards"] == record["rows"]:
+                self.failed.append(record["bad_reward"])
 
     def _why(self) -> str:
         """Of steps without a group whose rewards differ."""
         said = "no group has rewards that differ, and so no gradient"
+        if len(self.failed) == self.steps:
+            return f"every reward failed and counts as 0 ({self.failed[0]}); mend the task"
         if self.accuracies == {0.0}:
             return (
                 f"{said}, and no response is correct; choose easier problems, a larger width or "

@@ -89,13 +89,14 @@ class Run:
         on with `save_every` at 1 comes here again and has it."""
         kept = self.directory.save_failed(step + 1, batches)
         steps = self.directory.steps()
-        last = "there is no checkpoint yet"
+        last, start = "there is no checkpoint yet", ""
         if steps:
             last = f"the last checkpoint is {self.directory.place(steps[-1])}"
+            start = ", which may start from it"
         if step not in {0, *steps}:
             last += " (the same command with save_every 1 keeps the one before this step)"
         go_on = f", or raise {bound} to go on with this one" if bound else ""
         raise BridgeError(
             f"step {step + 1}: {what}; its batch is {kept}, and {last}; lower lr or "
-            f"max_grad_norm in a new run{go_on}"
+            f"max_grad_norm in a new run{start}{go_on}"
         )
