@@ -321,7 +321,7 @@ def test_a_run_goes_on_only_with_its_own_settings(settings, model, tmp_path):
         with pytest.raises(BridgeError, match=f"config.toml: {name} was .*, and now is ") as error:
             run(replace(settings, **{name: value}))
         assert "\n" not in str(error.value)
-    more = replace(settings, save_every=1, keep=5, steps=7)  # what may change
+    more = replace(settings, save_every=1, keep=5, steps=7, reward_seconds=20)  # what may change
     assert run(more, resume=True).resumed_from == 2
     assert run(more).steps == 7  # done already
     assert run(replace(more, steps=8)).resumed_from == 7

@@ -33,8 +33,10 @@ from bridge.training.toml import read_toml, write_toml
 
 CONFIG, PROGRESS, SAMPLES = "config.toml", "progress.json", "samples.jsonl"
 SAID = "training.json"  # what is said of a model that was saved
-# What may differ between a run and its resumption: nothing that a step computes depends on it.
+# What may differ between a run and its resumption: nothing that a step computes depends on it, but
+# for rewards that ran out of time, and who gives them more must not lose the run.
 FREE = (
+    "reward_seconds",
     *("out", "save_every", "keep", "log", "gap_every", "norms_every"),
     *("stop_grad_norm", "stop_loss", "stop_entropy"),
 )
