@@ -8,10 +8,12 @@ import signal
 from collections.abc import Iterator
 from importlib.metadata import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 
 # A shell ignores Ctrl-C for what runs in its background, and processes pass that on; some tests
 # press it.
@@ -25,6 +27,24 @@ settings.register_profile(
 )
 settings.register_profile("thorough", max_examples=300, deadline=None, suppress_health_check=QUIET)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.hookimpl(trylast=True)  # once --hypothesis-profile is read
+def pytest_configure() -> None:
+    """Under `ci`, have Hypothesis leave out the constants of our modules, which it draws now and
+    then: of those that are loaded by then, so that they depend on what else the process has run,
+    and with that every example after them."""
+    if settings.get_current_profile_name() == "ci" and hasattr(providers, "_get_local_constants"):
+        providers._get_local_constants = lambda: providers._local_constants  # which stays empty
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each process gets a run of neighbours, and takes over some of another's once it is done: what
+    a file's tests share, such as what JAX has compiled, is made once, and none waits at the end."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getvalue("dist") == "load" else None
 
 
 @pytest.fixture
