@@ -18,7 +18,7 @@ from bridge_jax import backend, decode, train
 from bridge_jax import model as transformer
 from bridge_jax.backend import JaxBackend
 from bridge_jax.block import Layout
-from bridge_jax.compiled import bucket
+from bridge_jax.compiled import QUICK, bucket
 from bridge_jax.sampling import Settings, inverse, sample
 from bridge_ref.sampling import sample as reference_sample
 
@@ -46,18 +46,24 @@ PROMPT = np.arange(10)
 
 @pytest.fixture(autouse=True)
 def as_large_models(monkeypatch):
-    """Small models too are compiled with full effort, for the sizes of large ones."""
+    """Small models too are laid out, and compiled unless a test says so, as large ones are."""
     monkeypatch.setattr(transformer, "SMALL", 0)
 
 
 def load(dtype="float32", **changes):
+    """A model laid out as a large one is, and compiled with little effort: what is counted here is
+    the same either way."""
     config = parse_config({**RAW, **changes})
-    return JaxBackend().load(config, random_tensors(config, 0, dtype), device="cpu", dtype=dtype)
+    model = JaxBackend().load(config, random_tensors(config, 0, dtype), device="cpu", dtype=dtype)
+    model.transformer.quick = True
+    return model
 
 
 @pytest.fixture
 def compilations():
-    """One entry for whatever XLA compiles meanwhile, be it a function or a stray operation."""
+    """One entry for whatever XLA compiles meanwhile, be it a function or a stray operation; what
+    other tests compiled is forgotten."""
+    jax.clear_caches()
     compiled = []
 
     def listen(event, duration, **_):
@@ -71,7 +77,8 @@ def compilations():
 
 def flops(function, *arguments, **keywords):
     """Of the whole function, as XLA counts them after its optimisations."""
-    return function.full.lower(*arguments, **keywords).compile().cost_analysis()["flops"]
+    lowered = function.full.lower(*arguments, **keywords)
+    return lowered.compile(compiler_options=QUICK).cost_analysis()["flops"]
 
 
 def called(monkeypatch, module, name, run):
@@ -279,6 +286,7 @@ def test_training_and_decoding_take_turns(tied):
     after = model.logits(*arguments)
     assert np.abs(after - before).max() > 1e-3
     fresh = JaxBackend().load(model.config, dict(model.tensors()), device="cpu", dtype="float32")
+    fresh.transformer.quick = True  # as the model, or it would be rounded otherwise
     np.testing.assert_array_equal(fresh.logits(*arguments), after)
     decoder = model.prefill([tokens[0]], [1], 1)
     alone = model.logits(tokens[:1], [0], active[:1], positions[:1])
@@ -307,7 +315,7 @@ def gradient_of(model, trainable, checkpoint=False):
         chosen=chosen,
         objective=GRPO(),
         checkpoint=checkpoint,
-    ).compile()
+    ).compile(compiler_options=QUICK)
 
 
 def test_what_is_frozen_has_no_gradient_computed():
@@ -354,7 +362,8 @@ def test_attention_of_a_long_batch_takes_memory_as_its_length(monkeypatch):
         lowered = transformer.logits.full.lower(
             model.transformer.params, batch, table, config=model.config
         )
-        return lowered.compile().memory_analysis().temp_size_in_bytes
+        compiled = lowered.compile(compiler_options=QUICK)
+        return compiled.memory_analysis().temp_size_in_bytes
 
     # Scores of 256 queries and what is linear in the length double; all scores would be 16 times.
     assert memory(2048) < 2.5 * memory(1024)
