@@ -1,7 +1,7 @@
 """`bridge convert` on the command line: what it says, its JSON, and what it refuses."""
 
 import json
-import resource
+import os
 import shutil
 import subprocess
 import sys
@@ -195,22 +195,27 @@ def test_a_number_too_large_for_the_dtype(root):
 
 def test_a_disk_that_refuses(root):
     """As a full one does: no file may grow past a limit."""
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-
-    before = sorted(path.name for path in root.iterdir())
-    command = [sys.executable, "-m", "bridge_cli.main", "convert", root / "model", root / "out"]
-    result = subprocess.run(
-        [*command, "--to", "jax"], preexec_fn=limit, capture_output=True, text=True
+    code = (
+        "import resource; from bridge_cli.main import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); main()"
     )
+    before = sorted(path.name for path in root.iterdir())
+    command = [sys.executable, "-c", code, "convert", root / "model", root / "out", "--to", "jax"]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and "cannot be written" in result.stderr
     assert sorted(path.name for path in root.iterdir()) == before
 
 
-def test_a_gguf_file(gguf, tmp_path):
-    """The real one, through transformers: the tensors that it gives, in bf16."""
+def test_a_gguf_file(gguf, smollm2, tmp_path, monkeypatch):
+    """The real one: the tensors that transformers gives, which it is asked for once a session, in
+    bf16."""
+
+    def given(path, out):
+        assert path == gguf
+        shutil.copytree(smollm2, out, copy_function=os.link)
+
+    monkeypatch.setattr("bridge.gguf.export_gguf", given)
     said = CliRunner().invoke(
         app,
         ["convert", str(gguf), str(tmp_path / "out"), "--to", "jax", "--dtype", "bf16", "--json"],
