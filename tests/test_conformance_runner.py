@@ -13,6 +13,7 @@ import sys
 import jsonschema
 import numpy as np
 import pytest
+from hypothesis.internal.conjecture import providers
 from typer.testing import CliRunner
 
 from bridge_cli.main import app
@@ -351,6 +352,17 @@ def test_the_same_seed_runs_the_same_cases():
         assert first == again
         assert not set(first) & set(other)
         assert len(first) >= 3
+
+
+def test_cases_do_not_depend_on_numbers_that_hypothesis_finds_in_modules(monkeypatch):
+    def cases():
+        return [readable(case) for case in draw(4, "float32", 0, 10)]
+
+    before = cases()
+    found = type(providers._local_constants)(integers=set(range(5000)))
+    monkeypatch.setattr(providers, "_get_local_constants", lambda: found)
+    providers.CONSTANTS_CACHE.cache.clear()
+    assert cases() == before
 
 
 def test_a_run_is_the_same_again():
