@@ -82,6 +82,14 @@ def smollm2(gguf, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def toy_model(tmp_path_factory) -> Path:
+    """A checkpoint of the toy task, whose blocks do something; not to be changed."""
+    from training_toys import write_model
+
+    return write_model(tmp_path_factory.mktemp("toy") / "model")
+
+
+@pytest.fixture(scope="module")
 def traced(tmp_path_factory) -> Path:
     """A host; models of it whose blocks do something, of both kinds; and one with fresh blocks."""
     from traced import write_models

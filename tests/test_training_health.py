@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training_toys import Graded, InProcess, Sums, write_model
+from training_toys import Graded, InProcess, Sums
 
 import bridge
 from bridge.contract import SFT, Batch
@@ -19,21 +19,16 @@ from bridge.training.watch import Silent
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("health") / "model")
-
-
 @pytest.fixture
-def sft(model, tmp_path):
-    common = {"checkpoint": str(model), "out": str(tmp_path / "run"), "backend": "torch"}
+def sft(toy_model, tmp_path):
+    common = {"checkpoint": str(toy_model), "out": str(tmp_path / "run"), "backend": "torch"}
     given = {"task": "sums", "problems": 40, "samples": 16, "max_new_tokens": 2, "groups": 8}
     return SFTSettings(**common, **given, lr=1.0, warmup=0, trainable=("all",))
 
 
 @pytest.fixture
-def grpo(model, tmp_path):
-    common = {"checkpoint": str(model), "out": str(tmp_path / "run"), "backend": "torch"}
+def grpo(toy_model, tmp_path):
+    common = {"checkpoint": str(toy_model), "out": str(tmp_path / "run"), "backend": "torch"}
     given = {"task": "sums", "problems": 2, "width": 2, "max_new_tokens": 2, "eval_every": 0}
     return GRPOSettings(**common, **given, steps=5)
 

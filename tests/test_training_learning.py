@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training_toys import Graded, InProcess, Nasty, Sums, write_model
+from training_toys import Graded, InProcess, Nasty, Sums
 
 import bridge
 from bridge.contract import GRPO
@@ -25,15 +25,10 @@ from bridge_conformance.tolerance import allowance, error
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("training") / "model")
-
-
 @pytest.fixture
-def settings(model, tmp_path):
+def settings(toy_model, tmp_path):
     return GRPOSettings(
-        checkpoint=str(model),
+        checkpoint=str(toy_model),
         out=str(tmp_path / "run"),
         task="sums",
         backend="torch",
@@ -56,17 +51,19 @@ def run(settings, task=None, scorer=None):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("backend", ["numpy", "torch", "jax", "mlx"])
-def test_a_rollouts_batch_is_what_the_decoder_saw(model, settings, backend, temperature):
+def test_a_rollouts_batch_is_what_the_decoder_saw(toy_model, settings, backend, temperature):
     """Rows end at different times here: at EOS and at the limit. Teacher forcing the batch gives
     the decoder's log-probabilities up to rounding, and those of a batch with one active cell too
     many do not."""
-    loaded = bridge.load(model, backend=backend, dtype="float32")
+    loaded = bridge.load(toy_model, backend=backend, dtype="float32")
     settings = replace(settings, temperature=temperature)
     problems = [Sums().problem("train", n) for n in range(6)]
     rolled = roll_out(loaded, InProcess(Sums()), problems, settings, 5)
     lengths = {len(tokens) for rollout in rolled for tokens in rollout.tokens}
     assert len(lengths) > 2
-    wide, narrow = (bridge.load(model, backend="numpy", dtype=d) for d in ("float64", "float32"))
+    wide, narrow = (
+        bridge.load(toy_model, backend="numpy", dtype=d) for d in ("float64", "float32")
+    )
     caught = 0
     for rollout in rolled:
         batch = make_batch([Group(rollout.prompt, rollout.tokens)])
@@ -160,8 +157,8 @@ def test_problems_and_draws_are_of_seed_and_step_alone(settings, monkeypatch):
     assert len(evaluations) == 4 and len({str(one) for one in evaluations}) == 1
 
 
-def test_without_blocks_the_host_alone_is_trained(model, settings):
-    host = model.parent / f"{model.name}-host"
+def test_without_blocks_the_host_alone_is_trained(toy_model, settings):
+    host = toy_model.parent / f"{toy_model.name}-host"
     result, steps = run(replace(settings, checkpoint=str(host), lr=1e-2))
     assert len(steps) == 2 and "norm_ratio" not in steps[0]
     assert bridge.load(result.final, backend="numpy").config.bridge is None
@@ -280,14 +277,14 @@ def heard(monkeypatch):
 @pytest.mark.parametrize("kind", ["grpo", "sft"])
 @pytest.mark.parametrize("backend", ["numpy", "torch", "jax", "mlx"])
 def test_norm_ratios_are_of_a_micro_batch_of_the_step(
-    model, settings, tmp_path, monkeypatch, backend, kind
+    toy_model, settings, tmp_path, monkeypatch, backend, kind
 ):
     """Those of the first step are of the weights that the run starts from (clause 3.9)."""
     batches = heard(monkeypatch)
     more = {"backend": backend, "dtype": "float32", "lr": 1e-2, "norms_every": 2}
     if kind == "sft":
         task = Sums(first=True)
-        settings = sft(model, tmp_path, groups=4, epochs=1, micro_batch_tokens=40, **more)
+        settings = sft(toy_model, tmp_path, groups=4, epochs=1, micro_batch_tokens=40, **more)
     else:
         task = Graded()
         settings = replace(settings, steps=3, micro_batch_tokens=40, **more)
@@ -296,7 +293,7 @@ def test_norm_ratios_are_of_a_micro_batch_of_the_step(
     assert [s["step"] for s in steps if "norm_ratio" in s] == list(range(1, len(steps) + 1, 2))
     assert all(batch.tokens.size <= 40 for batch in batches)
     exact, own = (
-        bridge.load(model, backend="numpy", dtype=d).norm_ratios(batches[0])
+        bridge.load(toy_model, backend="numpy", dtype=d).norm_ratios(batches[0])
         for d in ("float64", "float32")
     )
     got = np.array(steps[0]["norm_ratios"])
@@ -324,8 +321,8 @@ def sft(model, tmp_path, **more):
     return SFTSettings(**{**common, **given, "eval_every": 0, **more})
 
 
-def test_the_warm_up_learns_from_correct_responses_alone(model, tmp_path):
-    settings = sft(model, tmp_path, epochs=8, lr=5e-2)
+def test_the_warm_up_learns_from_correct_responses_alone(toy_model, tmp_path):
+    settings = sft(toy_model, tmp_path, epochs=8, lr=5e-2)
     result, steps = run(settings, Sums(first=True))
     losses = [np.mean([s["loss"] for s in steps if s["epoch"] == e]) for e in range(8)]
     assert losses == sorted(losses, reverse=True)
@@ -337,7 +334,7 @@ def test_the_warm_up_learns_from_correct_responses_alone(model, tmp_path):
     enough = [line for line in lines if len(line["responses"]) > 1]
     assert 0 < len(enough) < 40
     assert steps[0]["rows"] <= sum(len(line["responses"]) for line in enough)
-    before = bridge.load(model, backend="numpy").implementation.tensors()
+    before = bridge.load(toy_model, backend="numpy").implementation.tensors()
     after = dict(bridge.load(result.final, backend="numpy").implementation.tensors())
     for name, tensor in before:
         assert np.array_equal(tensor, after[name]) == (".bridge." not in name)
@@ -357,7 +354,7 @@ def test_groups_are_dealt_whole_and_anew():
     assert [g.rows for g in pairs if g.name == "3"] == [2]  # one sits out
 
 
-def test_the_warm_up_reads_a_file(model, tmp_path):
+def test_the_warm_up_reads_a_file(toy_model, tmp_path):
     data = tmp_path / "data.jsonl"
     lines = [
         {"prompt": "1+2=", "responses": ["3", "3"]},
@@ -365,26 +362,26 @@ def test_the_warm_up_reads_a_file(model, tmp_path):
         {"prompt": "2+3=", "responses": ["5", "5+", "05"]},
     ]
     data.write_text("\n".join(json.dumps(line) for line in lines))  # no newline at the end
-    settings = sft(model, tmp_path, task="", data=str(data), epochs=1)
+    settings = sft(toy_model, tmp_path, task="", data=str(data), epochs=1)
     _, steps = run(settings)
     assert steps[0]["groups"] == 2 and steps[0]["rows"] == 5 and steps[0]["tokens"] == 12
     distinct = replace(settings, distinct=True, out=str(tmp_path / "distinct"))
     assert run(distinct)[1][0]["rows"] == 3
 
 
-def test_a_task_with_no_correct_sample_says_so(model, tmp_path):
+def test_a_task_with_no_correct_sample_says_so(toy_model, tmp_path):
     class Hopeless(Sums):
         def score(self, problem, response):
             return 0.0
 
-    settings = sft(model, tmp_path)
+    settings = sft(toy_model, tmp_path)
     with pytest.raises(BridgeError, match="no problem of 40 has two correct responses") as error:
         run(settings, Hopeless())
     assert "\n" not in str(error.value)
     assert len((tmp_path / "sft" / "samples.jsonl").read_text().splitlines()) == 40
 
 
-def test_rewards_that_all_fail_are_said_to(model, tmp_path):
+def test_rewards_that_all_fail_are_said_to(toy_model, tmp_path):
     class Failing:
         def score(self, pairs):
             return [
@@ -398,7 +395,7 @@ def test_rewards_that_all_fail_are_said_to(model, tmp_path):
         def note(self, text):
             notes.append(text)
 
-    settings = sft(model, tmp_path, problems=6, samples=2, max_rows=6)
+    settings = sft(toy_model, tmp_path, problems=6, samples=2, max_rows=6)
     said = (
         r"\(0 correct in all\).*; 12 rewards failed and count as 0, most often: raises ValueError"
     )
@@ -427,11 +424,11 @@ LINES = [
 
 
 @pytest.mark.parametrize("line, message", LINES)
-def test_bad_lines_of_a_file_are_named(model, tmp_path, line, message):
+def test_bad_lines_of_a_file_are_named(toy_model, tmp_path, line, message):
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "1+2=", "responses": ["3", "3"]}\n' + line + "\n")
     with pytest.raises(BridgeError, match=f"data.jsonl, line 2.*{message}"):
-        run(sft(model, tmp_path, task="", data=str(data)))
+        run(sft(toy_model, tmp_path, task="", data=str(data)))
 
 
 def test_clipping_is_asymmetric_in_the_objective(settings):
@@ -440,9 +437,9 @@ def test_clipping_is_asymmetric_in_the_objective(settings):
     assert bridge.training.grpo.objective(given) == wanted
 
 
-def test_sampling_is_by_temperature_alone(model, settings):
+def test_sampling_is_by_temperature_alone(toy_model, settings):
     """What is sampled is what `Model.generate` samples with no filter."""
-    loaded = bridge.load(model, backend="torch")
+    loaded = bridge.load(toy_model, backend="torch")
     [ours] = generate(loaded, ["1+2="], replace(settings, temperature=0.7), 9)
     [plain] = loaded.generate(["1+2="], width=4, max_new_tokens=5, temperature=0.7, seed=9)
     assert ours == plain

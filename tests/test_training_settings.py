@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from training_toys import Graded, InProcess, write_model
+from training_toys import Graded, InProcess
 from typer.testing import CliRunner
 
 from bridge import tasks as real_tasks
@@ -33,11 +33,6 @@ PLAIN = dict.fromkeys(("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "GITHUB_AC
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("settings") / "model")
 
 
 @pytest.fixture
@@ -158,10 +153,10 @@ def test_every_field_has_a_flag_and_says_what_it_is_for():
     assert "Example: bridge train grpo" in shown and "--top-k" not in shown
 
 
-def test_flags_override_the_file(model, tmp_path, toy):
+def test_flags_override_the_file(toy_model, tmp_path, toy):
     config = tmp_path / "run.toml"
     config.write_text(
-        f'checkpoint = "{model}"\nout = "{tmp_path / "run"}"\ntask = "toy"\nsteps = 9\nlr = 1e-3\n'
+        f'checkpoint = "{toy_model}"\nout = "{tmp_path / "run"}"\ntask = "toy"\nsteps = 9\nlr = 1e-3\n'
         'width = 2\nproblems = 2\nmax_new_tokens = 2\neval_every = 0\nbackend = "torch"\n'
         "task_options = { first = false }\n"
     )
@@ -177,10 +172,10 @@ def test_flags_override_the_file(model, tmp_path, toy):
     assert "use bridge train grpo" in refusal("sft", "--resume", "--out", tmp_path / "run")
 
 
-def test_a_run_says_each_step_and_what_came_of_it(model, tmp_path, toy):
+def test_a_run_says_each_step_and_what_came_of_it(toy_model, tmp_path, toy):
     common = ("--task", "toy", "--max-new-tokens", 2, "--backend", "torch", "--eval-problems", 2)
     out = tmp_path / "warm"
-    done = bridge("sft", model, "--out", out, *common, "--problems", 40, "--eval-every", 4)
+    done = bridge("sft", toy_model, "--out", out, *common, "--problems", 40, "--eval-every", 4)
     assert re.search(r"sampled 40 of 40 problems, \d+ responses correct", done.stderr)
     first = r"step 1/\d+, loss [\d.]+, gradient [\d.]+, lr 1.00e-04, norm ratio [\d.]+"
     assert re.search(first, done.stderr)
@@ -214,7 +209,7 @@ def test_rewards_that_fail_in_an_evaluation_are_said_once_and_counted(capsys):
     assert said == ["a reward failed and counts as 0: raises Error0"] and view.bad == 9
 
 
-def test_ctrl_c_exits_130_and_the_same_command_goes_on(model, tmp_path, toy, monkeypatch):
+def test_ctrl_c_exits_130_and_the_same_command_goes_on(toy_model, tmp_path, toy, monkeypatch):
     import bridge.training.log as log
 
     write = log.Log.write
@@ -224,7 +219,7 @@ def test_ctrl_c_exits_130_and_the_same_command_goes_on(model, tmp_path, toy, mon
         if record["kind"] == "step" and record["step"] == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    arguments = ("grpo", model, "--out", tmp_path / "run", "--task", "toy", "--steps", 4)
+    arguments = ("grpo", toy_model, "--out", tmp_path / "run", "--task", "toy", "--steps", 4)
     arguments = (*arguments, "--problems", 2, "--max-new-tokens", 2, "--backend", "torch")
     with monkeypatch.context() as patch:
         patch.setattr(log.Log, "write", then_interrupt)
@@ -234,8 +229,8 @@ def test_ctrl_c_exits_130_and_the_same_command_goes_on(model, tmp_path, toy, mon
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_dry_run_writes_nothing_and_tells_sizes(model, tmp_path, toy, kind):
-    arguments = (kind, model, "--out", tmp_path / "run", "--task", "toy", "--width", 4)
+def test_a_dry_run_writes_nothing_and_tells_sizes(toy_model, tmp_path, toy, kind):
+    arguments = (kind, toy_model, "--out", tmp_path / "run", "--task", "toy", "--width", 4)
     arguments = (*arguments, "--max-new-tokens", 6, "--backend", "torch", "--dry-run")
     plan = json.loads(bridge(*arguments, "--json").stdout)
     assert plan["train_problems"] == 80 and plan["micro_batch"] == [64, 9]  # 4 + 6 - 1
@@ -250,10 +245,10 @@ def test_a_dry_run_writes_nothing_and_tells_sizes(model, tmp_path, toy, kind):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_dry_run_on_a_file_counts_decoding_only_where_there_is_some(model, tmp_path, toy):
+def test_a_dry_run_on_a_file_counts_decoding_only_where_there_is_some(toy_model, tmp_path, toy):
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "1+2=", "responses": ["3", "3"]}\n')
-    arguments = ("sft", model, "--out", tmp_path / "run", "--data", data, "--task", "toy")
+    arguments = ("sft", toy_model, "--out", tmp_path / "run", "--data", data, "--task", "toy")
     arguments = (*arguments, "--backend", "torch", "--dry-run", "--json")
     plan = json.loads(bridge(*arguments).stdout)
     assert plan["memory"]["decoding"] == plan["seconds"]["evaluation"] == 0
@@ -261,31 +256,31 @@ def test_a_dry_run_on_a_file_counts_decoding_only_where_there_is_some(model, tmp
     assert plan["memory"]["decoding"] > 0 < plan["seconds"]["evaluation"]
 
 
-def test_a_dry_run_tells_in_advance_what_would_be_refused(model, tmp_path, toy):
-    common = ("grpo", model, "--out", tmp_path / "run", "--task", "toy", "--dry-run")
+def test_a_dry_run_tells_in_advance_what_would_be_refused(toy_model, tmp_path, toy):
+    common = ("grpo", toy_model, "--out", tmp_path / "run", "--task", "toy", "--dry-run")
     said = refusal(*common, "--micro-batch-tokens", 40, "--max-new-tokens", 6)
     assert "a group is never split" in said
     assert "goes past the context of 64" in refusal(*common, "--max-new-tokens", 61)
     assert "adapter: model.embed_tokens.weight is trained too" in refusal(*common, "--adapter")
 
 
-def test_refusals_of_the_command_line(model, tmp_path, toy):
+def test_refusals_of_the_command_line(toy_model, tmp_path, toy):
     out = ("--out", tmp_path / "run")
     assert "SOURCE is missing" in refusal("grpo")
     nothing = refusal("grpo", "--resume", *out)
     assert f"{tmp_path / 'run'}: holds no run to resume (no config.toml)" in nothing
     assert "no such checkpoint" in refusal("grpo", tmp_path / "none", *out, "--task", "toy")
     assert "no such file" in refusal("grpo", tmp_path / "none.toml")
-    assert "--top-k is refused in training" in refusal("grpo", model, "--top-k", 5)
-    assert "write KEY=VALUE" in refusal("grpo", model, *out, "--task-options", "x")
-    assert "task 'sudoku' is not known" in refusal("grpo", model, *out, "--task", "sudoku")
+    assert "--top-k is refused in training" in refusal("grpo", toy_model, "--top-k", 5)
+    assert "write KEY=VALUE" in refusal("grpo", toy_model, *out, "--task-options", "x")
+    assert "task 'sudoku' is not known" in refusal("grpo", toy_model, *out, "--task", "sudoku")
     assert "no tensor is named 'x'" in refusal(
-        "grpo", model, *out, "--task", "toy", "--trainable", "x"
+        "grpo", toy_model, *out, "--task", "toy", "--trainable", "x"
     )
     broken = tmp_path / "broken.toml"
     broken.write_text("steps = [1")
     assert "broken.toml: is not TOML" in refusal("grpo", broken)
-    host = model.parent / f"{model.name}-host"
+    host = toy_model.parent / f"{toy_model.name}-host"
     assert "the model has no Bridge blocks" in refusal("sft", host, *out, "--task", "toy")
     assert not (tmp_path / "run").exists()
 
