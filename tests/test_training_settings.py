@@ -156,7 +156,8 @@ def test_every_field_has_a_flag_and_says_what_it_is_for():
 def test_flags_override_the_file(toy_model, tmp_path, toy):
     config = tmp_path / "run.toml"
     config.write_text(
-        f'checkpoint = "{toy_model}"\nout = "{tmp_path / "run"}"\ntask = "toy"\nsteps = 9\nlr = 1e-3\n'
+        f'checkpoint = "{toy_model}"\nout = "{tmp_path / "run"}"\ntask = "toy"\n'
+        "steps = 9\nlr = 1e-3\n"
         'width = 2\nproblems = 2\nmax_new_tokens = 2\neval_every = 0\nbackend = "torch"\n'
         "task_options = { first = false }\n"
     )
