@@ -24,6 +24,7 @@ from bridge_cli import (
     inspect,
     train,
 )
+from bridge_cli.allocator import keep_memory
 from bridge_cli.text import one_line
 
 
@@ -101,6 +102,8 @@ def options(
 
 def main() -> None:
     """Run the command line of this process, and exit with its code."""
+    if sys.argv[1:2] in (["train"], ["bench"]):  # of the whole process, so whoever owns it decides
+        keep_memory()
     app(prog_name="bridge")
 
 
