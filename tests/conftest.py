@@ -6,6 +6,7 @@ HYPOTHESIS_PROFILE or pytest's own --hypothesis-profile chooses; the latter wins
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from importlib.metadata import files
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
-from hypothesis.internal.conjecture import providers
+
+from bridge_conformance.draws import by_seed_alone
 
 # A shell ignores Ctrl-C for what runs in its background, and processes pass that on; some tests
 # press it.
@@ -30,12 +32,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 @pytest.hookimpl(trylast=True)  # once --hypothesis-profile is read
-def pytest_configure() -> None:
-    """Under `ci`, have Hypothesis leave out the constants of our modules, which it draws now and
-    then: of those that are loaded by then, so that they depend on what else the process has run,
-    and with that every example after them."""
-    if settings.get_current_profile_name() == "ci" and hasattr(providers, "_get_local_constants"):
-        providers._get_local_constants = lambda: providers._local_constants  # which stays empty
+def pytest_configure(config: pytest.Config) -> None:
+    """Under `ci` what a test draws does not depend on what else its process has run."""
+    if settings.get_current_profile_name() == "ci":
+        stack = ExitStack()
+        stack.enter_context(by_seed_alone())
+        config.add_cleanup(stack.close)
 
 
 @pytest.hookimpl(optionalhook=True)

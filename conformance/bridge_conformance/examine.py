@@ -7,19 +7,17 @@ case that one check fails on.
 
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
-from unittest.mock import patch
 
 import hypothesis
 from hypothesis import HealthCheck, Phase, Verbosity
 from hypothesis.errors import HypothesisException
-from hypothesis.internal.conjecture import providers
 
 from bridge_conformance.cases_json import readable
 from bridge_conformance.checks import CASES, CHECKS, Check
+from bridge_conformance.draws import by_seed_alone
 from bridge_conformance.memory import Memory
 from bridge_conformance.results import EDGES, Status, bin_of, plain
 from bridge_conformance.trial import Nonconformance, Target, Unsuited
@@ -103,21 +101,8 @@ def run(
     def test(case: Any) -> None:
         function(case)
 
-    with _by_seed_alone():
+    with by_seed_alone():
         test()
-
-
-@contextmanager
-def _by_seed_alone() -> Iterator[None]:
-    """Keep Hypothesis from drawing numbers that it found in modules: which those are depends on
-    what is loaded and on how it was installed, and with them every case after the first such."""
-    internals = ("_local_constants", "_get_local_constants", "CONSTANTS_CACHE")
-    if not all(hasattr(providers, name) for name in internals):  # another version of Hypothesis
-        yield
-        return
-    none, cache = type(providers._local_constants), type(providers.CONSTANTS_CACHE)
-    with patch.multiple(providers, _get_local_constants=none, CONSTANTS_CACHE=cache(1024)):
-        yield
 
 
 def examine(target: Target, checks: Sequence[Check], case: Any) -> list[Finding]:
