@@ -15,7 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from record import RESULTS, processor, record
+from record import RESULTS, record
+
+from bridge_cli.bench import processor
 
 BACKENDS = ("numpy", "torch", "jax", "mlx")
 PROFILES = ("quick", "ci")

@@ -24,11 +24,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from record import RESULTS, processor, record
+from record import RESULTS, record
 
 from bridge.checkpoint_writer import write_checkpoint
 from bridge.config import BridgeConfig, parse_config, tensor_shapes
 from bridge.safetensors_io import TensorSpec
+from bridge_cli.bench import processor
 
 LLAMA_8B: dict[str, Any] = {
     "model_type": "llama",

@@ -21,12 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import RESULTS, processor, record
+from record import RESULTS, record
 
 import bridge
 from bridge.contract import Sampling
 from bridge.gguf import export_gguf
 from bridge.initialise import init
+from bridge_cli.bench import processor
 
 QUESTION = "There are 5 bags with 8 marbles in each bag. How many marbles are there in total?"
 SEED = Sampling(temperature=1.0, seed=0)

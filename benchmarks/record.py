@@ -1,19 +1,10 @@
-"""What all benchmarks share: the name of the processor, and where figures are kept."""
+"""What all benchmarks share: where figures are kept."""
 
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def processor() -> str:
-    """The processor's name, as its maker gives it where the system tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def record(results: dict[str, Any], what: str, out: Path) -> None:

@@ -74,21 +74,26 @@ def bench(
     console.print(where, style="dim", highlight=False)
 
 
+def processor() -> str:
+    """The processor's name, as its maker gives it where the system tells."""
+    import platform
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
 def _machine(backend: str, device: str) -> dict[str, Any]:
     """What the figures are of."""
     import os
-    import platform
     from importlib.metadata import PackageNotFoundError, version
 
     try:
         installed = version(backend)
     except PackageNotFoundError:
         installed = "?"
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-        name = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), name)
+    name = processor()
     if device.startswith("cuda") and backend == "torch":
         import torch
 
