@@ -1,36 +1,21 @@
 """Ctrl-C where what is done may be dropped: in evaluations, rollouts and sampling it ends a run at
 once, the last boundary is kept, and the run that goes on is the run that was not stopped."""
 
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import training_stops as stops
 from training_kills import outcome
-from training_toys import Graded, InProcess, write_model
+from training_stops import Watch, interrupt, toy_run
+from training_toys import Graded, InProcess
 
 import bridge
 from bridge.generation import Token
-from bridge.training import GRPOSettings, SFTSettings, train
+from bridge.training import SFTSettings
 from bridge.training.log import read_log
-from bridge.training.watch import Silent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def press():
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-class Notes(Silent):
-    """Keeps the notes."""
-
-    def __init__(self):
-        self.notes = []
-
-    def note(self, text):
-        self.notes.append(text)
 
 
 class Presses(InProcess):
@@ -49,7 +34,7 @@ class Presses(InProcess):
             found += super().score([pair])
             if self.calls == self.at and len(found) == 1:
                 try:
-                    press()
+                    interrupt()
                 except KeyboardInterrupt:
                     if not self.deaf:
                         raise
@@ -57,22 +42,9 @@ class Presses(InProcess):
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("interrupt")
-    return GRPOSettings(
-        checkpoint=str(write_model(folder / "model")),
-        out=str(folder / "run"),
-        task="sums",
-        backend="torch",
-        steps=4,
-        problems=2,
-        width=4,
-        max_new_tokens=2,
-        lr=1e-2,
-        eval_every=2,
-        eval_problems=2,
-        save_every=100,
-    )
+def settings(toy_model, tmp_path_factory):
+    run = toy_run(toy_model, tmp_path_factory.mktemp("interrupt") / "run")
+    return replace(run, steps=4, eval_every=2, save_every=100)
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +55,7 @@ def undisturbed(settings):
 
 
 def run(settings, scorer=None, watch=None):
-    scorer = scorer or Presses()
-    return train(settings, task=Graded(), scorer=scorer, watch=watch)
+    return stops.run(settings, watch, scorer=scorer or Presses())
 
 
 def goes_on(settings, undisturbed, saved):
@@ -101,7 +72,7 @@ CALLS = {1: None, 2: None, 4: 2, 5: 2, 7: 4}
 @pytest.mark.parametrize("call, saved", CALLS.items())
 def test_ctrl_c_in_a_reward_ends_the_run_at_once(settings, undisturbed, tmp_path, call, saved):
     chosen = replace(settings, out=str(tmp_path / "run"))
-    scorer, watch = Presses(call), Notes()
+    scorer, watch = Presses(call), Watch()
     with pytest.raises(KeyboardInterrupt):
         run(chosen, scorer, watch)
     assert (scorer.calls, scorer.after) == (call, 0)
@@ -122,7 +93,7 @@ def test_ctrl_c_while_decoding_ends_the_run_at_once(
             heard[-1] += isinstance(event, Token)
             yield event
             if len(heard) == call and heard[-1] == 3:
-                press()
+                interrupt()
 
     with monkeypatch.context() as patch:
         patch.setattr(bridge.Model, "stream", stream)

@@ -51,7 +51,8 @@ class Watch(Silent):
 
 def run(settings, watch=None, **options):
     task = options.pop("task", None) or Graded()
-    return train(settings, task=task, scorer=InProcess(task), watch=watch, **options)
+    scorer = options.pop("scorer", None) or InProcess(task)
+    return train(settings, task=task, scorer=scorer, watch=watch, **options)
 
 
 def interrupt():
