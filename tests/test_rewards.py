@@ -200,6 +200,13 @@ def test_a_task_that_does_not_load(bad, tmp_path, monkeypatch):
     assert str(caught.value) == "the task fails to load: OSError: no model"
 
 
+def test_the_working_directory_has_no_say_in_what_a_process_starts_with(bad, tmp_path, monkeypatch):
+    (tmp_path / "json.py").write_text("import os; os._exit(9)")
+    monkeypatch.chdir(tmp_path)
+    with Scorer(bad, time_limit=PATIENCE) as scorer:
+        assert scorer.score([(Problem(0, "?"), "right")])[0].value == 1.0
+
+
 def test_a_task_of_the_script_itself_is_refused_in_one_line(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

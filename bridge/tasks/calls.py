@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from bridge.errors import BridgeError
 from bridge.tasks.problem import Problem, Task
-from bridge.tasks.worker import describe
+from bridge.worker import describe
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from bridge.tasks.functions import load_function
 from bridge.tasks.gym import PREFIX, GymTask
 from bridge.tasks.jsonl import JsonlTask
 from bridge.tasks.problem import Task
-from bridge.tasks.worker import describe
+from bridge.worker import describe
 
 
 def find_task(name: str, **options: Any) -> Task:

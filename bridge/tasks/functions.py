@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from bridge.errors import BridgeError
-from bridge.tasks.worker import describe
+from bridge.worker import describe
 
 
 def load_function(name: str, field: str) -> Callable[..., Any]:

@@ -15,10 +15,10 @@ from importlib.util import find_spec
 from pickle import dumps, loads
 from typing import Any
 
+from bridge.child import Child, ChildLost
 from bridge.errors import BridgeError
 from bridge.reading import show
 from bridge.tasks.answers import INSTRUCTIONS, check_place, read_answer
-from bridge.tasks.child import Child, ChildLost
 from bridge.tasks.problem import Problem, check_number, check_threshold
 from bridge.vote import normalise
 

@@ -20,7 +20,7 @@ import numpy as np
 from bridge.errors import BridgeError
 from bridge.reading import show
 from bridge.tasks.gym import PREFIX, unknown_generator
-from bridge.tasks.worker import describe
+from bridge.worker import describe
 
 DRAWS = 64  # of a dataset
 ATTEMPTS = 200  # a split of a quarter is missed by as many in one of 10^25 problems

@@ -19,9 +19,9 @@ from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Self
 
+from bridge.child import Child, ChildLate, ChildLost
 from bridge.errors import BridgeError
 from bridge.reading import one_line
-from bridge.tasks.child import Child, ChildLate, ChildLost
 from bridge.tasks.problem import Problem, Score, Task
 
 TIME_LIMIT = 10.0

@@ -1,48 +1,15 @@
-"""The other end of a `Child`: reads requests, lets a handler answer, and survives what it can.
+"""The handler that scores, in the processes of a `Scorer`: a number for a problem and a response.
 
-A handler is made once, of the payload; it maps bytes to bytes. What it prints goes nowhere. It is
-told apart from us by nothing but its process, so what it breaks here is mended by a new one.
+Whatever a reward raises or gives is a line that says so, after a `!`.
 """
 
-import fcntl
-import os
 import pickle
-import signal
-import socket
-import sys
-import threading
 from collections.abc import Callable
-from contextlib import suppress
-from importlib import import_module
 from math import isfinite
 from typing import Any
 
-from bridge.errors import BridgeError
 from bridge.reading import one_line
-from bridge.tasks.child import LENGTH
-
-Handler = Callable[[bytes], bytes]
-
-
-def main(line: str, life: str, memory: str, handler: str) -> None:
-    """Serve until the line is closed."""
-    _die_with(int(life))
-    connection = socket.socket(fileno=int(line))
-    try:
-        module, _, function = handler.partition(":")
-        answer: Handler = getattr(import_module(module), function)(_receive(connection))
-    except BridgeError as error:
-        return _send(connection, " ".join(str(error).split()).encode("utf-8", "replace"))
-    except BaseException as error:
-        return _send(connection, f"the task fails to load: {describe(error)}".encode())
-    _limit(int(memory))
-    _send(connection, b"")
-    own = os.getpid()
-    while True:
-        reply = answer(_receive(connection))
-        if os.getpid() != own:  # a copy that a reward made of us, and that came back
-            os._exit(0)
-        _send(connection, reply)
+from bridge.worker import Handler, describe
 
 
 def score_with(payload: bytes) -> Handler:
@@ -77,15 +44,6 @@ def number(value: Any) -> float:
     return real
 
 
-def describe(error: BaseException) -> str:
-    """An exception in one line; its own text may raise, too."""
-    try:
-        text = one_line(error)
-    except BaseException:
-        text = ""
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
 def _short(value: Any) -> str:
     if value is None:
         return "None"
@@ -93,53 +51,3 @@ def _short(value: Any) -> str:
         return f"{type(value).__name__} {one_line(repr(value))[:80]}"
     except BaseException:
         return type(value).__name__
-
-
-def _receive(connection: socket.socket) -> bytes:
-    [length] = LENGTH.unpack(_exactly(connection, LENGTH.size))
-    return _exactly(connection, length)
-
-
-def _exactly(connection: socket.socket, length: int) -> bytes:
-    data = bytearray()
-    while len(data) < length:
-        piece = connection.recv(min(length - len(data), 1 << 20))
-        if not piece:
-            os._exit(0)  # the line is closed
-        data += piece
-    return bytes(data)
-
-
-def _send(connection: socket.socket, data: bytes) -> None:
-    connection.sendall(LENGTH.pack(len(data)) + data)
-
-
-def _die_with(life: int) -> None:
-    """End, with all that we started, as soon as the other end of a pipe is closed.
-
-    Linux sends the signal itself, whatever we are doing; a thread sees to it elsewhere.
-    """
-    os.set_inheritable(life, False)
-    if sys.platform == "linux":
-        signal.signal(signal.SIGIO, signal.SIG_DFL)
-        fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpgrp())
-        fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
-
-    def watch() -> None:
-        os.read(life, 1)
-        os.killpg(os.getpgrp(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _limit(memory: int) -> None:
-    """No core files, and at most `memory` bytes more than now."""
-    import resource
-
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if memory and sys.platform == "linux":
-        with open("/proc/self/statm") as file:
-            held = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_AS, (held + memory, held + memory))

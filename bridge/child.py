@@ -2,8 +2,9 @@
 
 It is a fresh interpreter, not a copy of ours, so that no script runs again and no thread or device
 is shared; it hashes texts the same way in every run. It is killed, with all that it started, when
-it takes too long, when we close it, and when we die ourselves, even by SIGKILL. Bytes go in and
-come out; what they mean is up to the handler that it is started with (`worker.py`).
+it takes too long, when we close it, and when we die ourselves, even by SIGKILL; Ctrl-C is not for
+it. Bytes go in and come out; what they mean is up to the handler that it is started with
+(`worker.py`).
 """
 
 import json
@@ -21,7 +22,14 @@ from bridge.errors import BridgeError
 START_LIMIT = 120.0  # seconds until a child has imported what it needs
 MOST = 1 << 26  # bytes of an answer
 LENGTH = struct.Struct("!Q")
-RUN = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import bridge.tasks.worker as w; "
+PACKAGE = os.path.dirname(os.path.abspath(__file__))
+START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+# A package whose modules can be imported without what `bridge/__init__.py` imports for its users.
+ALONE = (
+    "import types; bridge = sys.modules['bridge'] = types.ModuleType('bridge'); "
+    f"bridge.__path__ = [{PACKAGE!r}]; "
+)
+SERVE = "import bridge.worker; bridge.worker.main(*sys.argv[2:])"
 
 
 class ChildLost(Exception):
@@ -39,12 +47,24 @@ class Child:
     takes an answer with `take` once there is something on the `line`, or the `deadline` is past.
     """
 
-    def __init__(self, handler: str, payload: bytes, memory: int | None = None) -> None:
+    def __init__(
+        self,
+        handler: str,
+        payload: bytes,
+        memory: int | None = None,
+        *,
+        what: str = "the task",
+        bare: bool = False,
+    ) -> None:
         """Start `handler`, "module:function", which makes of `payload` what answers requests.
 
         `memory`: bytes that it may take on top of what it holds once it is ready, where the system
-        can limit that. Does not wait until it is ready: its first answer says so, to `ready`.
+        can limit that. `what`: what it is for, as messages say it. `bare`: without what `import
+        bridge` and the site's own modules load, so that it is there at once. Does not wait until it
+        is ready: its first answer says so, to `ready`. Raises BridgeError where no process can be
+        started.
         """
+        self.what = what
         self.line, theirs = socket.socketpair()
         ends, self.life = os.pipe()  # closed when we end, however we end
         arguments = [
@@ -52,11 +72,14 @@ class Child:
             str(theirs.fileno()),
             str(ends),
             str(memory or 0),
+            what,
             handler,
         ]
+        # Modules are those that we find: none of the working directory's own (-P).
+        flags, start = (["-S"], START + ALONE) if bare else ([], START)
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", RUN + "w.main(*sys.argv[2:])", *arguments],
+                [sys.executable, "-P", *flags, "-c", start + SERVE, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -64,10 +87,10 @@ class Child:
                 start_new_session=True,  # Ctrl-C is for us, and what it starts dies with it
                 env=os.environ | {"PYTHONHASHSEED": "0"},
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a ValueError where a system lacks what it takes
             self.line.close()
             os.close(self.life)
-            raise BridgeError(f"a process for the task cannot be started ({error})") from None
+            raise BridgeError(f"a process for {what} cannot be started ({error})") from None
         finally:
             theirs.close()
             os.close(ends)
@@ -81,7 +104,7 @@ class Child:
         try:
             answer = self.take()
         except ChildLost as error:
-            raise BridgeError(f"the process for the task did not start: it {error}") from None
+            raise BridgeError(f"the process for {self.what} did not start: it {error}") from None
         self.starting = False
         if answer:
             self.close()
@@ -156,12 +179,16 @@ class Child:
         """Whether it has been killed, or found dead."""
         return self.line.fileno() == -1
 
+    def leave(self) -> None:
+        """Let go of it without an end to it: for a fork of the process that it belongs to."""
+        self.line.close()
+        os.close(self.life)
+
     def close(self) -> None:
         """Kill it and all that it started; may be called again."""
         if self.closed:
             return
-        self.line.close()
-        os.close(self.life)
+        self.leave()
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         with suppress(ProcessLookupError):
