@@ -1,273 +1,153 @@
-"""Chat templates: code from a checkpoint, so it runs in a sandbox that can neither escape nor hang.
+"""Chat templates: code from a checkpoint, so it runs in a process of its own that can be ended.
 
-Templates follow Hugging Face's conventions (trimmed blocks, loop controls, `raise_exception`,
-`strftime_now`, `tojson` without HTML escapes). Over Jinja's immutable sandbox there are limits on
-loop turns, on numbers, on what a single operation may make, on the length of the text, and on the
-processor's time, of which a template that is meant well takes some thousandths of a second.
+A template, messages and special tokens go in, the text of a prompt comes out. What a template may
+take is bounded from around it, whatever it does: the processor's time by the kernel, memory by the
+kernel or by looking, time by the clock and the length of the text by us. The process
+(`bridge.chat_worker`) imports Jinja and little else; it starts with the first chat, stays for the
+next ones, and ends with us.
 """
 
-import functools
+import atexit
+import errno
 import json
-import re
+import os
+import signal
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
-from typing import Any
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import wait
 
-from jinja2 import Environment, TemplateError, nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension
-from jinja2.nodes import EvalContext
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.visitor import NodeTransformer
-
+from bridge.child import MOST, Child, ChildLate, ChildLost
 from bridge.errors import BridgeError
 from bridge.reading import one_line
 
-MAX_TURNS = 200_000
-MAX_LENGTH = 10_000_000
 MAX_SOURCE = 200_000  # characters of a template
-MAX_ADDED = 200_000  # characters that a template may add to four times what it is given
-MAX_BITS = 4096  # of an integer
-MAX_SECONDS = 5.0  # of processor time
-# Filters that may make more than they are given.
-GROWING = ("batch", "center", "format", "indent", "join", "replace", "slice", "wordwrap")
-# Filters whose work is more than their input's size, and that no chat template has a use for.
-REMOVED = ("pprint", "random", "striptags", "sum", "urlize", "xmlattr")
+SECONDS = 5.0  # of processor time; a chat of a million characters takes some hundredths
+WAIT = 60.0  # seconds by the clock, of which a busy machine may give us few
+MEMORY = 1 << 29  # bytes; a chat of ten million characters takes a quarter
+LOOK = 0.1  # seconds between looks at its memory, where the system does not limit it
 
 Message = Mapping[str, str]
 
 
-class _Generation(Extension):
-    """`{% generation %}` marks what the assistant said, for training masks; the text stays."""
+def render_chat(
+    template: str,
+    messages: Sequence[Message],
+    tokens: Mapping[str, str],
+    *,
+    seconds: float = SECONDS,
+) -> str:
+    """The text of a conversation up to where the assistant speaks, as transformers makes it.
 
-    tags = {"generation"}  # noqa: RUF012, Jinja's own form
+    `tokens` are the special tokens that templates name (`bos_token`, `eos_token`, ...). `seconds`:
+    of processor time. May be called from any thread. Raises BridgeError, in one line, for whatever
+    goes wrong in the template.
+    """
+    if len(template) > MAX_SOURCE:
+        raise _failing(f"it is longer than {MAX_SOURCE} characters")
+    if not all(isinstance(message, Mapping) for message in messages):
+        raise BridgeError("messages: each must be an object with role and content")
+    # As in transformers, keys without a value are as good as none.
+    said = [{key: value for key, value in m.items() if value is not None} for m in messages]
+    try:
+        text = json.dumps([seconds, template, said, dict(tokens)], ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BridgeError(f"messages: hold what is no JSON ({one_line(error)})") from None
+    request = text.encode("utf-8", "surrogatepass")
+    if len(request) > MOST:
+        raise BridgeError(f"messages: are longer than {MOST >> 20} MB; shorten the chat")
+    try:
+        answer = renderer.ask(request, seconds).decode("utf-8", "replace")
+    except ChildLost as error:
+        answer = f"!it {error}"
+    if answer.startswith("="):
+        return answer[1:]
+    raise _failing(answer[1:])
 
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
+
+def _failing(reason: str) -> BridgeError:
+    where = "tokenizer_config.json: chat_template fails"
+    return BridgeError(f"{where}: {one_line(reason)}; try a raw prompt")
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, with a budget that every loop turn and macro call draws on."""
-
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
+class Renderer:
+    """The process that renders, for all threads of ours, one chat at a time."""
 
     def __init__(self) -> None:
-        super().__init__(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=["jinja2.ext.loopcontrols", _Generation],
-            finalize=_finalize,
-        )
-        self.turns = 0
-        self.started = time.thread_time()
-        self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-        self.globals |= {"_turn": self._turn, "_concat": _concat, "_tick": self._tick}
-        del self.globals["lipsum"]
-        for name in REMOVED:
-            del self.filters[name]
-        self.filters["tojson"] = _tojson
-        self.filters = {name: self._limited(f) for name, f in self.filters.items()}
+        self.lock = threading.Lock()
+        self.child: Child | None = None
 
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        template = super()._parse(source, name, filename)
-        for loop in (*template.find_all(nodes.For), *template.find_all(nodes.Macro)):
-            turn = nodes.Call(nodes.Name("_turn", "load"), [], [], None, None)
-            loop.body.insert(0, nodes.Output([turn]))
-        _Hooks(self).visit(template)
-        template.set_environment(self)
-        return template
+    def ask(self, request: bytes, seconds: float) -> bytes:
+        """Its answer. Raises ChildLost, in words that follow "it", where there is none."""
+        with self.lock:
+            if self.child is not None and not self.child.closed:
+                try:
+                    return _ask(self.child, request, seconds)
+                except ChildLate:
+                    raise
+                except ChildLost:
+                    pass  # what it rendered before may be at fault: a fresh one will tell
+            self.child = start()
+            return _ask(self.child, request, seconds)
 
-    def _turn(self) -> str:
-        self.turns += 1
-        if self.turns > MAX_TURNS:
-            raise SecurityError("it loops too long")
-        return self._tick("")
+    def close(self) -> None:
+        """End the process, if there is one; the next chat starts another."""
+        if self.child is not None:
+            self.child.close()
+            self.child = None
 
-    def _tick(self, value: Any) -> Any:
-        """`value`, if there is time left. Whatever may take long passes here again and again."""
-        if time.thread_time() - self.started > MAX_SECONDS:
-            raise SecurityError("it takes too long")
-        return value
-
-    def _limited(self, function: Any) -> Any:
-        """A filter whose input is checked, since filters do not pass through `call`."""
-
-        @functools.wraps(function)  # keeps Jinja's mark for filters that want the environment
-        def limited(*args: Any, **kwargs: Any) -> Any:
-            self._tick(None)
-            # What comes one by one is gathered first, or its size would not be known.
-            args = tuple(_gather(a) if isinstance(a, Iterator) else a for a in args)
-            given = [a for a in args if not isinstance(a, Environment | Context | EvalContext)]
-            for value in (*given, *kwargs.values()):
-                if _size(value) > MAX_LENGTH:
-                    raise SecurityError("a list is too long")
-            if function.__name__.removeprefix("do_") in GROWING:
-                _check_growth(given[0] if given else "", given[1:], kwargs)
-            return function(*args, **kwargs)
-
-        return limited
-
-    def getitem(self, obj: Any, argument: Any) -> Any:
-        return self._tick(super().getitem(obj, argument))
-
-    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        self._tick(None)
-        owner = getattr(obj, "__self__", None)
-        if isinstance(owner, str):  # a method of a string
-            args = tuple(_gather(a) if isinstance(a, Iterator) else a for a in args)
-            _check_growth(owner, args, kwargs)
-        return super().call(context, obj, *args, **kwargs)
-
-    def wrap_str_format(self, value: Any) -> Any:
-        owner = getattr(value, "__self__", None)
-        if isinstance(owner, str):  # str.format, which Jinja runs without `call`
-            _check_growth(owner, (), {})
-        return super().wrap_str_format(value)
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        self._tick(None)
-        if operator == "*":
-            for times, thing in ((left, right), (right, left)):
-                if isinstance(thing, Sequence) and times * len(thing) > MAX_LENGTH:
-                    raise SecurityError("it repeats a string too often")
-            numbers = [n for n in (left, right) if isinstance(n, int)]
-            if len(numbers) == 2 and sum(n.bit_length() for n in numbers) > MAX_BITS:
-                raise SecurityError("a number is too large")
-        elif operator == "+" and isinstance(left, Sequence):
-            if len(left) + len(right) > MAX_LENGTH:
-                raise SecurityError("its text is too long")
-        elif operator == "**" and (abs(left) > 1000 or abs(right) > 100):
-            raise SecurityError("a power is too large")
-        elif operator == "%" and isinstance(left, str):
-            _check_growth(left, (right,), {})
-        return super().call_binop(context, operator, left, right)
+    def leave(self) -> None:
+        """In a fork of ours, the process is not ours, and the lock may be held for ever."""
+        if self.child is not None and not self.child.closed:
+            self.child.leave()
+        self.lock, self.child = threading.Lock(), None
 
 
-class _Hooks(NodeTransformer):
-    """Turns `a ~ b` into a call, so that its length is checked, and looks at the time after every
-    comparison and test, which may read all of a long text."""
-
-    def __init__(self, environment: Environment) -> None:
-        self.environment = environment
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        self.generic_visit(node)
-        return nodes.Call(nodes.Name("_concat", "load"), node.nodes, [], None, None)
-
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
-        return self._timed(node)
-
-    def visit_Test(self, node: nodes.Test) -> nodes.Node:
-        return self._timed(node)
-
-    def _timed(self, node: nodes.Expr) -> nodes.Node:
-        self.generic_visit(node)
-        return nodes.Call(nodes.Name("_tick", "load"), [node], [], None, None)
+renderer = Renderer()
+atexit.register(renderer.close)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=renderer.leave)
 
 
-def render_chat(template: str, messages: Sequence[Message], tokens: Mapping[str, str]) -> str:
-    """The text of a conversation up to where the assistant speaks.
-
-    `tokens` are the special tokens that templates name (`bos_token`, `eos_token`, ...). Raises
-    BridgeError, in one line, for whatever goes wrong in the template.
-    """
-    variables = {**tokens, "messages": list(messages), "add_generation_prompt": True, "tools": None}
+def start() -> Child:
+    """A process that renders. Raises BridgeError where there can be none."""
     try:
-        if len(template) > MAX_SOURCE:
-            raise SecurityError(f"it is longer than {MAX_SOURCE} characters")
-        pieces, length = [], 0
-        longest = min(MAX_LENGTH, MAX_ADDED + 4 * (len(template) + _size(list(messages))))
-        for piece in _Sandbox().from_string(template).generate(variables):
-            length += len(piece)
-            if length > longest:
-                raise SecurityError("its text is too long")
-            pieces.append(piece)
-        text = "".join(pieces)
-        text.encode("utf-8")  # refuses half a surrogate pair, which no tokenizer takes
-        return text
-    except TemplateError as error:
-        reason = one_line(error) or type(error).__name__
-    except Exception as error:  # a template can cause any, Python's own SyntaxError too
-        reason = one_line(f"{type(error).__name__}: {error}")
-    raise BridgeError(f"tokenizer_config.json: chat_template fails: {reason}; try a raw prompt")
+        child = Child(
+            "bridge.chat_worker:render_with", b"", MEMORY, what="chat_template", bare=True
+        )
+        child.ready()
+    except BridgeError as error:
+        raise BridgeError(f"tokenizer_config.json: {error}; try a raw prompt") from None
+    return child
 
 
-def _concat(*parts: Any) -> str:
-    if sum(map(_size, parts)) > MAX_LENGTH:
-        raise SecurityError("its text is too long")
-    return "".join(str(part) for part in parts)
+def _ask(child: Child, request: bytes, seconds: float) -> bytes:
+    try:
+        child.begin(request, WAIT)
+        if sys.platform != "linux":
+            watch(child)
+        return child.take()
+    except ChildLate:
+        raise
+    except ChildLost:
+        code = child.process.returncode
+        if code == -signal.SIGPROF:
+            raise ChildLate(f"takes more than {seconds:g} s of processor time") from None
+        if code == errno.ENOMEM:
+            raise ChildLost(f"takes more than {MEMORY >> 20} MB of memory") from None
+        raise
+    except BaseException:  # Ctrl-C leaves an answer on its way, which the next must not read
+        child.close()
+        raise
 
 
-def _finalize(value: Any) -> Any:
-    """What an expression prints, once it is known to be short enough to write out."""
-    if not isinstance(value, str) and _size(value) > MAX_LENGTH:
-        raise SecurityError("its text is too long")
-    return value
-
-
-def _gather(items: Iterator[Any]) -> list[Any]:
-    """The items of what can be read once, as far as they fit."""
-    gathered, size = [], 0
-    for item in items:
-        size += _size(item)
-        if size > MAX_LENGTH:
-            raise SecurityError("a list would grow too long")
-        gathered.append(item)
-    return gathered
-
-
-def _size(value: Any) -> int:
-    """About how many characters a value takes when it is written out; counts no further than just
-    above MAX_LENGTH, since lists may hold one another many times over."""
-    size, left = 0, [value]
-    while left and size <= MAX_LENGTH:
-        item = left.pop()
-        if isinstance(item, str | bytes):
-            size += len(item)
-        elif isinstance(item, Mapping):
-            size += 8
-            left += (*item.keys(), *item.values())
-        elif isinstance(item, range):
-            size += 8 * len(item)
-        elif isinstance(item, list | tuple | set | frozenset):
-            size += 8 + len(item)
-            left += item
-        else:
-            size += 8
-    return size
-
-
-def _check_growth(text: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Refuse an operation on a string that could make one far longer than its parts.
-
-    No operation of Jinja or of Python's strings makes more than the product of the lengths of its
-    operands, or the widths given as numbers or within a format.
-    """
-    growth = _size(text) + 1
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, int):
-            growth = max(growth, abs(value))
-        elif value is not None:
-            growth *= _size(value) + 1
-    if isinstance(text, str) and re.search(r"[%{][^%}]*\d{4}", text):
-        raise SecurityError("a format is too wide")
-    if growth > 10 * MAX_LENGTH:
-        raise SecurityError("a string would grow too long")
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
-    _check_growth("", [indent or 0], {})
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+def watch(child: Child) -> None:
+    """Until it answers, look at the memory that it has, and end it where that is too much."""
+    while time.monotonic() < child.deadline and not wait([child.line], LOOK):
+        command = ["ps", "-o", "rss=", "-p", str(child.process.pid)]  # in units of 1024 bytes
+        seen = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        if seen.isdecimal() and int(seen) << 10 > MEMORY:
+            child.close()
+            raise ChildLost(f"takes more than {MEMORY >> 20} MB of memory")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bridge.chat import render_chat
 from bridge.checkpoint import Checkpoint, open_checkpoint
 from bridge.errors import BridgeError
 from bridge.inspect import summarise
@@ -63,6 +64,7 @@ class Workspace:
         with self.changed(changes) as path:
             raised: BaseException | None = None
             wrong: str | None = None
+            render_chat("", [], {})  # has its process there, which the input before may have ended
             with watched() as seen:
                 try:
                     wrong = _use(open_checkpoint(path, headers_only=headers_only), headers_only)

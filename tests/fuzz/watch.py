@@ -83,9 +83,7 @@ def misdeeds(seen: list[str], allowed: tuple[Path, ...]) -> list[str]:
         code = path.endswith((".py", ".pyc", ".so")) or os.path.isdir(path)
         late_import = code and path.startswith(PYTHON)
         here = path in inside or os.path.dirname(path) in inside
-        # Python looks for the source of what it cannot compile, under the name that Jinja gives it.
-        source = os.path.basename(path) == "<template>" and not os.path.exists(path)
-        if kind != "read" or not (here or late_import or source):
+        if kind != "read" or not (here or late_import):
             bad.append(event)
     return bad
 
