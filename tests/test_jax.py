@@ -18,7 +18,7 @@ from bridge_jax import backend, decode, train
 from bridge_jax import model as transformer
 from bridge_jax.backend import JaxBackend
 from bridge_jax.block import Layout
-from bridge_jax.compiled import QUICK, bucket
+from bridge_jax.compiled import known_options, bucket
 from bridge_jax.sampling import Settings, inverse, sample
 from bridge_ref.sampling import sample as reference_sample
 
@@ -78,7 +78,7 @@ def compilations():
 def flops(function, *arguments, **keywords):
     """Of the whole function, as XLA counts them after its optimisations."""
     lowered = function.full.lower(*arguments, **keywords)
-    return lowered.compile(compiler_options=QUICK).cost_analysis()["flops"]
+    return lowered.compile(compiler_options=known_options()).cost_analysis()["flops"]
 
 
 def called(monkeypatch, module, name, run):
@@ -315,7 +315,7 @@ def gradient_of(model, trainable, checkpoint=False):
         chosen=chosen,
         objective=GRPO(),
         checkpoint=checkpoint,
-    ).compile(compiler_options=QUICK)
+    ).compile(compiler_options=known_options())
 
 
 def test_what_is_frozen_has_no_gradient_computed():
@@ -362,7 +362,7 @@ def test_attention_of_a_long_batch_takes_memory_as_its_length(monkeypatch):
         lowered = transformer.logits.full.lower(
             model.transformer.params, batch, table, config=model.config
         )
-        compiled = lowered.compile(compiler_options=QUICK)
+        compiled = lowered.compile(compiler_options=known_options())
         return compiled.memory_analysis().temp_size_in_bytes
 
     # Scores of 256 queries and what is linear in the length double; all scores would be 16 times.

@@ -5,6 +5,7 @@ that compiling takes longer than it will ever compute is compiled with less effo
 """
 
 from collections.abc import Callable
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,34 @@ def bucket(n: int, floor: int = 1) -> int:
     return max(size, floor)
 
 
+@cache
+def known_options() -> dict[str, Any]:
+    """Those of `QUICK` that this XLA has: they come and go with its versions, and to ask for one
+    that it has not is an error."""
+    return {name: value for name, value in QUICK.items() if _knows(name, value)}
+
+
+def _knows(name: str, value: Any) -> bool:
+    try:
+        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
 class Compiled:
     """A jitted function; the keyword `quick` says with which effort it is compiled."""
 
     def __init__(self, function: Callable[..., Any], **options: Any) -> None:
         """`options` are those of `jax.jit`."""
+        self.function, self.options = function, options
         self.full = jax.jit(function, **options)
-        self.quick = jax.jit(function, compiler_options=QUICK, **options)
         self.__doc__ = function.__doc__
+
+    @cached_property
+    def quick(self) -> Callable[..., Any]:
+        """The same with less effort."""
+        return jax.jit(self.function, compiler_options=known_options(), **self.options)
 
     def __call__(self, *arguments: Any, quick: bool, **keywords: Any) -> Any:
         return (self.quick if quick else self.full)(*arguments, **keywords)
