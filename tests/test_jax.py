@@ -18,7 +18,7 @@ from bridge_jax import backend, decode, train
 from bridge_jax import model as transformer
 from bridge_jax.backend import JaxBackend
 from bridge_jax.block import Layout
-from bridge_jax.compiled import known_options, bucket
+from bridge_jax.compiled import bucket, known_options
 from bridge_jax.sampling import Settings, inverse, sample
 from bridge_ref.sampling import sample as reference_sample
 
