@@ -42,8 +42,8 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
     for part in function_name.split("."):
         function = getattr(function, part, None)
     if not callable(function):
-        public = [key for key in vars(module) if not key.startswith("_")]
-        near = get_close_matches(function_name, public, n=1)
+        there = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
+        near = get_close_matches(function_name, there, n=1)
         hint = f"did you mean {near[0]}?" if near else "mend the name"
         what = "is no function" if function is not None else "is not there"
         raise BridgeError(f"{field} {name}: {function_name} {what} in {module_name}; {hint}")
