@@ -1,22 +1,32 @@
 r"""Majority voting over the answers of a group: what each response concludes, and who wins.
 
-Works on texts alone. Answers are compared as normalised text, and numbers as numbers: `1,200.0`,
-`\$1200.` and `1200` agree. It reads answers and does not judge them: whether one is right is a
-task's business.
+Works on texts alone, and reads in a response what a task reads (`extract="auto"`). Answers are
+compared as normalised text, and numbers as numbers: `1,200.0`, `\$1200.` and `1200 apples` agree,
+and so do `1/2`, `\frac{1}{2}` and `0.5`. It reads answers and does not judge them: whether one is
+right is a task's business.
 """
 
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 
-DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # 1,200 is one number, 3,4 are two
-# A minus sign between two values is a difference: 17-25 ends in 25.
-NUMBER = re.compile(rf"(?:(?<![\w)\]}}])[-\u2212])?\\?\$?(?:{DIGITS}(?:\.\d+)?|\.\d+)(?:/\d+)?")
-STATED = re.compile(r"\banswer\s*(?:is|:|=)[\s:*]*(?=([^\n]+))", re.IGNORECASE)
-HASHES = re.compile(r"####\s*([^\n]+)")
-AROUND = "$*`'\" "  # what formulas and Markdown put around an answer
+from bridge.answers.numbers import agree, read_bare, read_quantity, write_number
+from bridge.answers.places import find_answer, last_boxed
+from bridge.answers.trimming import plain, without_looks
+
+__all__ = ["Vote", "extract_answer", "last_boxed", "majority", "normalise", "together"]
+
+LONGEST = 1000  # characters of a number that is written out
+# What LaTeX says about looks, and spaces that say nothing.
+SPELLINGS = [
+    (re.compile(r"\\[dtc]frac(?![a-z])"), r"\\frac"),
+    (re.compile(r"\\(?:left|right|displaystyle)(?![a-z])|\\[!,;: ]|\\(?=[%$])|(?<!\\)\$"), ""),
+    (re.compile(r"\\boxed\s*\{([^{}]*)\}"), r"\1"),
+    (re.compile(r"(?<=[([{])\s+|\s+(?=[)\]}])"), ""),
+    (re.compile(r"\s*,\s*"), ", "),
+    (re.compile(r"\s*([+=])\s*"), r" \1 "),
+]
 
 
 @dataclass(frozen=True)
@@ -37,8 +47,8 @@ def majority(texts: Sequence[str], complete: Sequence[bool] | None = None) -> Vo
     None: all did. Raises ValueError where the two differ in length.
     """
     complete = [True] * len(texts) if complete is None else complete
-    found = (extract_answer(text, whole) for text, whole in zip(texts, complete, strict=True))
-    answers = [answer for answer in found if answer is not None]
+    found = [extract_answer(text, whole) for text, whole in zip(texts, complete, strict=True)]
+    answers = [answer for answer in together(found) if answer is not None]
     tallies = dict(Counter(answers).most_common())  # stable: first come first
     if not tallies:
         return Vote(None, 0, len(texts), {}, False)
@@ -49,47 +59,40 @@ def majority(texts: Sequence[str], complete: Sequence[bool] | None = None) -> Vo
 def extract_answer(text: str, complete: bool = True) -> str | None:
     r"""The final answer of a response, normalised; None where it has none.
 
-    In this order: the last `\boxed{...}` whose braces balance; what follows the last `####`; what
-    follows the last "answer is" or "answer:", of an equation its right side; and else the last
-    number, if the response is `complete`, since one that was cut off had not concluded.
+    The first there is of these: the last `<answer>...</answer>`; the last `\boxed{...}` whose
+    braces balance; what follows the last `####`, or "answer is" or "answer:" to the end of the
+    sentence; and else the last number, if the response is `complete`, since one that was cut off
+    had not concluded.
     """
-    boxed = last_boxed(text)
-    if boxed is not None:
-        return normalise(boxed) or None
-    for pattern in (HASHES, STATED):
-        if found := pattern.findall(text):
-            stated = found[-1].rpartition("=")[2].strip() or found[-1]
-            number = NUMBER.search(stated)
-            return normalise(number.group() if number else stated) or None
-    numbers = NUMBER.findall(text) if complete else []
-    return normalise(numbers[-1]) if numbers else None
+    found = find_answer(text, complete)
+    return None if found is None else normalise(found) or None
 
 
 def normalise(answer: str) -> str:
-    """Numbers in plain decimal form; other answers in lower case, without outer punctuation."""
-    plain = answer.replace("\\$", "").replace("{,}", ",")  # LaTeX's dollars and thousands
-    plain = plain.strip().strip(AROUND).rstrip(".,;:!").strip(AROUND)
-    digits = plain.replace("\u2212", "-").replace("$", "")
-    if NUMBER.fullmatch(digits):
-        digits = digits.replace(",", "")
-    try:
-        number = Decimal(digits)
-    except InvalidOperation:
-        return " ".join(plain.lower().split())
-    if not number.is_finite() or abs(number.adjusted()) > 100:
-        return plain.lower()
-    text = f"{number:f}"
-    text = text.rstrip("0").rstrip(".") if "." in text else text
-    return "0" if text == "-0" else text
+    """Numbers in plain decimal form, or as fractions in lowest terms, without their units, and
+    percentages with their sign; other answers in lower case, without outer punctuation."""
+    number = read_quantity(answer)
+    if number is not None:
+        text = write_number(100 * number.value) + "%" if number.percent else None
+        text = text or write_number(number.value)
+        if len(text) <= LONGEST:
+            return text
+    text = without_looks(plain(answer))
+    for spelling, instead in SPELLINGS:
+        text = spelling.sub(instead, text)
+    return " ".join(plain(text).lower().split())
 
 
-def last_boxed(text: str) -> str | None:
-    """What is in the box that opens last, of those that close."""
-    last: tuple[int, int] | None = None
-    opened: list[int | None] = []  # where a box's inside starts; None for other braces
-    for brace in re.finditer(r"(\\boxed)?\{|\}", text):
-        if brace.group() != "}":
-            opened.append(brace.end() if brace.group(1) else None)
-        elif opened and (start := opened.pop()) is not None:
-            last = max(last or (0, 0), (start, brace.start()))
-    return None if last is None else text[slice(*last)]
+def together(answers: Sequence[str | None]) -> list[str | None]:
+    """Normalised answers of one group, percentages as the number that others give for them: 25%
+    is 25 where a row says so, else 0.25 where one does, and else stays as it is."""
+    given = {a: number for a in answers if a is not None and (number := read_bare(a)) is not None}
+
+    def same(answer: str | None) -> str | None:
+        number = given.get(answer) if answer is not None else None
+        if number is None or not number.percent:
+            return answer
+        written = (write_number(100 * number.value), write_number(number.value))
+        return next((w for w in written if w in given and agree(number, given[w])), answer)
+
+    return [same(answer) for answer in answers]

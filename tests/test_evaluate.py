@@ -350,6 +350,11 @@ def made(rows, independent=False, asked=("p", "q"), width=2):
     return Evaluation(settings, widths, problems, len(rows[0]), 1.0, independent, asked, found)
 
 
+def test_a_percentage_votes_with_the_number_that_other_rows_give_for_it():
+    rows = [[[(1.0, "25"), (0.0, "3"), (0.0, "3"), (1.0, "25%"), (1.0, "25%")]]]
+    assert values(made(rows, width=5), 5)["majority"].tolist() == [1]
+
+
 def test_figures_by_hand():
     rows = [
         [[(1.0, "a"), (0.0, "b")], [(1.0, "a"), (1.0, "a")]],

@@ -74,7 +74,22 @@ def module(tmp_path, monkeypatch):
         ("auto", r"#### 1 \boxed{2}", "2"),
         ("auto", "The answer is 5.\n#### 1", "1"),
         ("auto", "The answer is **Paris**.", "Paris"),
-        ("auto", "The answer is x = 1,200 apples, of 3", "1,200"),
+        ("auto", "The answer is x = 1,200 apples, of 3", "x = 1,200 apples, of 3"),
+        ("auto", "The answer is $x$. It is not $y$.", "x"),
+        ("auto", r"The answer is $\frac{1}{2}$ or $5.", r"$\frac{1}{2}$ or $5"),
+        ("auto", "the answers are 1.5e3 and 25%! Or 7", "1.5e3 and 25%"),
+        ("auto", "The answer is 4.\nThe answer is .", "4"),
+        ("auto", "#### 7\nso the answer is 8", "8"),
+        ("hashes", "##### 3\n#### **12 apples**.", "12 apples"),
+        ("boxed", r"\boxed{\left\{ 1 \right.} \boxed{}", r"\left\{ 1 \right."),
+        ("boxed", r"\boxed{1} or $\boxed{2}$", r"\boxed{1} or $\boxed{2}"),
+        ("number", "it is 12 m^2 of x_1 and H2O", "12"),
+        ("number", "it is 1.5e3", "1.5e3"),
+        ("number", "on 2024-01-05.", "2024-01-05"),
+        ("number", r"so $\frac{3}{4}$.", r"\frac{3}{4}"),
+        ("number", "so $5$ of $6.", "$6"),
+        ("number", "so $-5$.", "-5"),
+        ("number", "so $5$.", "5"),
         ("auto", "5 bags make 40", "40"),
         ("auto", "hm", None),
     ],
@@ -106,7 +121,14 @@ def test_an_answer_is_part_of_the_response_or_none(response, where):
         ("1/0", None),
         ("1e999999999", None),
         ("nan", None),
+        (r"\dfrac{1}{2}", Fraction(1, 2)),
+        (r"-\frac12", Fraction(-1, 2)),
+        (r"2\tfrac{1}{3}", Fraction(7, 3)),
+        (r"\text{12}", 12),
+        (r"$90^\circ$", 90),
         ("12 apples", None),
+        ("x = 12", None),
+        (r"\frac{1}{0}", None),
         ("1_000", None),
         ("", None),
     ],
@@ -292,12 +314,24 @@ def test_splits_by_hash_depend_on_prompts_alone(write):
 
 
 def test_matches_of_a_file(write):
-    path = write({"prompt": "a?", "answer": r"\frac{1}{2}", "split": "test"})
-    response = r"\boxed{0.5}"
+    path = write({"prompt": "a?", "answer": r"\sqrt{4}", "split": "test"})
+    response = r"\boxed{2}"
     for match, value in (("math", 1.0), ("exact", 0.0), (None, 0.0)):
         task = find_task(path, match=match)
         with Scorer(task) as scorer:
             assert [s.value for s in scorer.score([(task.problem("test", 0), response)])] == [value]
+
+
+def test_each_answer_of_a_file_is_matched_as_what_it_is(write):
+    path = write(
+        *({"prompt": f"{a}?", "answer": a, "split": "test"} for a in ("12", "Paris", 0.5)),
+    )
+    for options, near in (({}, 0.0), ({"tolerance": 0.1}, 1.0)):
+        task = find_task(path, **options)
+        said = ("It is 12.0", "It is 12.1", "Answer: Paris", "Answer: paris", "Answer: 50%")
+        pairs = [(task.problem("test", n), s) for n, s in zip((0, 0, 1, 1, 2), said, strict=True)]
+        with Scorer(task) as scorer:
+            assert [s.value for s in scorer.score(pairs)] == [1.0, near, 1.0, 0.0, 1.0]
 
 
 GOOD = {"prompt": "a?", "answer": "1"}
@@ -325,6 +359,9 @@ GOOD = {"prompt": "a?", "answer": "1"}
         (({"prompt": "a?"},), "line 1: answer is missing"),
         (({"prompt": "a?", "answer": [1]},), "line 1: answer must be text or a number, not [1]"),
         (({"prompt": "a?", "answer": True},), "line 1: answer must be text or a number"),
+        ((GOOD, '{"prompt": "b?", "answer": NaN}'), "line 2: answer must be text or a finite"),
+        ((GOOD, '{"prompt": "b?", "answer": 1e400}'), "number, not inf"),
+        ((GOOD, {"prompt": "b?", "answer": "nan"}), "line 2: answer is nan, as where a value"),
         (({"prompt": "a?", "answer": ""},), "line 1: answer must be text or a number"),
         (({**GOOD, "split": "dev"},), "line 1: split must be one of train, validation, test"),
         (({**GOOD, "split": "test"}, GOOD), "line 2: split is missing"),
@@ -345,6 +382,8 @@ def test_bad_options_of_a_file(write, tmp_path):
     assert "line 2: answer must be a number for match=numeric" in refusal(path, match="numeric")
     assert "match 'fuzzy' is not known; use one of exact" in refusal(path, match="fuzzy")
     assert "tolerance must be" in refusal(path, match="numeric", tolerance=2)
+    assert "not for match=exact" in refusal(write({**GOOD, "answer": "one"}), tolerance=0.1)
+    path = write(GOOD, {"prompt": "b?", "answer": "one"})
     assert "tolerance is for match=numeric" in refusal(path, match="exact", tolerance=0.1)
     assert "extract 'box'" in refusal(path, extract="box")
     said = refusal(path, wrong=1)
@@ -424,6 +463,9 @@ def test_bad_functions(module, write):
     assert "its module fails (SystemExit: 3)" in refusal("leaves:make")
     assert "maker is not there in makers; did you mean make?" in refusal("makers:maker")
     assert "__name__ is no function" in refusal("makers:__name__")
+    module("holds", "makes, make, NUMBER = 5, print, 7")
+    assert "makes is no function in holds; did you mean make?" in refusal("holds:makes")
+    assert "NUMBER is no function in holds; mend the name" in refusal("holds:NUMBER")
     assert "must be MODULE:FUNCTION" in refusal("makers:")
     assert "must return a task" in refusal("makers:wrong")
     assert "fails (RuntimeError: no way)" in refusal("makers:fails")

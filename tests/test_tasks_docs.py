@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import typer
 
+from bridge.answers.numbers import read_quantity
 from bridge.tasks import Problem, Scorer, Task, find_task
 from bridge.tasks.jsonl import JsonlTask
+from bridge.tasks.matching import check_match
 from bridge.training import GRPOSettings, train
 from bridge_cli.main import app
 
@@ -79,6 +81,22 @@ def test_the_rewards_and_tasks_of_its_examples_score(modules):
     with Scorer(task) as scorer:
         worth = [score.value for score in scorer.score([(puzzle, text) for text in said])]
     assert worth == [1, 1, 11 / 18, 0]
+
+
+def test_which_numbers_agree():
+    numbers, percents = (
+        next(line for line in TEXT.splitlines() if line.startswith(start))
+        for start in ("- `numeric` wants", "- A percentage is")
+    )
+    numeric = check_match("numeric", 0)
+    same, others = (re.findall(r"`([^`]+)`", part) for part in numbers.split("agree. ")[:2])
+    assert len(same) - 1 == 6 and all(numeric("1200", text) for text in same[1:])
+    others = others[:-3]  # what follows is of right answers
+    assert len(others) >= 9 and others[-1] == "twelve"
+    assert all(read_quantity(text) is None for text in others)
+    percent, share, whole, small, least, _, _ = re.findall(r"`([^`]+)`", percents)
+    assert numeric(share, percent) and numeric(whole, percent) and numeric(least, small)
+    assert not numeric("0.5", small) and not numeric(share, whole)
 
 
 def test_the_options_of_files_are_all_there():

@@ -1,6 +1,7 @@
 """Answers found in responses, numbers that agree, and majorities with their ties."""
 
 from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -14,7 +15,10 @@ from bridge.vote import extract_answer, majority, normalise
     [
         (r"So \boxed{42}.", "42"),
         (r"First \boxed{1}, no: \boxed{2}", "2"),
-        (r"\boxed{\frac{1}{2}} or so, 7 in all", r"\frac{1}{2}"),
+        (r"\boxed{\frac{1}{2}} or so, 7 in all", "0.5"),
+        (r"\boxed{\frac{2}{6}}", "1/3"),
+        (r"\boxed{\sqrt{2}}", r"\sqrt{2}"),
+        (r"<answer>3</answer>, not \boxed{4}", "3"),
         (r"\boxed{40} and then \boxed{4", "40"),  # cut off within the braces
         (r"\boxed{\$1{,}200}", "1200"),
         (r"costs \boxed{\$18.00}", "18"),
@@ -34,7 +38,12 @@ from bridge.vote import extract_answer, majority, normalise
         ("17-25", "25"),
         ("between (2)-3", "3"),
         ("the pair 3,4", "4"),
-        ("a half is 1/2", "1/2"),
+        ("a half is 1/2", "0.5"),
+        ("The answer is 25.0%.", "25%"),
+        ("The answer is (3,4).", "(3, 4)"),
+        ("The answer is $(3 ,4)$.", "(3, 4)"),
+        ("The answer is 2024-01-05.", "2024-01-05"),
+        ("#### 1 or 2", "1 or 2"),
         (".50", "0.5"),
         ("costs $7.", "7"),
         ("no number at all", None),
@@ -64,6 +73,13 @@ def test_numbers_keep_their_value(number):
     assert normalise(plain) == plain
 
 
+@given(st.fractions(max_denominator=10**6))
+def test_fractions_keep_their_value(number):
+    plain = normalise(rf"$\frac{{{number.numerator}}}{{{number.denominator}}}$")
+    assert Fraction(plain) == number
+    assert plain == normalise(str(number)) == normalise(f"{plain} apples")
+
+
 @given(st.text(), st.booleans())
 def test_any_text_has_an_answer_that_is_a_text_or_none(text, complete):
     answer = extract_answer(text, complete)
@@ -74,6 +90,20 @@ def test_the_majority_wins():
     vote = majority(["It is 3", "#### 4", r"\boxed{4.0}", "none"])
     assert (vote.answer, vote.count, vote.total, vote.tied) == ("4", 2, 4, False)
     assert vote.tallies == {"4": 2, "3": 1}
+
+
+@pytest.mark.parametrize(
+    ("texts", "answer", "count"),
+    [
+        (["so 25%", "It is 25", "so 0.25"], "25", 2),
+        (["so 25%", "It is 1/4", r"\boxed{25\%}"], "0.25", 3),
+        (["so 25%", r"\boxed{25\%}", "It is 3"], "25%", 2),
+        (["so 0.5%", "It is 0.5", "It is 0.005"], "0.005", 2),  # below 1 % the sign counts
+    ],
+)
+def test_a_percentage_is_the_number_that_other_rows_give_for_it(texts, answer, count):
+    vote = majority(texts)
+    assert (vote.answer, vote.count) == (answer, count)
 
 
 def test_a_tie_goes_to_the_earliest_row_and_is_said():

@@ -25,6 +25,7 @@ from bridge.evaluation.metrics import (
     pass_at_k,
 )
 from bridge.evaluation.records import Group, Row
+from bridge.vote import together
 
 TAUS = ("0.25", "0.5", "0.75", "1.0")
 GPASS = tuple(f"gpass@{tau}" for tau in TAUS)
@@ -146,7 +147,7 @@ def values(evaluation: Evaluation, width: int) -> dict[str, Float[np.ndarray, "*
     scores = np.array([[row.score for row in pool] for pool in flat])
     right = scores >= evaluation.threshold
     counts = right.sum(axis=1)
-    answers = [[row.answer for row in pool] for pool in flat]
+    answers = [together([row.answer for row in pool]) for pool in flat]
     found = {
         "pass@1": pass_at_k(counts, n, 1),
         "coverage": pass_at_k(counts, n, k),

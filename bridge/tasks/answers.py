@@ -3,21 +3,19 @@ r"""Where in a response its answer stands: five places, each with a rule, or the
     tag       inside the last `<answer>...</answer>`
     boxed     inside the last `\boxed{...}` whose braces balance
     hashes    after the last `####`, to the end of its line
-    number    the last number: 1,200.50, -3, 1/2; a minus after a value is a difference
+    number    the last number: 1,200.50, -3, 1/2, 25%; a minus after a value is a difference
     text      the whole response, without white space around it
-    auto      tag, else boxed, else hashes, else after the last "answer is" or "answer:" (of an
-              equation its right side, and the first number in it, if there is one), else number
+    auto      tag, else boxed, else hashes or what follows "answer is" or "answer:" to the end of
+              the sentence, whichever comes last, else number
 
-Works on texts alone, and says nothing about whether an answer is right. An answer is never empty.
+An answer is the whole expression in its own spelling, never empty, and says nothing about whether
+it is right. Votes (`bridge.vote`) read as `auto` does.
 """
 
-import re
 from collections.abc import Callable
 
+from bridge.answers.places import after_hashes, find_answer, last_boxed, last_number, tagged
 from bridge.errors import BridgeError
-from bridge.vote import AROUND, HASHES, NUMBER, STATED, last_boxed
-
-TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 
 
 def read_answer(response: str, where: str) -> str | None:
@@ -33,44 +31,13 @@ def check_place(where: object) -> str:
     return str(where)
 
 
-def _tag(response: str) -> str | None:
-    found = TAG.findall(response)
-    return found[-1] if found else None
-
-
-def _hashes(response: str) -> str | None:
-    found = HASHES.findall(response)
-    return found[-1] if found else None
-
-
-def _number(response: str) -> str | None:
-    found = NUMBER.findall(response)
-    return found[-1] if found else None
-
-
-def _auto(response: str) -> str | None:
-    for place in (_tag, last_boxed, _hashes, _stated):
-        if (found := place(response)) is not None:
-            return found
-    return _number(response)
-
-
-def _stated(response: str) -> str | None:
-    """As votes read it (`bridge.vote.extract_answer`), but in its own spelling."""
-    if not (found := STATED.findall(response)):
-        return None
-    stated = found[-1].rpartition("=")[2].strip() or found[-1]
-    number = NUMBER.search(stated)
-    return number.group() if number else stated.strip(AROUND).rstrip(".,;:!").strip(AROUND)
-
-
 PLACES: dict[str, Callable[[str], str | None]] = {
-    "tag": _tag,
+    "tag": tagged,
     "boxed": last_boxed,
-    "hashes": _hashes,
-    "number": _number,
+    "hashes": after_hashes,
+    "number": last_number,
     "text": lambda response: response,
-    "auto": _auto,
+    "auto": find_answer,
 }
 # What a prompt says so that the answer stands there.
 INSTRUCTIONS = {

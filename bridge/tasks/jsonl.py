@@ -11,6 +11,7 @@ is a hash of the prompt, a tenth test, a tenth validation, the rest train, in wh
 import json
 from collections.abc import Sequence
 from hashlib import sha256
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,10 @@ class JsonlTask:
         reward: str | None = None,
         threshold: float = 1.0,
     ) -> None:
-        """`match`: how answers are compared (`bridge.tasks.matching`); None is numeric where all
-        right answers are numbers, and else exact. `extract`: where they stand in a response
-        (`bridge.tasks.answers`). `instruction`: what each prompt says at its end. `reward`:
-        "module:function", instead of `match`; lines then need no answer.
+        """`match`: how answers are compared (`bridge.tasks.matching`); None is numeric where the
+        right answer of the line is a number, and else exact. `extract`: where they stand in a
+        response (`bridge.tasks.answers`). `instruction`: what each prompt says at its end.
+        `reward`: "module:function", instead of `match`; lines then need no answer.
 
         Raises BridgeError, with the number of the line, for whatever is wrong with the file; for
         an unknown option, and where math-verify is needed and not installed.
@@ -61,10 +62,10 @@ class JsonlTask:
         self.function = None if reward is None else load_function(reward, "reward")
         self.splits: dict[str, list[Problem]] = {split: [] for split in SPLITS}
         lines = self._read()
-        if match is None:
-            numbers = all(read_number(p.answer or "") is not None for _, _, p in lines)
-            match = "numeric" if numbers and reward is None else "exact"
-        self.match, self.tolerance = match, tolerance
+        if match is None and reward is None:
+            numbers = [read_number(p.answer or "") is not None for _, _, p in lines]
+            match = "numeric" if all(numbers) else None if any(numbers) else "exact"
+        self.match, self.tolerance = match, tolerance  # None: each by what its right answer is
         self.matches = check_match(match, tolerance)
         self._check_answers(lines)
         self._split(lines)
@@ -134,6 +135,8 @@ class JsonlTask:
             )
         answer = record.get("answer")
         if isinstance(answer, int | float) and not isinstance(answer, bool):
+            if isinstance(answer, float) and not isfinite(answer):  # as 1e400 is to Python
+                raise BridgeError(f"{where}: answer must be text or a finite number, not {answer}")
             answer = str(answer)
         if answer is None and self.reward is None:
             raise BridgeError(f"{where}: answer is missing; give one, or name a reward")
@@ -165,10 +168,15 @@ class JsonlTask:
         return messages
 
     def _check_answers(self, lines: Sequence[tuple[int, str | None, Problem]]) -> None:
-        if self.match != "numeric":
+        if self.reward is not None:
             return
         for number, _, problem in lines:
-            if read_number(problem.answer or "") is None:
+            if self.match is None and (problem.answer or "").lower() == "nan":
+                raise BridgeError(
+                    f"{self.path}, line {number}: answer is {problem.answer}, as where a value is "
+                    "missing; mend it, or choose match=exact"
+                )
+            if self.match == "numeric" and read_number(problem.answer or "") is None:
                 raise BridgeError(
                     f"{self.path}, line {number}: answer must be a number for match=numeric, not "
                     f"{show(problem.answer)}; mend it, or choose match=exact or math"

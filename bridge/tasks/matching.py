@@ -1,12 +1,17 @@
 r"""Whether an answer is the right one: exactly, as a number, or as mathematics.
 
-    exact     the same characters, runs of white space counting as one space
-    numeric   the same number, compared as fractions: 1,200.0, \$1200 and 2400/2 agree, and so do 5%
-              and 0.05; within `tolerance` times the right one, where that is above 0
-    math      what the package math-verify holds for equal: 2\sqrt{2} and \sqrt{8}, {1, 2} and 2, 1.
-              It reads words as products of letters, so that Paris equals sirap: for formulas only
+    exact     the same characters, runs of white space counting as one space, apart from Markdown,
+              `$`, `\text{}` and a full stop around them; x = 5 is also 5, and (B) is B
+    numeric   the same number, compared as fractions (`bridge.answers.numbers`): 1,200.0, \$1200,
+              2400/2 and 1200 apples agree, and so do \frac{1}{2} and 0.5. 5% agrees with 0.05 and,
+              as percentages of 1 and more do, with 5; within `tolerance` times the right one,
+              where that is above 0
+    math      the same number, or what the package math-verify holds for equal: 2\sqrt{2} and
+              \sqrt{8}, {1, 2} and 2, 1. It reads words as products of letters, so that Paris
+              equals sirap: for formulas only
 
-Right answers are checked when they are read, given ones never raise. `math` may take long.
+What is given is the whole answer; none of these looks for it within a response. Right answers are
+checked when they are read, given ones never raise. `math` may take long.
 """
 
 import re
@@ -16,24 +21,32 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
+from bridge.answers.numbers import agree, read_bare, read_number, read_quantity
+from bridge.answers.places import DATE, INLINE
+from bridge.answers.trimming import plain, right_side, trim
 from bridge.errors import BridgeError
-from bridge.vote import AROUND
+
+__all__ = ["MATCHES", "check_match", "read_number"]
 
 MATCHES = ("exact", "numeric", "math")
-# Longer ones would take their time, 1e999999999 above all.
-NUMERIC = re.compile(r"[-+]?(\d{1,1000}(\.\d{0,1000})?|\.\d{1,1000})(e[-+]?\d{1,3}|/\d{1,1000})?")
+IS_DATE = re.compile(DATE)
+ROOT = re.compile(r"\u221a\s*(?:\{([^{}]*)\}|\(([^()]*)\)|([0-9]+|[A-Za-z]))")
+MARKS = str.maketrans({"\u2212": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u00b0": ""})
 
 
 def check_match(match: object, tolerance: object) -> Callable[[str, str], bool]:
-    """The comparison `(right answer, given answer) -> bool` of that name.
+    """The comparison `(right answer, given answer) -> bool` of that name; None: numeric where the
+    right answer is a number, and exact where it is none.
 
     Raises BridgeError for an unknown name, for a tolerance that is none or has no use, and where
     math-verify is not installed.
     """
     if not isinstance(tolerance, int | float) or not 0 <= tolerance < 1:
         raise BridgeError(f"tolerance must be a number from 0 to below 1, not {tolerance!r}")
-    if tolerance and match != "numeric":
+    if tolerance and match not in (None, "numeric"):
         raise BridgeError(f"tolerance is for match=numeric, not for match={match}; leave it out")
+    if match is None:
+        return _Either(Fraction(str(tolerance)))
     if match == "exact":
         return _exact
     if match == "numeric":
@@ -47,24 +60,9 @@ def check_match(match: object, tolerance: object) -> Callable[[str, str], bool]:
     raise BridgeError(f"match {match!r} is not known; use one of {', '.join(MATCHES)}")
 
 
-def read_number(text: str) -> Fraction | None:
-    """The number that a text is, exactly; None where it is none, or one of absurd length."""
-    plain = text.replace("\\$", "").replace("\\%", "%").replace("{,}", "").replace("\u2212", "-")
-    plain = plain.strip().strip(AROUND).rstrip(".").replace("$", "")
-    if re.search(r"\d,\d", plain) and not re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?%?", plain):
-        return None
-    percent = plain.endswith("%")
-    plain = plain.removesuffix("%").strip().replace(",", "").lower()
-    if not plain.isascii() or not NUMERIC.fullmatch(plain):
-        return None
-    try:
-        return Fraction(plain) / (100 if percent else 1)
-    except (ValueError, ZeroDivisionError):
-        return None
-
-
 def _exact(right: str, given: str) -> bool:
-    return right.split() == given.split()
+    right, given = plain(right), plain(given)
+    return right.split() in (given.split(), plain(right_side(given)).split())
 
 
 class _Numeric:
@@ -72,10 +70,17 @@ class _Numeric:
         self.tolerance = tolerance
 
     def __call__(self, right: str, given: str) -> bool:
-        expected, found = read_number(right), read_number(given)
+        expected, found = read_bare(right), read_quantity(given)
         if expected is None or found is None:
             return False
-        return abs(found - expected) <= self.tolerance * abs(expected)
+        return agree(expected, found, self.tolerance)
+
+
+class _Either(_Numeric):
+    """By what the right answer is, whatever those of other problems are."""
+
+    def __call__(self, right: str, given: str) -> bool:
+        return _exact(right, given) if read_bare(right) is None else super().__call__(right, given)
 
 
 def _math(right: str, given: str) -> bool:
@@ -84,16 +89,29 @@ def _math(right: str, given: str) -> bool:
     expected = _formula(right)
     if not expected:
         raise ValueError(f"math-verify cannot read the right answer {right!r}")
+    if _exact(right, given) or _same(right, given):
+        return True
+    if IS_DATE.fullmatch(plain(right)) or IS_DATE.fullmatch(plain(given)):
+        return False  # no difference of numbers
     # A scorer keeps the time, also within C code, which math-verify's own alarm does not.
     return verify(expected, _formula(given), timeout_seconds=0)
+
+
+_same = _Numeric(Fraction(0))
 
 
 @lru_cache(maxsize=256)
 def _formula(text: str) -> list[Any]:
     import logging
 
-    from math_verify import parse
+    from math_verify import LatexExtractionConfig, parse
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of having no time limit
-    plain = text.strip().strip("$").strip()
-    return parse(plain if "\\boxed" in plain else rf"\boxed{{{plain}}}", parsing_timeout=0)
+    formula = ROOT.sub(r"\\sqrt{\1\2\3}", trim(text).translate(MARKS))
+    within = INLINE.findall(formula)
+    if len(within) == 1:  # with words around it
+        formula = trim(within[0])
+    if len(within) < 2 and "\\boxed" not in formula:
+        formula = rf"\boxed{{{formula}}}"
+    # A formula that it cannot read is not the number that it might find in it.
+    return parse(formula, [LatexExtractionConfig()], parsing_timeout=0)

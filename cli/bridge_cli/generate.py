@@ -81,6 +81,8 @@ def generate(
 ) -> None:
     """Answer prompts, each with WIDTH rows that see each other.
 
+    --vote counts answers that are tagged, boxed, after #### or "answer is", or a last number.
+
     Example: bridge generate '3 5 2 7 = 8 ?'
 
     Example: bridge generate ./smol-bridge 'Tom has 12 apples...' --width 8 --vote
