@@ -94,6 +94,7 @@ PAIRS = [
     ("1200", "The answer is $1{,}200$.", NUMERIC, 1, "MATH"),
     ("1200", r"The answer is $1\,200$.", NUMERIC, 1, "MATH"),
     ("1200", r"\boxed{1,\!200}", NUMERIC, 1, "MATH"),
+    ("11111", r"The answer is $11,\! 111$.", NUMERIC, 1, "MATH"),
     ("5000000", "The answer is 5 million.", NUMERIC, 1, "GSM8K: populations"),
     ("5", "The answer is 5 million.", NUMERIC, 0, "trap"),
     # Units, money, degrees, ordinals.
@@ -149,6 +150,7 @@ PAIRS = [
     ("5", r"The answer is 5, as \boxed{} asks.", NUMERIC, 1, "chat: an empty box"),
     ("5", r"$\boxed{3}$ and $\boxed{5}$", NUMERIC, 0, "Math-Verify: boxes that belong together"),
     ("3, 5", r"$\boxed{3}$ and $\boxed{5}$", MATH, 1, "Math-Verify: boxes that belong together"),
+    (r"$\boxed{3}$ or $\boxed{5}$", r"$\boxed{5}$, $\boxed{3}$", MATH, 1, "MATH solutions"),
     ("5", r"$\boxed{3}$ and $\boxed{5}$", MATH, 0, "trap"),
     # Formulas.
     ("5", r"The answer is $5\sqrt{3}$.", NUMERIC, 0, "trap"),
@@ -186,5 +188,8 @@ PAIRS = [
     ("B", "The answer is (B).", EXACT, 1, "MMLU"),
     ("(B)", "Answer: $B$", EXACT, 1, "BIG-bench hard, simple-evals"),
     ("A", "The answer is (B).", EXACT, 0, "MMLU"),
+    ("5", r"<answer>\boxed{5}</answer>", NUMERIC, 1, "DeepSeek-R1's tags, MATH's boxes"),
+    (r"\frac{1}{2}", r"<answer>$\boxed{\frac{1}{2}}$</answer>", EXACT, 1, "the same"),
+    ("5", r"<answer>\boxed{5} + \boxed{3}</answer>", NUMERIC, 0, "trap: two boxes"),
     ("1/2", "I think <answer> 0.5 </answer>", NUMERIC, 1, "DeepSeek-R1's tags"),
 ]

@@ -82,6 +82,7 @@ SIGNS = str.maketrans(
 )
 RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 PIECES = [
+    (re.compile(r",\s*\\!\s*"), ","),
     (re.compile(r"\\(?:left|right|displaystyle|textstyle)(?![a-z])|\\[!(\[\])]|\{\s*\}"), ""),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\[,;: ]"), " "),

@@ -22,12 +22,12 @@ BRACES = re.compile(r"\\[{}]|(\\(?:boxed|fbox)\s*)?\{|\}|\\(?:boxed|fbox)\s*(-?[
 BETWEEN_BOXES = re.compile(r"[ $]*(?:[,;]|(?:,\s*)?(?:\\text\{\s*)?\b(?:and|or)\b\s*\}?)[ $]*")
 
 # What a sentence may end at; and what has stops of its own: formulas and abbreviations.
-ENDS = re.compile(r"\\[()[\]$]|\$\$|\$|\n|[.!?\u3002](?=[\"'*_`)\]\u201d\u2019$}]*(?:\s|$))")
+ENDS = re.compile(r"\\[^A-Za-z\n]|\$\$|\$|\n|[.!?\u3002](?=[\"'*_`)\]\u201d\u2019$}]*(?:\s|$))")
 CLOSED_BY = {r"\(": r"\)", r"\[": r"\]", "$$": "$$"}
 INLINE = re.compile(r"\$(?! )(?:\\.|[^\n$\\])+?(?<! )\$(?![0-9])")
 SHORT = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|St|Prof|Rs|No|vs|ca|approx|sq)|\b[A-Za-z]\.[A-Za-z])\.$")
 
-COUNT = r"(?:[0-9]{1,3}(?:(?:,|\{,\}|,?\\[,!;]|[\u00a0\u2009\u202f])[0-9]{3})+(?![0-9])|[0-9]+)"
+COUNT = r"(?:[0-9]{1,3}(?:(?:,|\{,\}|,?\\[,!;]\s?|[\u00a0\u2009\u202f])[0-9]{3})+(?![0-9])|[0-9]+)"
 VALUE = rf"(?:{COUNT}(?:\.[0-9]+)?|\.[0-9]+)"
 SIGN = r"(?:(?<![\w)\]}])[-\u2212])?"  # between two values it is a difference: 17-25 ends in 25
 FRACTION = r"\\[dtc]?frac\s*(?:\{[^{}]*\}|[0-9])\s*(?:\{[^{}]*\}|[0-9])"

@@ -9,6 +9,8 @@ import re
 FORMULAS = (("$$", "$$"), (r"\[", r"\]"), (r"\(", r"\)"), ("$", "$"))
 DOLLAR = re.compile(r"(?<!\\)\$")
 ELEMENT = re.compile(r"^<[A-Za-z]+>|</[A-Za-z]+>$")  # of HTML
+BOX = re.compile(r"\\(?:boxed|fbox)\s*\{(.{0,2000})\}", re.DOTALL)
+BRACE = re.compile(r"\\.|([{}])", re.DOTALL)
 # Commands that say how a text looks.
 LOOKS = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|bb)|mbox|boldsymbol)\s*"
 WHOLE_LOOK = re.compile(rf"{LOOKS}\{{([^{{}}]*)\}}")
@@ -19,8 +21,8 @@ SEVERAL = re.compile(r"[,;]|\b(?:and|or)\b")
 
 
 def trim(text: str) -> str:
-    """A text without white space, Markdown, quotation marks, formula's delimiters and closing
-    punctuation around it, nor a closing bracket that nothing in it opens."""
+    """A text without white space, Markdown, quotation marks, a formula's delimiters, a box and
+    closing punctuation around it, nor a closing bracket that nothing in it opens."""
     while True:
         before, text = text, _trim_once(text)
         if text == before:
@@ -54,6 +56,8 @@ def right_side(text: str) -> str:
 def _trim_once(text: str) -> str:
     text = text.strip().strip("*`'\"\u2018\u2019\u201c\u201d ").rstrip(".,;:\u3002 ")
     text = ELEMENT.sub("", text)
+    if (box := BOX.fullmatch(text)) and _one(box.group(1)):
+        return box.group(1)
     for start, end in FORMULAS:
         inside = text[len(start) : len(text) - len(end)]
         whole = len(text) > len(start + end) and text.startswith(start) and text.endswith(end)
@@ -66,6 +70,16 @@ def _trim_once(text: str) -> str:
         return text if r"\(" in text or r"\[" in text else text[:-2]
     # Opened or not, [2, 5) is an interval.
     return _closed(_closed(text, "([", ")]"), "{", "}")
+
+
+def _one(inside: str) -> bool:
+    """Whether no brace in there closes what was opened before it."""
+    depth = 0
+    for brace in BRACE.findall(inside):
+        depth += (brace == "{") - (brace == "}")
+        if depth < 0:
+            return False
+    return True
 
 
 def _closed(text: str, opening: str, closing: str) -> str:
