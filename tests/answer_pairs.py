@@ -44,6 +44,8 @@ PAIRS = [
     ("1/3", "The answer is 0.333.", NUMERIC, 0, "rounded without tolerance"),
     ("5000", r"The answer is $\frac{10,000}{2}$.", NUMERIC, 1, "thousands in a fraction"),
     ("0.5", "The answer is 1/2, or 50%.", NUMERIC, 1, "chat: one value twice"),
+    ("0.25", "The answer is 1/4 (or 25%).", NUMERIC, 1, "chat: one value twice"),
+    ("12", "The answer is 12 (or 13).", NUMERIC, 0, "trap: two values"),
     ("1/2", "The answer is 1/2 or 2.", NUMERIC, 0, "trap: two values"),
     # Tuples, lists, ranges, bounds: no numbers.
     ("3", "The answer is (3, 4).", NUMERIC, 0, "field report"),
@@ -56,6 +58,8 @@ PAIRS = [
     ("[2,5)", "The final answer is $[2,5)$. I hope it is correct.", MATH, 1, "Minerva"),
     ("2, 4, 6", "The answer is 2, 4, 6.", EXACT, 1, "MATH: several values"),
     ("6", "The answer is 2, 4, 6.", NUMERIC, 0, "trap"),
+    ("5", "The answer is 5; 6.", NUMERIC, 0, "trap: two values"),
+    ("0.5", "The answer is ...5", NUMERIC, 0, "trap: dots that are no decimal point"),
     ("2", "The answer is 1 and 2.", NUMERIC, 0, "trap"),
     ("1,2", "The answer is $1$ and $2$.", MATH, 1, "MATH: several values"),
     ("3", "The answer is 3-7.", NUMERIC, 0, "trap: ranges"),

@@ -16,7 +16,7 @@ from bridge.answers.trimming import EQUALS, right_side, trim, without_looks
 LONGEST = 2000  # characters of what may be a number; longer ones would take their time
 # Thousands are apart by commas or by spaces; 1,20 is no number, and 3,4 are two.
 COUNT = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])|[0-9]{1,3}(?:[ ][0-9]{3})+(?![ ]?[0-9])|[0-9]+)"
-DECIMAL = rf"(?:{COUNT}(?:\.[0-9]*)?|\.[0-9]+)"
+DECIMAL = rf"(?:{COUNT}(?:\.[0-9]*)?|(?<!\.)\.[0-9]+)"
 PART = r"(?:\{{\s*(?P<{0}>[^{{}}]*)\}}|(?P<{0}_digit>[0-9]))"
 NUMERAL = re.compile(
     rf"""(?<![A-Za-z0-9_^\\])(?<![0-9]\.)(?P<sign>(?<![\w)\]}}%])[-+])?(?:
@@ -61,12 +61,14 @@ UNIT_POWER = re.compile(
 # What explains an answer, or goes on after it.
 CLAUSE = re.compile(
     r",?\s+(?:because|since|which|where|as|so|therefore|thus|hence|making|giving|meaning|given)\b"
-    r"|,\s+(?:of|for|in|at|on|from|after|with|not|out|i\.?e\.?|the|that|who)\b|;",
+    r"|,\s+(?:of|for|in|at|on|from|after|with|not|out|i\.?e\.?|the|that|who)\b",
     re.IGNORECASE,
 )
-REMARK = re.compile(r"\s\((?=[^()]*[A-Za-z]{2})[^()]*\)|\s*\\pmod\s*\{?\s*\w+\}?")
+REMARK = re.compile(
+    r"\s\((?!\s*(?:or|and)\b)(?=[^()]*[A-Za-z]{2})[^()]*\)|\s*\\pmod\s*\{?\s*\w+\}?"
+)
 EQUAL = re.compile(r"\bis\s+equal\s+to\b|\bequals\b|(?<=\b[A-Za-z])\s+is\b(?:\s+equal\s+to\b)?")
-OR = re.compile(r"\s*,?\s*\bor\s+(?:about\s+)?")
+OR = re.compile(r"\s*[,(]?\s*\bor\s+(?:about\s+)?")
 RELATIONS = re.compile(r"[<>\u2260\u2264\u2265\u00b1]|!=|\\(?:neq?|leq?|geq?|lt|gt|pm|mp)(?![a-z])")
 ABOUT = re.compile(r"\\approx|\\simeq|\\sim(?![a-z])|\u2248|~")
 
@@ -195,7 +197,7 @@ def _stated(text: str) -> Quantity | None:
     if len(numerals) == 2 and OR.fullmatch(side, numerals[0].end(), numerals[1].start()):
         one, other = map(_value, numerals)  # 1/2, or 0.5
         if one and other and one.value == other.value:
-            side = side[: numerals[0].end()] + side[numerals.pop().end() :]
+            side = side[: numerals[0].end()] + side[numerals.pop().end() :].lstrip(")")
     if len(numerals) != 1:
         return None
     [numeral] = numerals
