@@ -17,6 +17,7 @@ from bridge.reading import one_line, show
 from bridge.safetensors_io import TensorSpec
 
 BITS = (2, 3, 4, 5, 6, 8)
+UNSAID = {"bits": 4, "group_size": 64}  # what MLX takes where it is told nothing
 GROUP_SIZES = (32, 64, 128)
 SCALES = ("float32", "bfloat16", "float16")
 PIECE = 1 << 20  # numbers unpacked at a time: memory stays that of the result
@@ -185,8 +186,9 @@ def parse_quantization(raw: Mapping[str, Any], source: str = "config.json") -> Q
     """What a config says of its quantised weights; None where it says nothing.
 
     Settings of single layers, which mlx-lm may add by their path, say what `packing` tells from the
-    tensors themselves. Raises BridgeError, naming the key, for another mode than affine, for bits
-    or a group size that MLX lacks, and for another program's quantisation.
+    tensors themselves; there a key may be missing. A null, as mlx-lm's recipes write, is MLX's own
+    default. Raises BridgeError, naming the key, for another mode than affine, for bits or a group
+    size that MLX lacks, and for another program's quantisation.
     """
     said = {k: raw[k] for k in ("quantization", "quantization_config") if raw.get(k) is not None}
     parsed: set[Quantization] = set()
@@ -202,6 +204,7 @@ def parse_quantization(raw: Mapping[str, Any], source: str = "config.json") -> Q
         settings = {path: s for path, s in value.items() if isinstance(s, Mapping)}
         own = {k: v for k, v in value.items() if k not in settings and not isinstance(v, bool)}
         for path, each in {"": own, **settings}.items():
+            each = {**UNSAID, **each} if path else each
             found = _parse_one(each, f"{where}.{one_line(path)}" if path else where)
             parsed |= set() if path else {found}
     if len(parsed) > 1:
@@ -210,14 +213,17 @@ def parse_quantization(raw: Mapping[str, Any], source: str = "config.json") -> Q
 
 
 def _parse_one(settings: Mapping[str, Any], where: str) -> Quantization:
-    if settings.get("mode", "affine") != "affine":
+    if settings.get("mode") not in (None, "affine"):
         raise BridgeError(f"{where}.mode {show(settings['mode'])} is not supported; only affine is")
     if unknown := sorted(settings.keys() - {"bits", "group_size", "mode"}):
         raise BridgeError(f"{where}.{one_line(unknown[0])} is not known")
-    for key in ("bits", "group_size"):
-        if type(settings.get(key)) is not int:
-            raise BridgeError(f"{where}.{key} must be an integer, not {show(settings.get(key))}")
-    how = Quantization(settings["bits"], settings["group_size"])
+    if missing := sorted(UNSAID.keys() - settings.keys()):
+        raise BridgeError(f"{where}.{missing[0]} is missing; mlx-lm needs it too")
+    said = {key: UNSAID[key] if settings[key] is None else settings[key] for key in UNSAID}
+    for key, value in said.items():
+        if type(value) is not int:
+            raise BridgeError(f"{where}.{key} must be an integer, not {show(value)}")
+    how = Quantization(**said)
     _check(how, where)
     return how
 

@@ -5,10 +5,13 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+from mlx_lm.convert import QUANT_RECIPES
+from mlx_lm.convert import convert as mlx_convert
 from safetensors.numpy import load_file, save_file
 from tiny_host import write_host
 
 from bridge.checkpoint import open_checkpoint
+from bridge.conversion import convert
 from bridge.errors import BridgeError
 from bridge.initialise import init
 from bridge.quantised import Quantization, quantise
@@ -16,6 +19,7 @@ from bridge.quantised import Quantization, quantise
 Q = "self_attn.q_proj.weight"
 STACK = f"model.layers.*.{Q}"
 FILE = "model.safetensors"
+PARTS = ("lm_head", "model.layers.0.self_attn.q_proj")  # to recipes, of more bits and of fewer
 
 
 @pytest.fixture
@@ -216,7 +220,8 @@ OTHERS = {
     "bits 7": {"quantization": {"bits": 7, "group_size": 32}},
     "group_size 48": {"quantization": {"bits": 4, "group_size": 48}},
     "global_scale": {"quantization": {"bits": 4, "group_size": 32, "global_scale": 1}},
-    "group_size must": {"quantization": {"bits": 4}},
+    "group_size is missing": {"quantization": {"bits": 4}},
+    "q_proj.mode": {"quantization": {"bits": 4, "group_size": 64, "q_proj": {"mode": "mxfp4"}}},
 }
 
 
@@ -245,3 +250,24 @@ def test_a_directory_of_mlx_lm_is_read(tmp_path):
         step = np.ptp(want) / 255 if want.ndim == 2 else 0
         assert np.abs(opened.tensors[name] - want).max() <= step, name
     assert opened.tensors.packed("model.embed_tokens.weight") is not None
+
+
+@pytest.mark.parametrize("recipe", QUANT_RECIPES)
+def test_the_recipes_of_mlx_lm_are_read(tmp_path, recipe):
+    """They leave out, by null, how many numbers a group of single modules has: MLX's 64. What comes
+    out is what mlx-lm itself dequantises, and a conversion keeps what they say."""
+    host = write_host(tmp_path / "host", hidden_size=64, intermediate_size=64, rms_norm_eps=1e-6)
+    theirs, back = tmp_path / "theirs", tmp_path / "back"
+    mlx_convert(str(host), str(theirs), quantize=True, quant_predicate=recipe)
+    mlx_convert(str(theirs), str(back), dequantize=True)
+    raw = json.loads((theirs / "config.json").read_text())
+    assert raw["quantization"]["lm_head"]["group_size"] is None
+    assert open_checkpoint(theirs).quantization == Quantization(4, 64)
+    got, want = read(theirs), read(back)
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        np.testing.assert_array_equal(got[name], tensor, err_msg=name)
+    bits = {open_checkpoint(theirs).tensors.packed(f"{m}.weight").bits for m in PARTS}
+    assert bits == {int(bits) for bits in recipe.split("_")[1:]}
+    assert convert(theirs, tmp_path / "ours").quantization == raw["quantization"]
+    assert read(tmp_path / "ours").keys() == got.keys()

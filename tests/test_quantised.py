@@ -154,6 +154,10 @@ def test_a_config_says_how_it_is_quantised():
         both = {"quantization": said, "quantization_config": said}
         assert parse_quantization(both) == Quantization(4, 64)
         assert parse_quantization({"quantization": said}) == Quantization(4, 64)
+    unsaid = {"group_size": None, "bits": None, "mode": None}  # what MLX takes then
+    layers = {"lm_head": {"bits": 6}, "model.embed_tokens": {"group_size": None, "bits": 2}}
+    assert parse_quantization({"quantization": {**unsaid, **layers}}) == Quantization(4, 64)
+    assert parse_quantization({"quantization": {**plain, "lm_head": {}}}) == Quantization(4, 64)
     assert Quantization(4, 64).to_json() == affine
     assert parse_quantization({}) is None
     assert parse_quantization({"quantization": None}) is None
@@ -163,7 +167,7 @@ def test_a_config_says_how_it_is_quantised():
     ("said", "message"),
     [
         ({"quantization": 4}, "quantization must be an object"),
-        ({"quantization": {"bits": 4}}, "quantization.group_size must be an integer"),
+        ({"quantization": {"bits": 4}}, "quantization.group_size is missing"),
         ({"quantization": {"bits": "4", "group_size": 64}}, "quantization.bits must be an integer"),
         ({"quantization": {"bits": 7, "group_size": 64}}, "bits 7 is not one of"),
         ({"quantization": {"bits": 4, "group_size": 48}}, "group_size 48 is not one of"),

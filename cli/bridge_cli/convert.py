@@ -58,6 +58,7 @@ def convert(
     Example: bridge convert ./smol-bridge ./smol-adapter --to torch --adapter
     """
     from bridge.conversion import convert as make
+    from bridge.quantised import parse_quantization
 
     with byte_bar(json) as progress:
         made = make(
@@ -80,8 +81,9 @@ def convert(
     what = "adapter" if made.adapter else "checkpoint"
     how = made.dtype
     if made.quantization:
-        bits, group = made.quantization["bits"], made.quantization["group_size"]
-        how = f"{bits} bits in groups of {group}, the rest in {made.dtype}"
+        most = parse_quantization({"quantization": made.quantization})
+        assert most is not None
+        how = f"{most.bits} bits in groups of {most.group_size}, the rest in {made.dtype}"
     tensors = f"{made.tensors} tensors, {size(made.bytes)}; {how}"
     print(f"{one_line(str(dst))}: {made.form} {what}, {tensors}")
     if made.dequantised:
