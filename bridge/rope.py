@@ -15,15 +15,11 @@ import numpy as np
 from bridge.errors import BridgeError
 from bridge.reading import show
 
+LENGTH = "original_max_position_embeddings"
 ROPE_KEYS = {
     "default": set(),
     "linear": {"factor"},
-    "llama3": {
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    },
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", LENGTH},
     "yarn": {
         "factor",
         "attention_factor",
@@ -32,8 +28,13 @@ ROPE_KEYS = {
         "mscale",
         "mscale_all_dim",
         "truncate",
-        "original_max_position_embeddings",
+        LENGTH,
     },
+}
+# Settings that YaRN's own code and vLLM read and transformers does not, with the values under which
+# all compute the same.
+NEUTRAL: dict[str, dict[str, tuple[Any, ...]]] = {
+    "yarn": {"attn_factor": (1,), "extrapolation_factor": (1,), "finetuned": (True, False)},
 }
 # No model is near these bounds; within them every frequency is a finite number.
 LEAST, MOST = 1e-12, 1e18
@@ -65,21 +66,23 @@ class RopeConfig:
 def parse_rope(raw: Mapping[str, Any], max_position_embeddings: int, source: str) -> RopeConfig:
     """Read a config's `rope_parameters` (newer), or its `rope_theta` and `rope_scaling` (older).
 
-    Both spellings are those of clause 5.7. Raises BridgeError for an unknown rope type, a missing
+    Both spellings are those of clause 5.7; `original_max_position_embeddings` may stand beside them
+    too. Raises BridgeError for an unknown rope type, a missing
     or unknown key, a number out of range, and where both spellings are present and disagree.
     """
     newer, older = raw.get("rope_parameters"), raw.get("rope_scaling")
     theta = raw.get("rope_theta")
+    if (beside := raw.get(LENGTH)) is not None:
+        _check_value(LENGTH, beside, source)
+    lengths = (beside, max_position_embeddings)
     parsed = []
     for field, settings in (("rope_parameters", newer), ("rope_scaling", older)):
         if settings is not None:
             if not isinstance(settings, Mapping):
                 raise BridgeError(f"{source}: {field} must be an object, not {show(settings)}")
-            parsed.append(
-                _parse_one(settings, theta, max_position_embeddings, f"{source}: {field}")
-            )
+            parsed.append(_parse_one(settings, theta, lengths, f"{source}: {field}"))
     if not parsed:
-        parsed = [_parse_one({}, theta, max_position_embeddings, f"{source}: rope_theta")]
+        parsed = [_parse_one({}, theta, lengths, f"{source}: rope_theta")]
     if len(set(parsed)) > 1:
         raise BridgeError(
             f"{source}: rope_parameters and rope_scaling disagree; keep one of the two spellings"
@@ -95,9 +98,12 @@ def parse_rope(raw: Mapping[str, Any], max_position_embeddings: int, source: str
 
 
 def _parse_one(
-    settings: Mapping[str, Any], theta: Any, max_position_embeddings: int, where: str
+    settings: Mapping[str, Any], theta: Any, lengths: tuple[int | None, int], where: str
 ) -> RopeConfig:
+    """`lengths`: `original_max_position_embeddings` beside the settings, and the context."""
     given = {key: value for key, value in settings.items() if value is not None}
+    if settings.get("truncate", True) is None:  # to transformers, false; to others, not said
+        raise BridgeError(f"{where}: truncate must be true or false, not None")
     rope_type = given.pop("rope_type", None)
     legacy_type = given.pop("type", None)
     if rope_type is not None and legacy_type is not None and rope_type != legacy_type:
@@ -111,6 +117,7 @@ def _parse_one(
     if given.pop("partial_rotary_factor", 1.0) != 1.0:
         raise BridgeError(f"{where}: partial_rotary_factor other than 1 is not supported")
     theta = given.pop("rope_theta", theta if theta is not None else 10000.0)
+    _drop_neutral(given, rope_type, where)
     for key in given:
         if key not in ROPE_KEYS[rope_type]:
             raise BridgeError(f"{where}: unknown key {show(key)} for rope type {rope_type!r}")
@@ -120,8 +127,13 @@ def _parse_one(
     for key, value in {"rope_theta": theta, **given}.items():
         _check_value(key, value, where)
     if rope_type in ("llama3", "yarn"):
-        given.setdefault("original_max_position_embeddings", max_position_embeddings)
-    integers = ("truncate", "original_max_position_embeddings")
+        beside, context = lengths
+        if beside is not None and given.setdefault(LENGTH, beside) != beside:
+            raise BridgeError(
+                f"{where}: {LENGTH} {given[LENGTH]} disagrees with {beside} outside; keep one"
+            )
+        given.setdefault(LENGTH, context)
+    integers = ("truncate", LENGTH)
     numbers: dict[str, Any] = {k: v if k in integers else float(v) for k, v in given.items()}
     rope = RopeConfig(rope_type, float(theta), **numbers)
     if rope_type == "llama3" and not rope.low_freq_factor < rope.high_freq_factor:  # type: ignore[operator]
@@ -131,10 +143,23 @@ def _parse_one(
     return rope
 
 
+def _drop_neutral(given: dict[str, Any], rope_type: str, where: str) -> None:
+    """Take out what says nothing, and refuse what transformers and others read differently."""
+    for key, values in NEUTRAL.get(rope_type, {}).items():
+        if key in given and (value := given.pop(key)) not in values:
+            mend = "remove it, or say the factor of cos and sin as attention_factor"
+            raise BridgeError(
+                f"{where}: {key} {show(value)} is not read by transformers, but by others; {mend}"
+            )
+    for key in ("mscale", "mscale_all_dim") if rope_type == "yarn" else ():
+        if type(given.get(key)) in (int, float) and given[key] == 0:
+            del given[key]  # to transformers as if it were not there
+
+
 def _check_value(key: str, value: Any, where: str) -> None:
     if key == "truncate":
         kind, valid = "true or false", isinstance(value, bool)
-    elif key == "original_max_position_embeddings":
+    elif key == LENGTH:
         kind = "a positive integer"
         valid = type(value) is int and value > 0
     else:

@@ -150,6 +150,7 @@ YARN = {"rope_type": "yarn", "factor": 2.0}
         ({"rope_scaling": {**YARN, "truncate": False}}, "truncate"),
         ({"rope_parameters": {**YARN, "rope_theta": 10.0, "mscale": 1.5}}, "mscale alone"),
         ({"rope_scaling": {**YARN, "mscale_all_dim": 1.5}}, "mscale alone"),
+        ({"rope_scaling": {**YARN, "mscale": 1.5, "mscale_all_dim": 0}}, "mscale alone"),
         ({"model_type": "qwen2", "head_dim": 64}, "head_dim of 32 alone"),
         ({"model_type": "qwen3", "attention_bias": True}, "no attention_bias"),
     ],
@@ -392,6 +393,7 @@ ROPES = {
         "original_max_position_embeddings": 16,
         "rope_theta": 100.0,
     },
+    "yarn of the context": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 100.0},
 }
 
 

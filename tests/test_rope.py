@@ -1,6 +1,7 @@
 """Inverse frequencies against transformers, in both spellings; settings that are refused."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from true_float64 import true_float64
 
 from bridge.config import parse_config
 from bridge.errors import BridgeError
-from bridge.rope import RopeConfig, inverse_frequencies, parse_rope
+from bridge.rope import LENGTH, RopeConfig, inverse_frequencies, parse_rope
 from bridge_conformance.strategies import rope_settings
 
 SIZES = {
@@ -97,6 +98,55 @@ def test_both_spellings_mean_the_same():
     assert parse_rope({}, 64, "config.json") == RopeConfig()
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+SAME = {  # settings as hosts and other programs write them, and what they come to
+    "attention_factor is an integer": ({**YARN, "attention_factor": 2}, 2.0),
+    "attention_factor before mscale": (
+        {**YARN, "attention_factor": 0.5, "mscale": 0.7, "mscale_all_dim": 1.3},
+        0.5,
+    ),
+    "attention_factor is null": ({**YARN, "attention_factor": None}, None),
+    "both mscale": ({**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}, None),
+    "mscale_all_dim is 0": ({**YARN, "mscale": 0.7, "mscale_all_dim": 0}, None),
+    "mscale is 0": ({**YARN, "mscale": 0.0, "mscale_all_dim": 1.3}, None),
+    "mscale alone": ({**YARN, "mscale": 0.7}, None),
+    "betas of their own": ({**YARN, "beta_fast": 8, "beta_slow": 2.0}, None),
+    "betas are null": ({**YARN, "beta_fast": None, "beta_slow": None}, None),
+    "not truncated": ({**YARN, "beta_fast": 4, "truncate": False}, None),
+    "as YaRN's own code": (
+        {**YARN, "attn_factor": 1.0, "extrapolation_factor": 1, "finetuned": True},
+        1 + 0.1 * math.log(4),
+    ),
+}
+
+
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("name", SAME)
+def test_settings_of_yarn_mean_what_they_mean_to_transformers(name, spelling):
+    settings, known = SAME[name]
+    raw = {**SIZES, "head_dim": 16, spelling: settings}
+    want, want_factor = theirs(raw)
+    got, factor = inverse_frequencies(parse_config(raw).rope, 16)
+    np.testing.assert_allclose(got, want, rtol=1e-14)
+    assert factor == pytest.approx(want_factor, rel=1e-15)
+    assert known is None or factor == known
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
+@pytest.mark.parametrize("inside", [{}, {LENGTH: 16}])
+def test_the_length_before_scaling_may_stand_outside(kind, inside):
+    more = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
+    inside = inside if kind != "linear" else {}
+    settings = {"rope_type": kind, "factor": 4.0, **more, **inside}
+    raw = {**SIZES, "head_dim": 16, "rope_scaling": settings, LENGTH: 16}
+    want, want_factor = theirs(raw)
+    rope = parse_config(raw).rope
+    got, factor = inverse_frequencies(rope, 16)
+    np.testing.assert_allclose(got, want, rtol=1e-14)
+    assert factor == pytest.approx(want_factor, rel=1e-15)
+    assert getattr(rope, LENGTH) == (None if kind == "linear" else 16)
+
+
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 REFUSED = {
     "rope_scaling must be an object": {"rope_scaling": "yarn"},
@@ -137,6 +187,21 @@ REFUSED = {
     "rope_theta must be a positive number, not inf": {
         "rope_parameters": {"rope_theta": float("inf")}
     },
+    "attn_factor 1.2 is not read by transformers": {"rope_scaling": {**YARN, "attn_factor": 1.2}},
+    "extrapolation_factor 0 is not": {"rope_parameters": {**YARN, "extrapolation_factor": 0}},
+    "finetuned 'yes' is not read": {"rope_scaling": {**YARN, "finetuned": "yes"}},
+    "unknown key 'attn_factor' for rope type 'linear'": {
+        "rope_scaling": {"type": "linear", "factor": 2.0, "attn_factor": 1.0}
+    },
+    "mscale must be a positive number, not -1": {"rope_scaling": {**YARN, "mscale": -1}},
+    "attention_factor must be a positive number, not 0": {
+        "rope_scaling": {**YARN, "attention_factor": 0}
+    },
+    "original_max_position_embeddings 16 disagrees with 32 outside": {
+        "rope_scaling": YARN,
+        LENGTH: 32,
+    },
+    "truncate must be true or false, not None": {"rope_scaling": {**YARN, "truncate": None}},
     "truncate must be true or false, not 1": {
         "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": 1}
     },

@@ -97,13 +97,15 @@ def rope_of(given: dict[str, Any]) -> dict[str, Any]:
     said = {k: v for k, v in said.items() if v is not None}
     said.pop("type", None)
     if kind == "yarn":
+        said = {k: v for k, v in said.items() if v or not k.startswith("mscale")}  # 0: not said
         alone = ("mscale" in said) != ("mscale_all_dim" in said)
         if alone or "attention_factor" in said or not said.get("truncate", True):
             raise ValueError(
                 "yarn in mlx-lm has no attention_factor, truncate, or one mscale alone"
             )
     if kind in ("yarn", "llama3"):
-        said.setdefault("original_max_position_embeddings", given["max_position_embeddings"])
+        length = "original_max_position_embeddings"
+        said.setdefault(length, given.get(length) or given["max_position_embeddings"])
     scaling = None if kind == "default" else {"rope_type": kind, **said}
     return {"rope_theta": theta, "rope_scaling": scaling, "rope_parameters": None}
 
