@@ -21,6 +21,7 @@ from bridge.atomic import refuse_existing
 from bridge.checkpoint_writer import write_checkpoint, write_json
 from bridge.config import ModelConfig, parse_config, tensor_shapes
 from bridge.errors import BridgeError
+from bridge.finite import first_not_finite
 from bridge.gguf_config import config_of
 from bridge.gguf_tokenizer import save_tokenizer
 from bridge.reading import one_line, show
@@ -230,12 +231,17 @@ def _tensor(file: GgufFile, name: str, source: str) -> np.ndarray:
 
     tensor = file.tensors[name]
     try:
-        return dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        found = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
     except Exception as error:  # a type that the package cannot unpack, or a damaged tensor
         raise BridgeError(
             f"{source}: tensor {name!r} of type {tensor.tensor_type.name} cannot be dequantised "
             f"({one_line(str(error))})"
         ) from error
+    if (at := first_not_finite(found)) is not None:
+        raise BridgeError(
+            f"{source}: tensor {name!r} holds {found[at]} at {list(at)}; weights must be finite"
+        )
+    return found
 
 
 @contextmanager

@@ -97,9 +97,8 @@ def write_gguf(
         stem, _, suffix = name.rpartition(".")
         if name != "lm_head.weight" or not config.tie_word_embeddings:
             tensors[f"{names.get_name(stem)}.{suffix}"] = rows(name, tensor.numpy(), config, family)
-    for name, array in {**tensors, **(add or {})}.items():
-        if name in drop:
-            continue
+    kept = {name: array for name, array in tensors.items() if name not in drop}
+    for name, array in {**kept, **(add or {})}.items():
         if kind is not None and array.ndim == 2:
             writer.add_tensor(name, quantize(array, kind), raw_dtype=kind)
         else:

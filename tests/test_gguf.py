@@ -192,6 +192,13 @@ def test_a_count_past_the_end_is_no_reason_to_read_on(tmp_path):
     refused(path, tmp_path, "host.gguf: cannot be read as GGUF (it ends early")
 
 
+def test_a_tensor_that_is_not_finite_is_refused(tmp_path):
+    norm = np.ones(32, np.float32)
+    norm[7] = np.nan
+    path = write(tmp_path / "host.gguf", host(), drop=(NORM,), add={NORM: norm})
+    refused(path, tmp_path, "host.gguf: tensor 'output_norm.weight' holds nan at [7]")
+
+
 def test_a_tensor_of_another_shape_is_refused(tmp_path):
     keys = {"llama.attention.head_count_kv": 4}
     message = "tensor 'blk.0.attn_k.weight' is [16, 32], but the metadata call for [32, 32]"

@@ -73,7 +73,7 @@ KEYS = {
 
 @pytest.fixture(scope="module")
 def small():
-    return host(num_hidden_layers=2)
+    return host()
 
 
 @pytest.mark.parametrize("message", KEYS)

@@ -14,7 +14,9 @@ def convert(
     src: Annotated[
         Path,
         typer.Argument(
-            metavar="SRC", help="A checkpoint directory of any form, an adapter, or a GGUF file."
+            metavar="SRC",
+            help="A checkpoint directory of any form, an adapter, or a GGUF file (the first "
+            "part, where it is split).",
         ),
     ],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The checkpoint directory to make.")],

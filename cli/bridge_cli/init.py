@@ -12,7 +12,11 @@ from bridge_cli.text import count, one_line, print_json, size
 
 def init(
     host: Annotated[
-        Path, typer.Argument(metavar="HOST", help="A Hugging Face directory, or a GGUF file.")
+        Path,
+        typer.Argument(
+            metavar="HOST",
+            help="A Hugging Face directory, or a GGUF file (the first part, where it is split).",
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint directory to make.")],
     heads: Annotated[int, typer.Option(help="Heads of a block.")] = 8,
