@@ -22,7 +22,7 @@ from bridge.safetensors_io import CODES, DAMAGED, SafetensorsFile, TensorSpec
 from bridge.tensors import CheckpointTensors, content_hash, same_bytes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-BLOCKS = "bridge.safetensors"  # of the mlx form
+BLOCKS = "bridge.safetensors"  # beside a host in the mlx form; alone in an adapter
 ADAPTER = "bridge_adapter.json"
 FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -105,7 +105,8 @@ def find_tensors(path: Path) -> dict[str, SafetensorsFile]:
     if exists(blocks) and BLOCKS not in shards:
         shards.append(BLOCKS)
     if not shards:
-        raise BridgeError(f"{path}: has neither {SINGLE} nor {INDEX}; copy the weights there")
+        lacking = f"no {BLOCKS}" if is_adapter(path) else f"neither {SINGLE} nor {INDEX}"
+        raise BridgeError(f"{path}: has {lacking}; copy the weights there")
     indexed = set(weight_map.values())
     found: dict[str, SafetensorsFile] = {}
     for shard in shards:
@@ -153,7 +154,8 @@ def _opened(
     found = find_tensors(path)
     tensors = _match(path, config, raw, shapes, found, headers_only)
     files = {file.path.name for file in found.values()}
-    form = "mlx" if BLOCKS in files else form_of(tensors.sources.values())
+    apart = BLOCKS in files and len(files) > 1
+    form = "mlx" if apart else form_of(tensors.sources.values())
     quantization = parse_quantization(raw, str(path / "config.json"))
     return Checkpoint(path, path, config, raw, tensors, form, quantization)
 

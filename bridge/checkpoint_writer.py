@@ -94,7 +94,7 @@ def write_adapter(
     """Write the blocks alone, with their base's place and hash (clause 9.5)."""
     with new_directory(path) as directory:
         write_json(directory / "config.json", raw_config)
-        write_safetensors(directory / SINGLE, specs, tensors, METADATA["torch"])
+        write_safetensors(directory / BLOCKS, specs, tensors, METADATA["torch"])
         write_base(directory, base.path, host_hash(base))
 
 
@@ -123,12 +123,17 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _plan(form: str, entries: Sequence[Entry], shard_size: int) -> dict[str, list[Entry]]:
-    """The entries of each file: filled in order, an entry is never split (clauses 9.4 and 9.10)."""
-    blocks = [e for e in entries if form == "mlx" and BLOCK in e.names[0]]
+    """The entries of each file: filled in order, an entry is never split (clauses 9.4 and 9.10).
+
+    Blocks without a host are an adapter's, which no other library shall take for a host (9.5).
+    """
+    blocks = [entry for entry in entries if BLOCK in entry.names[0]]
+    if form != "mlx" and len(blocks) < len(entries):
+        blocks = []
     shards: list[list[Entry]] = [[]]
     size = 0
     for entry in entries:
-        if form == "mlx" and BLOCK in entry.names[0]:
+        if blocks and BLOCK in entry.names[0]:
             continue
         if shards[-1] and size + entry.nbytes > shard_size:
             shards.append([])

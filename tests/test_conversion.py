@@ -261,6 +261,27 @@ def test_blocks_apart_and_put_back(made, tmp_path, form):
     assert bridge.load(tmp_path / "adapter", backend="numpy").config == opened.config
 
 
+@pytest.mark.parametrize("form", ["torch", "jax", "mlx"])
+def test_blocks_apart_are_in_a_file_that_no_library_takes_for_a_host(made, tmp_path, form):
+    """By `init` and `convert`, however small the shards. Where they were before they are read."""
+    path = tmp_path / "adapter"
+    bridge.convert(made / "model", path, form, adapter=True, shard_size=1)
+    held = {"config.json", "bridge_adapter.json", "bridge.safetensors"}
+    assert {file.name for file in path.iterdir()} == held
+    init(made / "host", tmp_path / "fresh", heads=2, head_dim=16, adapter=True)
+    assert {file.name for file in (tmp_path / "fresh").iterdir()} == held
+
+    (path / "bridge.safetensors").rename(path / "model.safetensors")
+    opened = open_checkpoint(path)
+    assert opened.form == form and opened.base is not None
+    equal(tensors_of(path), tensors_of(made / "model"))
+    bridge.convert(path, tmp_path / "again", form, adapter=True)
+    assert {file.name for file in (tmp_path / "again").iterdir()} == held
+    (path / "model.safetensors").unlink()
+    with pytest.raises(BridgeError, match=r"adapter: has no bridge\.safetensors; copy"):
+        open_checkpoint(path)
+
+
 def test_an_adapter_stays_an_adapter_without_its_base(made, tmp_path):
     bridge.convert(made / "model", tmp_path / "model", "torch")
     bridge.convert(tmp_path / "model", tmp_path / "one", "jax", adapter=True)

@@ -78,7 +78,7 @@ def test_a_plain_host_has_no_share(made):
 
 def test_an_adapter_is_inspected_without_reading_its_base(made, unread):
     summary = summarise(open_checkpoint(made / "adapter", headers_only=True))
-    assert summary.disk_bytes == (made / "adapter" / "model.safetensors").stat().st_size
+    assert summary.disk_bytes == (made / "adapter" / "bridge.safetensors").stat().st_size
     assert summary.bytes == 4 * (summary.host_parameters + summary.bridge_parameters)
     assert summary.to_json()["adapter_base"] == str(made / "host")
 

@@ -376,6 +376,13 @@ def test_what_convert_writes_runs_in_mlx_lm(with_blocks, tmp_path, bits, options
     trial.same(logits_of_mlx_lm(plain_, case), exact, allowed, "logits of the host", case)
 
 
+@pytest.mark.parametrize("form", ["torch", "mlx"])
+def test_an_adapter_is_no_model_for_mlx_lm(with_blocks, tmp_path, form):
+    bridge.convert(with_blocks, tmp_path / "adapter", to=form, adapter=True)
+    with pytest.raises(FileNotFoundError, match="No safetensors found"):
+        mlx_lm.load(str(tmp_path / "adapter"))
+
+
 ROPES = {
     "default": {"rope_theta": 100.0},
     "linear": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0},

@@ -465,6 +465,16 @@ def test_what_transformers_saves_bridge_loads(family, tied, dtype, kind, tmp_pat
     assert np.array_equal(got, reference_of(case, dtype).logits(*arguments))
 
 
+@pytest.mark.parametrize("form", ["torch", "jax", "mlx"])
+def test_an_adapter_is_no_model_for_transformers(form, tmp_path):
+    """Its blocks alone would be a host of random numbers."""
+    path = write(tmp_path / "it", ModelCase(raw_config(), 0), code=False)
+    bridge.convert(path, tmp_path / "adapter", to=form, adapter=True)
+    for trust in (True, False):
+        with pytest.raises(OSError, match=r"no file named .*model\.safetensors"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", trust_remote_code=trust)
+
+
 def reference_of(case, dtype):
     return Reference().load(case.config, case.tensors(dtype), device="cpu", dtype="float32")
 

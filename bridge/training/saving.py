@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bridge.checkpoint import SINGLE, Checkpoint, host_hash
+from bridge.checkpoint import BLOCKS, Checkpoint, host_hash
 from bridge.checkpoint_writer import (
     SHARD_SIZE,
     copy_assets,
@@ -55,7 +55,7 @@ class ModelWriter:
         write_json(directory / "config.json", plain_config(self.source.raw_config))
         if self.adapter:
             tensors = ((name, self._tensor(name, state)) for name in self.specs)
-            write_safetensors(directory / SINGLE, self.specs, tensors, METADATA["torch"])
+            write_safetensors(directory / BLOCKS, self.specs, tensors, METADATA["torch"])
             write_base(directory, self.base, self.digest)
             return
 
