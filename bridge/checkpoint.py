@@ -176,6 +176,12 @@ def _match(
     sources: dict[str, Source] = {}
     for name, shape in shapes.items():
         if name not in left:
+            if BLOCK in name and not any(BLOCK in other for other in places):
+                raise BridgeError(
+                    f"{path}: has no blocks, though config.json has a bridge object; what saved it "
+                    "held the host alone (transformers and trainers need trust_remote_code=True "
+                    "and code, see bridge convert --remote-code), or take bridge out of config.json"
+                )
             raise BridgeError(f"{path}: tensor {name!r} is missing; config.json calls for it")
         place, packed = left.pop(name), find_packed(name, shape, places)
         sources[name] = packed or place

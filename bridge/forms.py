@@ -13,16 +13,15 @@ A logical tensor has a Hugging Face name. Where its numbers lie depends on the f
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from bridge import remote_code
 from bridge.config import ModelConfig
 from bridge.errors import BridgeError
 from bridge.quantised import Quantization, packing, side_names
 from bridge.reading import show
-from bridge.remote_code import FILES
 from bridge.safetensors_io import SafetensorsFile, TensorSpec
 from bridge.spelling import without_older_rope
 
@@ -150,12 +149,7 @@ def plain_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     twice, and the code that it put beside them (clause 9.12). Code of others stays."""
     kept = without_older_rope(raw)
     kept = {k: v for k, v in kept.items() if k not in ("quantization", "quantization_config")}
-    classes, module = kept.get("auto_map"), Path(FILES["torch"]).stem + "."
-    if isinstance(classes, dict) and all(str(name).startswith(module) for name in classes.values()):
-        del kept["auto_map"]
-    if kept.get("model_file") == FILES["mlx"]:
-        del kept["model_file"]
-    return kept
+    return remote_code.without(kept)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ import bridge
 from bridge import remote_code
 from bridge.checkpoint import open_checkpoint
 from bridge.checkpoint_writer import write_checkpoint
-from bridge.config import FAMILIES, SPEC_VERSION, bridge_shapes, tensor_shapes
-from bridge.contract import SFT, Batch
+from bridge.config import FAMILIES, SPEC_VERSION, bridge_shapes
 from bridge.errors import BridgeError
 from bridge.inputs import default_positions
 from bridge.safetensors_io import TensorSpec
@@ -310,6 +309,7 @@ def test_a_cache_goes_on_where_it_was(tmp_path):
         {"cache_implementation": "paged"},
         {"active": torch.ones(1, 2)},
         {"groups": torch.tensor([0, 1])},
+        {"groups": torch.tensor([0]), "widths": torch.tensor([2])},
     ],
     ids=lambda settings: "-".join(settings),
 )
@@ -323,59 +323,24 @@ def test_what_would_mix_rows_is_refused_in_one_line(settings, tmp_path):
     assert any(word in str(refusal.value) for word in ("rows", "Bridge", "groups"))
 
 
+def test_continuous_batching_is_refused_however_it_begins(tmp_path):
+    model = load(write(tmp_path / "it", ModelCase(raw_config(), 0)))
+    for begin in (
+        model.init_continuous_batching,
+        lambda: model.continuous_batching_context_manager().__enter__(),
+        lambda: model.generate_batch([[3, 4]]),
+        lambda: model.generate_batch([]),
+    ):
+        with pytest.raises(ValueError, match="continuous batching would part rows"):
+            begin()
+
+
 def test_a_mask_that_says_nothing_of_cells_is_refused(tmp_path):
     model = load(write(tmp_path / "it", ModelCase(raw_config(), 0)))
     square = torch.zeros(1, 1, 2, 2)
     with pytest.raises(ValueError, match=r"say with active"):
         model(torch.tensor([[3, 4]]), attention_mask=square)
     model(torch.tensor([[3, 4]]), attention_mask=square, active=torch.ones(1, 2))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_labels_give_the_references_loss_and_gradients(family, checkpointed, kind, tmp_path):
-    """Whole rows as transformers' Trainer has them: what is fed, shifted, is the target, and the
-    last token of a row is no input (clause 7.2), though the mask has a one there."""
-    case = ModelCase(raw_config(family, kind), 5)
-    rng = np.random.default_rng(5)
-    tokens = rng.integers(2, 13, (5, 8))
-    first, last = rng.integers(0, 3, 5), rng.integers(4, 8, 5)
-    there = (np.arange(8) >= first[:, None]) & (np.arange(8) <= last[:, None])
-    before = np.arange(8) > first[:, None]  # nothing says a row's first token
-    groups = np.array([1, 0, 1, 1, 0])
-    with true_float64():
-        model = load(write(tmp_path / "it", case)).train()
-        if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        loss = model(
-            torch.from_numpy(tokens),
-            attention_mask=torch.from_numpy(there).long(),
-            labels=torch.from_numpy(np.where(there & before, tokens, -100)),
-            groups=torch.from_numpy(groups),
-            use_cache=False,
-        ).loss
-        loss.backward()
-    after = np.roll(there, -1, axis=1)
-    after[:, -1] = False
-    batch = Batch(
-        tokens=tokens,
-        groups=groups,
-        active=there & after,
-        targets=np.roll(tokens, -1, axis=1),
-        target_mask=there & after,
-    )
-    names = tuple(tensor_shapes(case.config))
-    exact, own = (
-        reference(case, T).loss_and_grads(batch, SFT(), names) for T in ("float64", "float32")
-    )
-    want, rough = (np.array(said[0]["loss"]) for said in (exact, own))
-    assert error(np.array(loss.item()), want) <= allowance(want, rough, "float64")
-    got = {name: weight.grad.numpy() for name, weight in model.named_parameters()}
-    got, want, rough = (
-        np.concatenate([grads[name].ravel() for name in names]) for grads in (got, exact[1], own[1])
-    )
-    assert error(got, want) <= allowance(want, rough, "float64")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -518,12 +483,22 @@ def test_the_code_needs_transformers_alone():
 
 def test_code_is_added_where_it_is_of_use(tmp_path):
     raw = raw_config("qwen3")
-    said = remote_code.add(tmp_path, raw, "torch")
+    (tmp_path / "again").mkdir()
+    (tmp_path / "one").mkdir()
+    said = remote_code.add(tmp_path / "one", raw, "torch")
     assert said == {
         **raw,
+        "architectures": ["BridgeQwen3ForCausalLM"],
         "auto_map": {"AutoModelForCausalLM": "modeling_bridge.BridgeQwen3ForCausalLM"},
     }
-    assert [file.name for file in tmp_path.iterdir()] == ["modeling_bridge.py"]
+    assert remote_code.without(said) == raw
+    of_host = {"architectures": ["Qwen3ForCausalLM"], **raw}
+    said = remote_code.add(tmp_path / "again", of_host, "torch")
+    assert said["architectures"] == ["BridgeQwen3ForCausalLM"]
+    assert list(remote_code.without(said).items()) == list(of_host.items())
+    theirs = {**said, "architectures": ["Theirs"]}
+    assert remote_code.without(theirs) == {**raw, "architectures": ["Theirs"]}
+    assert [file.name for file in (tmp_path / "one").iterdir()] == ["modeling_bridge.py"]
     with pytest.raises(BridgeError, match="jax"):
         remote_code.add(tmp_path, raw, "jax")
     with pytest.raises(BridgeError, match="no blocks"):

@@ -4,11 +4,17 @@ A checkpoint directory carries this file, and `auto_map` in its config.json name
 
     model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
     model.generate(**inputs, num_return_sequences=8, do_sample=True)  # 8 interdependent rows
-    model(input_ids, attention_mask=mask, groups=groups, labels=labels)
+    model(input_ids, attention_mask=mask, groups=groups, widths=widths, labels=labels)
+    Trainer(model, train_dataset=groups, data_collator=model.collate_groups)
 
 Which rows read each other: every row of the input is a prompt of its own, and the rows that
 `num_return_sequences` makes of it are its group. `groups [B]` says otherwise: rows with equal
 numbers are a group. So a batch of unrelated rows, without `groups`, stays unrelated.
+
+Trainers shuffle rows and shard them, and a group that is parted would be read as if it had fewer
+rows. So in training, and with `labels`, `groups` comes with `widths [B]`, how many rows the group
+of each row has, and a group that is not all there is refused. `collate_groups` makes such batches
+of examples that are whole groups, which a trainer may shuffle as it likes.
 
 Which cells are read: those where `attention_mask` is 1. In `generate` a row that has ended, by EOS
 or another stopping criterion, is read no more, its last token included; with `labels`, each row's
@@ -56,6 +62,48 @@ class Layout(NamedTuple):
         filled = number < widths[:, None]
         rows = order[torch.where(filled, first + number, first)]
         return cls(rows, filled, filled.flatten().nonzero()[:, 0][order.argsort()])
+
+
+def layout_of(groups: Any, widths: Any, B: int, device: Any, learning: bool) -> Layout:
+    """The layout of `groups [B]`; None: each row is one. Raises ValueError where one is not as wide
+    as `widths [B]` says, or nothing says it of rows that are for `learning`."""
+    if isinstance(groups, Layout):
+        return groups
+    if groups is None:
+        groups = torch.arange(B)
+    elif learning and widths is None:
+        raise ValueError(
+            "groups: a shuffle or a shard may have parted them; give also widths [B], how many "
+            "rows the group of each row has, as collate_groups does"
+        )
+    layout = Layout.of(groups.to(device), B)
+    if widths is not None:
+        if widths.shape != (B,):
+            raise ValueError(f"widths is {list(widths.shape)}, not one number a row: [{B}]")
+        found = layout.filled.sum(1)[layout.cells // layout.filled.shape[1]]
+        if len(wrong := (found != widths.to(device)).nonzero()):
+            row = int(wrong[0])
+            raise ValueError(
+                f"groups: of a group of {int(widths[row])} rows {int(found[row])} came; a shuffle "
+                "or a shard parted it, so make each example a whole group, with collate_groups"
+            )
+    return layout
+
+
+def tell_layers(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    """Before the layers run: which rows are a group, and which cells are fed. Some trainers call
+    them without the head, and so without what `BridgeForCausalLM.forward` works out."""
+    fed = kwargs.get("inputs_embeds")
+    fed = fed if fed is not None else args[0] if args else kwargs["input_ids"]
+    groups, active = kwargs.pop("groups", None), kwargs.pop("active", None)
+    if active is None:
+        if groups is not None:
+            raise ValueError("groups, without the head: say with active [B, S] what is fed")
+        active = torch.ones(fed.shape[:2])  # rows alone: what is masked is not read anyway
+    widths, B = kwargs.pop("widths", None), len(fed)
+    kwargs["layout"] = layout_of(groups, widths, B, fed.device, model.training)
+    kwargs["active"] = active.to(fed.device, torch.bool)
+    return args, kwargs
 
 
 class BridgeBlock(nn.Module):
@@ -164,6 +212,7 @@ class BridgeForCausalLM:
         super().__init__(config)
         for i in range(config.num_hidden_layers):
             self.model.layers[i] = self.BridgeLayer(config, i)
+        self.model.register_forward_pre_hook(tell_layers, with_kwargs=True)
         self._no_split_modules = {*(self._no_split_modules or ()), "BridgeLayer"}
         self.post_init()
         for name, weight in self.named_parameters():  # fresh blocks change nothing (clause 8.2)
@@ -180,19 +229,40 @@ class BridgeForCausalLM:
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         groups: Tensor | Layout | None = None,
+        widths: Tensor | None = None,
         active: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The family's own; `groups` and `active` are as the head of this file says."""
-        B, S = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-        groups = torch.arange(B) if groups is None else groups
-        if not isinstance(groups, Layout):
-            groups = Layout.of(groups.to(self.device), B)
+        """The family's own; `groups`, `widths` and `active` are as the head of this file says."""
+        fed = input_ids if inputs_embeds is None else inputs_embeds
+        B, S = fed.shape[:2]
+        learning = self.training or labels is not None
+        kwargs["groups"] = layout_of(groups, widths, B, fed.device, learning)
         if active is None:
             active = active_cells(B, S, attention_mask, labels is not None)
         kwargs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds, "labels": labels}
-        kwargs |= {"layout": groups, "active": active.to(self.device, torch.bool)}
-        return super().forward(input_ids, attention_mask, logits_to_keep=logits_to_keep, **kwargs)
+        kwargs |= {"active": active, "logits_to_keep": logits_to_keep}
+        return super().forward(input_ids, attention_mask, **kwargs)
+
+    @staticmethod
+    def collate_groups(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """A batch of whole groups, each an example: `input_ids` and `labels`, if given also
+        `attention_mask`, are lists with the list of each row. Rows are padded on the right."""
+        rows = {
+            name: [torch.tensor(row) for example in examples for row in example[name]]
+            for name in ("input_ids", "attention_mask", "labels")
+            if name in examples[0]
+        }
+        rows.setdefault("attention_mask", [torch.ones_like(row) for row in rows["input_ids"]])
+        widths = torch.tensor([len(example["input_ids"]) for example in examples])
+        padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+        batch = {
+            name: nn.utils.rnn.pad_sequence(said, batch_first=True, padding_value=padding[name])
+            for name, said in rows.items()
+        }
+        numbers = torch.arange(len(examples))
+        batch |= {"groups": numbers.repeat_interleave(widths)}
+        return batch | {"widths": widths.repeat_interleave(widths)}
 
     @wraps(GenerationMixin.generate)
     def generate(self, inputs=None, generation_config=None, *args: Any, **kwargs: Any) -> Any:
@@ -208,15 +278,20 @@ class BridgeForCausalLM:
                 raise ValueError(f"generate: leave {name} out; a Bridge model has its own")
         return super().generate(inputs, generation_config, *args, **kwargs)
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """What every kind of continuous batching begins with."""
         raise ValueError("continuous batching would part rows that read each other; use generate")
 
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        self.init_continuous_batching()
+
     def _sample(self, input_ids, *, stopping_criteria, generation_config, groups=None, **kwargs):
-        """The loop of `generate`, which sees rows end. `groups`, if given, is as wide as they."""
+        """The loop of `generate`, which sees rows end. `groups`, if given, is as long as they."""
         if groups is None:
             groups = torch.arange(len(input_ids)) // generation_config.num_return_sequences
         responses = Responses(stopping_criteria)
-        layout = Layout.of(groups.to(self.device), len(input_ids))
+        widths = kwargs.pop("widths", None)
+        layout = layout_of(groups, widths, len(input_ids), input_ids.device, False)
         kwargs |= {"groups": layout, "responses": responses}
         kwargs |= {"stopping_criteria": responses, "generation_config": generation_config}
         return super()._sample(input_ids, **kwargs)
