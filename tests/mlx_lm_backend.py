@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm.utils
 import numpy as np
-from mlx_lm.models.cache import BatchKVCache
+from mlx_lm.generate import PromptProcessingBatch
 
 from bridge import remote_code
 from bridge.quantised import Packed, side_names
@@ -99,33 +99,30 @@ class Model:
             return to_numpy(out.astype(mx.float32))
 
     def prefill(self, prompts: Any, widths: Any, max_new_tokens: int) -> "Decoder":
-        """Every row reads its prompt, padded on the left."""
+        """Every row reads its prompt."""
         return Decoder(self.model, prompts, widths)
 
 
 class Decoder:
-    """Rows in mlx-lm's own batched caches, from which they are dropped as they end."""
+    """Rows of groups in mlx-lm's own batch of prompts, from which they are dropped as they end."""
 
     def __init__(self, model: Any, prompts: Any, widths: Any) -> None:
         self.model = model
-        self.groups = np.repeat(np.arange(len(prompts)), widths)
-        longest = max(map(len, prompts))
-        padding = [longest - len(prompts[group]) for group in self.groups]
         rows = [
-            np.pad(prompts[group], (n, 0)) for group, n in zip(self.groups, padding, strict=True)
+            prompt.tolist() for prompt, N in zip(prompts, widths, strict=True) for _ in range(N)
         ]
-        active = [[slot >= n for slot in range(longest)] for n in padding]
-        self.cache = [BatchKVCache(padding) for _ in model.layers]
-        self.next = self.run(np.stack(rows), mx.array(active))
-
-    def run(self, tokens: np.ndarray, active: mx.array | None = None) -> np.ndarray:
-        """Feeds every row left; `groups` as of all calls to come, which is what `group` is for."""
-        self.model.group(self.groups.tolist())
+        caches = [row for N in widths for row in model.make_group(int(N))]
         with mx.stream(mx.cpu):
-            out = self.model(mx.array(tokens), self.cache, active=active)[:, -1]
-            out = to_numpy(out.astype(mx.float32))
-        self.model.group(None)
-        return out
+            batch = PromptProcessingBatch(model, list(range(len(rows))), caches)
+            batch.prompt([row[:-1] for row in rows])
+        self.cache = batch.prompt_cache
+        self.next = self.run([row[-1] for row in rows])
+
+    def run(self, tokens: list[int]) -> np.ndarray:
+        """Feeds every row left; which of them are a group, its cache knows."""
+        with mx.stream(mx.cpu):
+            out = self.model(mx.array(tokens)[:, None], self.cache)[:, -1]
+            return to_numpy(out.astype(mx.float32))
 
     def logits(self) -> np.ndarray:
         """Of the rows left, for their next token."""
@@ -133,9 +130,8 @@ class Decoder:
 
     def advance(self, tokens: Any, keep: Any = None) -> None:
         """As `bridge.contract.Decoder`."""
-        rows = np.arange(len(self.groups)) if keep is None else np.flatnonzero(keep)
+        rows = list(range(len(tokens))) if keep is None else np.flatnonzero(keep).tolist()
         with mx.stream(mx.cpu):
             for cache in self.cache:
-                cache.filter(mx.array(rows))
-        self.groups = self.groups[rows]
-        self.next = self.run(np.asarray(tokens)[rows, None])
+                cache.filter(rows)
+        self.next = self.run(np.asarray(tokens)[rows].tolist())

@@ -5,7 +5,6 @@ Its results are held to the numerics rule (clause 10.2) where it computes what t
 """
 
 import json
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from bridge.errors import BridgeError
 from bridge.quantised import Packed, Quantization
 from bridge.safetensors_io import specs_of, write_safetensors
 from bridge_conformance import checks_decode, checks_model, strategies
-from bridge_conformance.cases import ModelCase, rows_of, teacher_forced
+from bridge_conformance.cases import ModelCase, rows_of
 from bridge_conformance.trial import Target, Trial
 
 mx = pytest.importorskip("mlx.core")
@@ -162,92 +161,6 @@ def test_what_mlx_lm_does_not_compute_is_refused(tmp_path, changes, message):
     config.write_text(json.dumps({k: v for k, v in said.items() if v is not None}))
     with pytest.raises(ValueError, match=message):
         mlx_lm.utils.load_model(tmp_path, trust_remote_code=True)
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    """A tiny model with blocks and a tokenizer whose `<eos>` is 0, for `mlx_lm.load`."""
-    model = ModelCase(plain(vocab_size=257, eos_token_id=0), 0)
-    write_host(tmp_path / "host")
-    write_mlx(tmp_path, model.raw, model.tensors("float32"))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tmp_path / "host" / name, tmp_path / name)
-    return model, tmp_path
-
-
-def log_softmax(logits):
-    logits = logits.astype(np.float64)
-    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-
-
-@pytest.mark.parametrize("prompt", [[5, 6, 7], [5, 0], [9]])
-def test_rows_of_batch_generate_see_each_other(checkpoint, prompt):
-    """Ragged endings: what a row says after another's EOS is as if it had left (clause 4.3), though
-    mlx-lm feeds the EOS before it drops the row. A prompt may end with an EOS."""
-    case, path = checkpoint
-    model, tokenizer = mlx_lm.load(str(path), trust_remote_code=True)
-    said = [[11, 12, 13, 14, 15], [21, 0], [31, 32, 33, 0], [41, 0]]
-    steps = max(map(len, said))
-    decoding = scripted(said, seen := [])
-    with mx.stream(mx.cpu):
-        out = mlx_lm.batch_generate(
-            model,
-            tokenizer,
-            [prompt] * 4,
-            max_tokens=steps,
-            sampler=decoding,
-            return_token_ids=True,
-        )
-    assert out.token_ids == [[t for t in row if t] for row in said]
-
-    alive = np.array([[len(row) > step for row in said] for step in range(steps)])
-    forced = np.array([[(row + [0] * steps)[step] for row in said] for step in range(steps)])
-    *arguments, first = teacher_forced([np.array(prompt)], np.zeros(4, int), forced, alive)
-
-    def run(model):
-        return log_softmax(
-            model.logits(*arguments)[np.arange(4), first + np.arange(steps)[:, None]]
-        )
-
-    trial = Trial(on_mlx_lm(case), case)
-    exact, allowed = trial.allowance(run)
-    for step in range(steps):
-        for row in np.flatnonzero(alive[step]):
-            what = f"log-probabilities of row {row} at step {step}"
-            trial.same(seen[step][row], exact[step, row], allowed, what, said)
-
-
-def scripted(said, seen):
-    """A sampler that says `said`, and notes the log-probabilities of each step by row. mlx-lm still
-    asks for a row at the step after its last."""
-    rows, left = range(len(said)), [*range(len(said))]
-
-    def sample(logprobs):
-        nonlocal left
-        step = len(seen)
-        left = [row for row in rows if len(said[row]) > step - 1]
-        assert len(left) == len(logprobs)
-        seen.append(dict(zip(left, np.array(logprobs), strict=True)))
-        return mx.array([(said[row] + [0])[min(step, len(said[row]))] for row in left])
-
-    return sample
-
-
-def test_groups_are_of_the_rows_given(checkpoint):
-    _, path = checkpoint
-    model, _ = mlx_lm.utils.load_model(path, trust_remote_code=True)
-    tokens = mx.array([[1, 2], [3, 4], [1, 2]])
-    with mx.stream(mx.cpu):
-        alone, together = model(tokens, groups=[0, 1, 2]), model(tokens)
-        for row in range(3):
-            assert mx.array_equal(alone[row], model(tokens[row : row + 1])[0])
-        assert not mx.allclose(alone, together)
-        model.group([7, 1, 7])
-        assert mx.array_equal(model(tokens), model(tokens, groups=[0, 1, 0]))
-        with pytest.raises(ValueError, match="groups of 3 rows, but the batch has 2"):
-            model(tokens[:2])
-        model.group(None)
-        assert mx.array_equal(model(tokens), together)
 
 
 def host_on_disk(path, family, **changes):

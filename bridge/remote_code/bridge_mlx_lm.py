@@ -3,14 +3,18 @@
 A checkpoint directory carries this file, and `model_file` in its config.json names it:
 
     model, tokenizer = mlx_lm.load(path, trust_remote_code=True)
-    mlx_lm.batch_generate(model, tokenizer, [prompt] * 8, sampler=...)  # 8 interdependent rows
-    model(tokens, cache)                     # [B, S] to [B, S, V]: the rows of one prompt
+    group = model.make_group(8)                                       # 8 interdependent rows
+    mlx_lm.batch_generate(model, tokenizer, [prompt] * 8, prompt_caches=group, sampler=...)
+    model(tokens, cache)                                # [B, S] to [B, S, V]: rows that stand alone
     model(tokens, cache, groups=[0, 0, 1, 1], active=active)
 
-Which rows read each other: all rows of a batch are one group, the rows of one prompt, unless
-`groups` has a number a row, or `model.group(numbers)` has said so for the calls to come. So a batch
-of unrelated prompts needs `groups`; `batch_generate`, which drops rows as they end, takes one
-prompt's rows at a time.
+Which rows read each other: none, unless it is said, since mlx-lm makes batches of what is
+unrelated: the requests of its server, the examples that `lora` learns from. `make_group(N)` gives
+the prompt caches of N rows of one prompt, which remain a group while rows join their batch, end or
+are removed. `groups`, a number a row, says so for one call, as a loss of one's own needs it.
+
+The rows of a group are fed in step, or refused. mlx-lm starts 8 rows at a time, so where that
+would part a group give `prefill_batch_size`, the number of all rows.
 
 Which cells are read: all, or those where `active [B, S]` is true; without a cache, host attention
 leaves the others out too. While decoding, a row that says an EOS of the config is read no more,
@@ -28,6 +32,7 @@ width.
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +56,10 @@ SILENT: dict[str, dict[str, Any]] = {
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
 }
 BLOCKS = "bridge.safetensors"  # beside this file
+MIXED = (
+    "rows of make_group are in batches of their own, of batch_generate or a BatchGenerator; a row "
+    "that stands alone is one of make_group(1) there"
+)
 
 
 @dataclass
@@ -142,6 +151,104 @@ class Rows:
         )  # of each row, in the grid
 
 
+class Group:
+    """Rows of one prompt that read each other, and how many timesteps they have been fed."""
+
+    def __init__(self, width: int, fed: int) -> None:
+        self.width, self.fed = width, fed
+
+    def __deepcopy__(self, memo: Any) -> "Group":  # mlx-lm copies a batch to split it in two
+        return self
+
+
+class Declared:
+    """A first layer's cache that knows groups. It has nothing of mlx-lm's own caches, so that none
+    of them takes its rows in as rows that stand alone."""
+
+    kept: Any  # mlx-lm's own
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{name}: {MIXED}")
+
+    @property
+    def nbytes(self) -> int:
+        return self.kept.nbytes
+
+
+class Row(Declared):
+    """Of a row of a group, until mlx-lm makes a batch of it."""
+
+    def __init__(self, group: Group, kept: KVCache) -> None:
+        self.group, self.kept = group, kept
+
+    @staticmethod
+    def merge(caches: Sequence[Any]) -> "Batch":
+        """A batch of whole groups. What it is made of stays as it is, and may be used again."""
+        if not all(isinstance(cache, Row) for cache in caches):
+            raise ValueError(MIXED)
+        groups = [cache.group for cache in caches]
+        for group in groups:
+            if (found := groups.count(group)) != group.width:
+                raise ValueError(
+                    f"of a group of {group.width} rows mlx-lm starts {found} together, and the "
+                    "others out of step; give prefill_batch_size, the number of all rows"
+                )
+        begun = {group: Group(group.width, group.fed) for group in groups}
+        kept = KVCache.merge([cache.kept for cache in caches])
+        return Batch(kept, [(begun[group], group.fed) for group in groups])
+
+
+class Batch(Declared):
+    """Of a batch, with the group of each row, which stays with it as rows come and go."""
+
+    def __init__(self, kept: Any, rows: list[tuple[Group, int]]) -> None:
+        self.kept, self.rows = kept, rows  # of each row its group, and what it has been fed itself
+        self.padding: Sequence[int] = ()
+
+    def step(self, S: int) -> Rows:
+        """The rows that are fed S timesteps. Raises ValueError for a group that is not in step."""
+        if any(fed != group.fed for group, fed in self.rows):
+            raise ValueError("rows of a group are out of step, or their prompts differ in length")
+        self.advance([S] * len(self.rows))
+        return Rows([id(group) for group, _ in self.rows])
+
+    def advance(self, steps: Sequence[int]) -> None:
+        """Note what each row has been fed."""
+        self.rows = [(g, fed + n) for (g, fed), n in zip(self.rows, steps, strict=True)]
+        for group, fed in self.rows:
+            group.fed = fed
+
+    def prepare(self, *, lengths: Any = None, right_padding: Sequence[int]) -> None:
+        """Before prompts of several lengths: cells at their ends are padding."""
+        self.padding = right_padding
+        self.kept.prepare(lengths=lengths, right_padding=right_padding)
+
+    def finalize(self) -> None:
+        """After them."""
+        self.kept.finalize()
+        self.advance([-n for n in self.padding])
+
+    def filter(self, keep: Sequence[int]) -> None:
+        """Keep some rows, in this order."""
+        self.kept.filter(keep)
+        self.rows = [self.rows[row] for row in keep]
+
+    def extend(self, other: Any) -> None:
+        """Let the rows of another batch join."""
+        if not isinstance(other, Batch):
+            raise ValueError(MIXED)
+        self.kept.extend(other.kept)
+        self.rows = self.rows + other.rows
+
+    def extract(self, row: int) -> KVCache:
+        """What a row has read, for one that stands alone."""
+        return self.kept.extract(row)
+
+    @property
+    def state(self) -> Any:
+        return self.kept.state
+
+
 class Bridge(nn.Module):
     """Attention whose sequence is the rows of a group, at each timestep by itself (chapter 3); with
     kind `mlp`, P-Match, which reads no other row (clause 8.1)."""
@@ -199,11 +306,6 @@ class Model(nn.Module):
             self.lm_head = host.lm_head
         for i in args.bridge["layers"]:
             self.layers[i].bridge = Bridge(args.host.hidden_size, args.bridge)
-        self.rows: Rows | None = None
-
-    def group(self, numbers: Sequence[int] | None) -> None:
-        """Rows of equal numbers are a group in the calls to come; None: all rows are one."""
-        self.rows = None if numbers is None else Rows(numbers)
 
     def __call__(
         self,
@@ -217,10 +319,16 @@ class Model(nn.Module):
         """Logits `[B, S, V]` of `inputs [B, S]`. Raises ValueError for groups of other rows."""
         h = self.model.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         B, S = h.shape[:2]
-        rows = self.rows if groups is None else Rows(groups)
-        rows = Rows([0] * B) if rows is None else rows
+        declared = cache[0] if cache and isinstance(cache[0], Declared) else None
+        if groups is not None and declared is not None:
+            raise ValueError("groups: make_group has said already which rows read each other")
+        rows = (
+            Rows(range(B) if groups is None else groups) if declared is None else declared.step(S)
+        )
         if rows.count != B:
             raise ValueError(f"groups of {rows.count} rows, but the batch has {B}")
+        if declared is not None:
+            cache = [declared.kept, *cache[1:]]
         if cache is None:
             cache = [None] * len(self.layers)
         elif S == 1 and active is None:
@@ -238,7 +346,7 @@ class Model(nn.Module):
     def not_ended(self, inputs: mx.array, rows: Rows) -> mx.array | None:
         """The cells `[B, 1]` that are no EOS (clause 2.3). Where a whole group says it, it is what
         their prompt ends with, or nobody reads on."""
-        if not self.args.ends or rows.count == 1:
+        if not self.args.ends or rows.shape[1] == 1:
             return None
         ended = (inputs[..., None] == mx.array(self.args.ends)).any(-1)
         all_of_group = mx.broadcast_to(ended[rows.grid].all(1, keepdims=True), (*rows.shape, 1))
@@ -259,8 +367,18 @@ class Model(nn.Module):
         return self.model.layers
 
     def make_cache(self) -> list[KVCache]:
-        """A cache a layer; windows are in the masks."""
+        """A cache a layer, of a row that stands alone; windows are in the masks."""
         return [KVCache() for _ in self.layers]
+
+    def make_group(self, width: int, cache: Sequence[Any] | None = None) -> list[list[Any]]:
+        """Caches for the `width` rows of a prompt, which read each other: `prompt_caches` of
+        batch_generate, or `caches` of a BatchGenerator. `cache`: of one row, what they all have
+        read before (clause 4.2)."""
+        if width < 1:
+            raise ValueError(f"a group of {width} rows; it has at least one")
+        first, *others = deepcopy(cache) if cache else self.make_cache()
+        row = Row(Group(width, first.size()), first)
+        return [[row, *others] for _ in range(width)]  # mlx-lm copies what it makes a batch of
 
 
 def attention_mask(
