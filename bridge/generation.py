@@ -5,6 +5,7 @@ stop rules and batching; the backend knows tensors. A row that ends leaves the c
 last token is never fed back (clause 2.3).
 """
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,12 +16,16 @@ import numpy as np
 from bridge.contract import BackendModel, Sampling
 from bridge.errors import BridgeError
 from bridge.inputs import check_context
-from bridge.tokenizer import TextStream, Tokenizer
+from bridge.prompts import plain
+from bridge.reading import show
+from bridge.stops import NO_STOPS, RowText, Stops
+from bridge.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Response:
-    """One row's answer. `tokens` include the one that ended it; `text` leaves that out."""
+    """One row's answer. `tokens` include the one that ended it. `text` is what they say, without
+    special tokens, and up to the first stop text."""
 
     text: str
     tokens: list[int]
@@ -51,7 +56,8 @@ class Started:
 
 @dataclass(frozen=True)
 class Token:
-    """A row said `token`; `text` is what it adds, which may be empty."""
+    """A row said `token`; `text` is what is certain now of its text and was not before, which may
+    be nothing, or more than this token."""
 
     prompt: int
     row: int
@@ -61,11 +67,14 @@ class Token:
 
 @dataclass(frozen=True)
 class Finished:
-    """A row ended: `eos`, `stop` (a stop string) or `length`."""
+    """A row ended: `eos`, `stop` (a stop text or token) or `length`. `text` is what was held back
+    until then, where no Token came with the end (`eos`). The texts of a row's events, in order, are
+    its Response's text."""
 
     prompt: int
     row: int
     reason: str
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ class Limits:
 
     max_new_tokens: int
     eos_ids: frozenset[int]
-    stop: tuple[str, ...] = ()
+    stop: Stops = NO_STOPS
     max_rows: int = 256
 
 
@@ -111,10 +120,9 @@ class Limits:
 class _Row:
     prompt: int
     row: int
-    stream: TextStream | None
+    said: RowText
     tokens: list[int] = field(default_factory=list)
     reason: str = ""
-    text: str = ""
 
 
 def run(
@@ -139,7 +147,7 @@ def run(
         prefilled = time.perf_counter()
         yield Started([len(r.tokens) for r in batch], prefilled - start, first)
         rows = [
-            _Row(first + g, n, tokenizer.streamer() if tokenizer else None)
+            _Row(first + g, n, RowText(tokenizer and tokenizer.streamer(), limits.stop.texts))
             for g, request in enumerate(batch)
             for n in range(request.width)
         ]
@@ -160,7 +168,7 @@ def run(
             decode_seconds += time.perf_counter() - before
             yield from events
         prefill_seconds += prefilled - start
-        sets += _collect(batch, rows, tokenizer)
+        sets += _collect(batch, rows)
     yield Done(sets, prefill_seconds, decode_seconds)
 
 
@@ -179,43 +187,26 @@ def _take(row: _Row, token: int, limits: Limits) -> list[Event]:
     """Append one token to a row, and decide whether it ends."""
     token = int(token)
     row.tokens.append(token)
-    events: list[Event] = []
     if token in limits.eos_ids:
         row.reason = "eos"
-    else:
-        added = row.stream.push(token) if row.stream else ""
-        events.append(Token(row.prompt, row.row, token, added))
-        if added and limits.stop:
-            row.reason = _stopped(row, added, limits.stop)
-        if not row.reason and len(row.tokens) >= limits.max_new_tokens:
-            row.reason = "length"
-    if row.reason:
-        events.append(Finished(row.prompt, row.row, row.reason))
-    return events
+        return [Finished(row.prompt, row.row, row.reason, row.said.finish())]
+    special = token in limits.stop.ids
+    added = "" if special else row.said.push(token)
+    if special or row.said.stopped:
+        row.reason = "stop"
+    elif len(row.tokens) >= limits.max_new_tokens:
+        row.reason = "length"
+    if not row.reason:
+        return [Token(row.prompt, row.row, token, added)]
+    said = Token(row.prompt, row.row, token, added + row.said.finish())
+    return [said, Finished(row.prompt, row.row, row.reason)]
 
 
-def _stopped(row: _Row, added: str, stop: tuple[str, ...]) -> str:
-    """`stop` where a stop string is complete; the row's text then ends before the first one."""
-    assert row.stream is not None
-    text = row.stream.text
-    searched = len(text) - len(added) - max(map(len, stop)) + 1
-    hits = [at for s in stop if (at := text.find(s, max(0, searched))) >= 0]
-    if not hits:
-        return ""
-    row.text = text[: min(hits)]
-    return "stop"
-
-
-def _collect(
-    batch: Sequence[Request], rows: list[_Row], tokenizer: Tokenizer | None
-) -> list[ResponseSet]:
+def _collect(batch: Sequence[Request], rows: list[_Row]) -> list[ResponseSet]:
     sets, start = [], 0
     for request in batch:
-        responses = []
-        for row in rows[start : start + request.width]:
-            said = row.tokens[:-1] if row.reason == "eos" else row.tokens
-            text = tokenizer.decode(said) if tokenizer and row.reason != "stop" else row.text
-            responses.append(Response(text, row.tokens, row.reason))
+        own = rows[start : start + request.width]
+        responses = [Response(row.said.text, row.tokens, row.reason) for row in own]
         sets.append(ResponseSet(request.text, request.tokens, responses))
         start += request.width
     return sets
@@ -226,7 +217,7 @@ def row_length(asked: int | None, prompts: Mapping[str, int], context: int) -> i
     context. `prompts`: tokens of each, by what to call it. Raises BridgeError for a length below 1,
     and for a prompt that it takes past the context (clause 4.4)."""
     longest = max(prompts, key=lambda name: prompts[name], default="")
-    tokens = prompts.get(longest, 0)
+    tokens, asked = prompts.get(longest, 0), plain(asked)
     length = min(256, max(1, context - tokens)) if asked is None else asked
     _check(type(length) is int and length >= 1, "max_new_tokens", "1 or above", length)
     check_context(longest, tokens, length, context)
@@ -241,6 +232,7 @@ def check_sampling(
     seed: int,
 ) -> Sampling:
     """A Sampling whose numbers are in range; BridgeError names the one that is not."""
+    temperature, top_k, top_p, min_p, seed = map(plain, (temperature, top_k, top_p, min_p, seed))
     _check(_number(temperature) and temperature >= 0, "temperature", "0 or above", temperature)
     _check(top_k is None or (type(top_k) is int and top_k >= 1), "top_k", "1 or above", top_k)
     _check(top_p is None or (_number(top_p) and 0 < top_p <= 1), "top_p", "in (0, 1]", top_p)
@@ -250,9 +242,10 @@ def check_sampling(
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
 
 
 def _check(valid: Any, name: str, range_: str, value: Any) -> None:
     if not valid:
-        raise BridgeError(f"{name} must be {range_}, not {value!r}")
+        raise BridgeError(f"{name} must be {range_}, not {show(value)}")

@@ -3,14 +3,13 @@
 Checks what users pass, turns text into ids, and hands NumPy arrays to the backend.
 """
 
-import operator
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bridge.chat import Message
 from bridge.checkpoint import Checkpoint, open_checkpoint
 from bridge.config import ModelConfig, bridge_shapes, tensor_shapes
 from bridge.contract import AdamW, BackendModel, Batch, Objective, Trainer
@@ -26,11 +25,20 @@ from bridge.generation import (
     run,
 )
 from bridge.inputs import default_positions
+from bridge.prompts import (
+    Prompt,
+    check_range,
+    integers,
+    list_prompt_ids,
+    list_prompts,
+    list_widths,
+    plain,
+    read_prompt,
+)
+from bridge.reading import show
 from bridge.registry import find_backend, resolve_device, resolve_dtype
+from bridge.stops import read_stops
 from bridge.tokenizer import Tokenizer, read_eos_ids, read_tokenizer
-
-Prompt = str | Sequence[int] | Sequence[Message]
-
 
 BUNDLED = Path(__file__).with_name("bundled")  # a checkpoint that comes with the package
 
@@ -54,8 +62,9 @@ def load(
     backend's best. `dtype`: None is the backend's default on CPUs, else the checkpoint's own.
     Raises BridgeError, in one line, for what is missing, damaged or not supported.
     """
-    where = None if base is None else Path(base)
-    opened = open_checkpoint(Path(checkpoint or BUNDLED), where, any_base=any_base)
+    where = BUNDLED if checkpoint is None else _path(checkpoint, "checkpoint")
+    beside = None if base is None else _path(base, "base")
+    opened = open_checkpoint(where, beside, any_base=any_base)
     return build(opened, opened.config, opened.tensors, backend, device, dtype)
 
 
@@ -73,9 +82,15 @@ def build(
     device = resolve_device(chosen, device)
     dtype = resolve_dtype(chosen, device, dtype, opened.dtype)
     tokenizer = read_tokenizer(opened.assets)
-    eos_ids = read_eos_ids(opened.assets) or opened.config.eos_token_ids
+    eos_ids = read_eos_ids(opened.assets, config.vocab_size) or opened.config.eos_token_ids
     if not eos_ids and tokenizer and tokenizer.eos_token_id is not None:
         eos_ids = (tokenizer.eos_token_id,)
+        if eos_ids[0] >= config.vocab_size:
+            raise BridgeError(
+                f"{opened.assets / 'tokenizer_config.json'}: eos_token is {eos_ids[0]} by "
+                f"tokenizer.json, outside the model's vocabulary 0..{config.vocab_size - 1}; "
+                "set eos_token_id in config.json"
+            )
     implementation = chosen.load(config, tensors, device=device, dtype=dtype)
     return Model(implementation, chosen.name, tokenizer, eos_ids)
 
@@ -136,21 +151,21 @@ class Model:
         the row fed a real token there (None: everywhere); `positions [B, S]` (None: how many
         active cells the row has before this one). Where not active, logits are unspecified.
         """
-        tokens = _integers(tokens, "tokens", 2)
+        tokens = integers(tokens, "tokens", 2)
         B, S = tokens.shape
-        _check_range(tokens, "tokens", self.config.vocab_size)
-        groups = _integers(groups, "groups", 1)
+        check_range(tokens, "tokens", self.config.vocab_size)
+        groups = integers(groups, "groups", 1)
         if len(groups) != B:
             raise BridgeError(f"groups must have one number a row: {B}, not {len(groups)}")
-        active = np.ones((B, S), bool) if active is None else np.asarray(active)
+        active = np.ones((B, S), bool) if active is None else np.asarray(plain(active))
         if active.dtype != bool or active.shape != (B, S):
             raise BridgeError(f"active must be bool [{B}, {S}], not {active.dtype} {active.shape}")
         if positions is None:
             positions = default_positions(active)
-        positions = _integers(positions, "positions", 2)
+        positions = integers(positions, "positions", 2)
         if positions.shape != (B, S):
             raise BridgeError(f"positions must be [{B}, {S}], not {list(positions.shape)}")
-        _check_range(positions, "positions", self.config.max_position_embeddings)
+        check_range(positions, "positions", self.config.max_position_embeddings)
         return self.implementation.logits(tokens, groups, active, positions)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[ResponseSet]:
@@ -179,26 +194,27 @@ class Model:
     ) -> Iterator[Event]:
         """Answer prompts, token by token: Started, Token, Finished, and at last one Done.
 
-        A prompt is raw text, a list of ids, or a list of chat messages. `width`: interdependent
-        answers a prompt, one number or one a prompt. `max_new_tokens`: None is 256, or what the
-        context leaves. `temperature=0` is argmax. `seed`: the same
-        seed gives the same tokens on every backend up to rounding. `stop`: texts that end a row.
-        `chat`: put texts through the checkpoint's chat template, after `system` if given.
+        A prompt is raw text, ids (a list, an array or a tensor), or a list of chat messages.
+        `width`: interdependent answers a prompt, one number or one a prompt. `max_new_tokens`: None
+        is 256, or what the context leaves. `temperature=0` is argmax. `seed`: the same seed gives
+        the same tokens on every backend up to rounding. `stop`: texts that end a row, which its
+        text leaves out; the name of a special token ends it at that token.
+        `chat`: put texts through the checkpoint's chat template, after `system` if given; without
+        `chat` a `system` is refused.
         `max_rows`: at most so many rows are decoded at once. `prompt_ids`: the prompts' numbers in
         the sampling counter (clause 6.2), so that a request may be cut in any way and draw the
         same; None: 0, 1, 2, ... Raises BridgeError before anything is computed.
         """
         sampling = check_sampling(temperature, top_k, top_p, min_p, seed)
+        max_rows = plain(max_rows)
+        if type(max_rows) is not int or max_rows < 1:
+            raise BridgeError(f"max_rows must be 1 or above, not {show(max_rows)}")
+        stops = read_stops(stop, self.tokenizer)
         requests = self._requests(prompts, width, chat, system, prompt_ids)
         lengths = {f"prompt {number}": len(r.tokens) for number, r in enumerate(requests)}
         context = self.config.max_position_embeddings
         max_new_tokens = row_length(max_new_tokens, lengths, context)
-        stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        if not all(isinstance(s, str) and s for s in stop):
-            raise BridgeError("stop must hold texts that are not empty")
-        if stop and self.tokenizer is None:
-            raise BridgeError("stop needs a tokenizer; this checkpoint has no tokenizer.json")
-        limits = Limits(max_new_tokens, frozenset(self.eos_ids), stop, max_rows)
+        limits = Limits(max_new_tokens, frozenset(self.eos_ids), stops, max_rows)
         return run(self.implementation, requests, sampling, limits, self.tokenizer)
 
     def encode(
@@ -251,60 +267,40 @@ class Model:
         system: str | None,
         prompt_ids: Sequence[int] | None,
     ) -> list[Request]:
-        listed: Sequence[Any] = [prompts] if isinstance(prompts, str) else prompts
-        if not listed:
-            raise BridgeError("no prompt given")
-        if not isinstance(listed[0], str) and _is_single(listed):
-            listed = [listed]
-        widths = [width] * len(listed) if isinstance(width, int) else list(width)
-        if len(widths) != len(listed):
-            raise BridgeError(f"{len(widths)} widths for {len(listed)} prompts")
-        for w in widths:
-            if type(w) is not int or w < 1:
-                raise BridgeError(f"width must be 1 or above, not {w!r}")
-        ids = list(range(len(listed)) if prompt_ids is None else prompt_ids)
-        if len(ids) != len(listed):
-            raise BridgeError(f"{len(ids)} prompt_ids for {len(listed)} prompts")
-        if not all(0 <= number < 2**32 for number in ids):
-            raise BridgeError("prompt_ids must be in 0..2^32-1, the counter's range (clause 6.2)")
+        listed = list_prompts(prompts)
+        widths = list_widths(width, len(listed))
+        ids = list_prompt_ids(prompt_ids, len(listed))
         requests = []
         for number, (prompt, w) in enumerate(zip(listed, widths, strict=True)):
-            text, tokens = self._encode(prompt, chat, system, f"prompt {number}")
+            name = f"prompt {number}"
+            text, tokens = self._encode(prompt, chat, system, name)
             requests.append(Request(text, tokens, w, ids[number]))
         return requests
 
     def _encode(
-        self, prompt: Any, chat: bool, system: str | None, where: str
+        self, prompt: Any, chat: bool, system: str | None, name: str
     ) -> tuple[str, list[int]]:
-        if len(prompt) == 0 or (isinstance(prompt, str) and not prompt.strip()):
-            raise BridgeError(f"{where} is empty")
-        if not isinstance(prompt, str) and not isinstance(prompt[0], dict):
-            ids = _integers(prompt, where, 1)
-            _check_range(ids, where, self.config.vocab_size)
-            return "", ids.tolist()
+        """A prompt's text, or what its last message says, and its ids."""
+        fed = read_prompt(prompt, chat, system, name)
+        if isinstance(fed, np.ndarray):
+            check_range(fed, name, self.config.vocab_size)
+            return "", fed.tolist()
         if self.tokenizer is None:
             raise BridgeError(
-                f"{where} is text, but the checkpoint has no tokenizer.json; add it or give ids"
+                f"{name} is text, but the checkpoint has no tokenizer.json; add it or give ids"
             )
         if not self.eos_ids:
             raise BridgeError(
                 "tokenizer_config.json: no eos_token, and no eos_token_id in config.json; "
                 "set one, or answers would never end"
             )
-        if isinstance(prompt, str):
-            text = prompt
-            if not chat:
-                tokens = self.tokenizer.encode(prompt)
-            else:
-                before = [{"role": "system", "content": system}] if system else []
-                turn = {"role": "user", "content": prompt}
-                tokens = self.tokenizer.encode_chat([*before, turn])
+        if isinstance(fed, str):
+            text, tokens = fed, self.tokenizer.encode(fed)
         else:
-            text = str(prompt[-1].get("content", ""))
-            tokens = self.tokenizer.encode_chat(prompt)
+            text, tokens = str(fed[-1].get("content", "")), self.tokenizer.encode_chat(fed)
         if not tokens:
-            raise BridgeError(f"{where} has no tokens")
-        _check_range(np.asarray(tokens), f"{where} (by tokenizer.json)", self.config.vocab_size)
+            raise BridgeError(f"{name} has no tokens")
+        check_range(np.asarray(tokens), f"{name} (by tokenizer.json)", self.config.vocab_size)
         return text, tokens
 
 
@@ -325,31 +321,8 @@ def trainable_names(config: ModelConfig, trainable: str | Sequence[str]) -> list
     return [name for name in names if name in set(trainable)]
 
 
-def _is_single(prompt: Sequence[Any]) -> bool:
-    """Whether this is one prompt of ids or messages, and not a list of prompts."""
-    if isinstance(prompt[0], dict):
-        return True
-    try:
-        operator.index(prompt[0])
-    except TypeError:
-        return False
-    return True
-
-
-def _integers(value: Any, name: str, ndim: int) -> np.ndarray:
-    try:
-        array = np.asarray(value)
-    except ValueError:
-        raise BridgeError(f"{name} must be integers in a regular array") from None
-    if array.dtype.kind not in "iu" or array.ndim != ndim or 0 in array.shape:
-        raise BridgeError(
-            f"{name} must be integers with {ndim} axes, none empty; "
-            f"not {array.dtype} {list(array.shape)}"
-        )
-    return array.astype(np.int64)
-
-
-def _check_range(array: np.ndarray, name: str, end: int) -> None:
-    if array.min() < 0 or array.max() >= end:
-        bad = int(array[(array < 0) | (array >= end)][0])
-        raise BridgeError(f"{name}: {bad} is outside 0..{end - 1}")
+def _path(given: str | Path, name: str) -> Path:
+    if not isinstance(given, str | os.PathLike) or not os.fspath(given):
+        mend = "name a directory" + ", or None for the bundled model" * (name == "checkpoint")
+        raise BridgeError(f"{name} is {show(given)}; {mend}")
+    return Path(given)

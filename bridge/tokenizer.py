@@ -5,17 +5,18 @@ is run but its chat template, in the sandbox of `bridge.chat`.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers.decoders import DecodeStream
 
 from bridge.chat import Message, render_chat
 from bridge.errors import BridgeError
-from bridge.reading import exists, one_line, read_object, read_text
+from bridge.reading import exists, one_line, read_object, read_text, show
+from bridge.streaming import Step, TextStream, step_maker
 
 MAX_TOKEN = 1000  # characters of a special token
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -57,29 +58,28 @@ class Tokenizer:
             return self.fast.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, without special tokens."""
+        """Text of ids, without special tokens: all that a streamer gives of them."""
+        stream = self.streamer()
         with _refusing("tokenizer.json: cannot write these ids"):
-            return self.fast.decode(list(ids), skip_special_tokens=True)
+            return "".join([*(stream.push(int(i)) for i in ids), stream.finish()])
 
-    def streamer(self) -> "TextStream":
-        """Decodes one response token by token."""
-        return TextStream(self.fast)
+    def streamer(self) -> TextStream:
+        """Decodes one row token by token."""
+        return TextStream(self._spell, self._new_steps())
 
+    @cached_property
+    def special_ids(self) -> dict[str, int]:
+        """The ids of the special tokens, which are never part of a text, by their names."""
+        added = self.fast.get_added_tokens_decoder()
+        return {token.content: i for i, token in added.items() if token.special}
 
-class TextStream:
-    """Text of a growing response: gives what each token adds, once whole characters are there."""
+    @cached_property
+    def _new_steps(self) -> Callable[[], list[Step]]:
+        return step_maker(self.fast.decoder)
 
-    def __init__(self, fast: FastTokenizer) -> None:
-        self._fast = fast
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self.text = ""
-
-    def push(self, token: int) -> str:
-        """Text that `token` adds; empty within a character of several tokens."""
-        with _refusing("tokenizer.json: cannot write these ids"):
-            added = self._stream.step(self._fast, token) or ""
-        self.text += added
-        return added
+    def _spell(self, token: int) -> str | None:
+        piece = self.fast.id_to_token(token)
+        return None if piece in self.special_ids else piece
 
 
 def read_tokenizer(directory: Path) -> Tokenizer | None:
@@ -110,12 +110,21 @@ def read_tokenizer(directory: Path) -> Tokenizer | None:
     return Tokenizer(fast, special, _chat_template(directory, settings))
 
 
-def read_eos_ids(directory: Path) -> tuple[int, ...]:
-    """`eos_token_id` of `generation_config.json`, as a tuple; empty where there is none."""
-    value = _read_json(directory / "generation_config.json").get("eos_token_id")
+def read_eos_ids(directory: Path, vocab_size: int) -> tuple[int, ...]:
+    """`eos_token_id` of `generation_config.json`, as a tuple; empty where there is none.
+
+    It stands above that of `config.json`, as in transformers. Raises BridgeError for an id that the
+    model cannot say: rows would never end there.
+    """
+    path = directory / "generation_config.json"
+    value = _read_json(path).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(i) is int and i >= 0 for i in ids):
-        raise BridgeError(f"{directory / 'generation_config.json'}: eos_token_id must hold ids")
+    for i in ids:
+        if type(i) is not int or not 0 <= i < vocab_size:
+            raise BridgeError(
+                f"{path}: eos_token_id {show(i)} is not a token of the model's vocabulary "
+                f"0..{vocab_size - 1}; correct it, or take it out"
+            )
     return tuple(ids)
 
 

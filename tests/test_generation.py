@@ -4,77 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, pre_tokenizers
+from scripted import CONFIG, EOS, ScriptedModel, byte_tokenizer, scripted
 
-from bridge.config import parse_config
 from bridge.errors import BridgeError
 from bridge.generation import Done, Finished, Started, Token
 from bridge.model import Model
-from bridge.tokenizer import Tokenizer
-
-EOS = 0
-CONFIG = parse_config(
-    {
-        "model_type": "llama",
-        "vocab_size": 300,
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 64,
-        "eos_token_id": EOS,
-    }
-)
-
-
-class ScriptedDecoder:
-    """Says what the script holds for each (prompt, row), and records what it is fed."""
-
-    def __init__(self, script, rows, log):
-        self.script, self.rows, self.step, self.log = script, rows, 0, log
-
-    def sample(self, sampling):
-        return np.array([self.script[row][self.step] for row in self.rows])
-
-    def advance(self, tokens=None, keep=None):
-        self.log.append(
-            (tokens[keep].tolist(), [r for r, k in zip(self.rows, keep, strict=True) if k])
-        )
-        self.rows = [row for row, kept in zip(self.rows, keep, strict=True) if kept]
-        assert self.rows, "a decoder without rows need not advance"
-        self.step += 1
-
-
-class ScriptedModel:
-    config, device, dtype = CONFIG, "cpu", "float32"
-
-    def __init__(self, script):
-        self.script, self.fed, self.prefills = script, [], []
-
-    def prefill(self, prompts, widths, max_new_tokens, prompt_ids=None):
-        self.prefills.append((list(prompt_ids), list(widths)))
-        rows = [(p, n) for p, w in zip(prompt_ids, widths, strict=True) for n in range(w)]
-        return ScriptedDecoder(self.script, rows, self.fed)
-
-
-def byte_tokenizer(eos="<eos>"):
-    """One token a byte, after the special ones: the pieces of a character arrive one by one."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {"<eos>": EOS} | {letter: 1 + i for i, letter in enumerate(letters)}
-    fast = FastTokenizer(models.BPE(vocab=vocab, merges=[]))
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    fast.add_special_tokens(["<eos>"])
-    return Tokenizer(fast, {"eos_token": eos} if eos else {})
-
-
-def scripted(*texts, eos_ids=(EOS,)):
-    """A model whose rows of prompt 0 say these texts, each followed by EOS."""
-    tokenizer = byte_tokenizer()
-    said = [[*tokenizer.encode(text), EOS] for text in texts]
-    model = ScriptedModel({(0, n): tokens for n, tokens in enumerate(said)})
-    return Model(model, "scripted", tokenizer, eos_ids), model
 
 
 def test_rows_end_at_eos_and_leave():

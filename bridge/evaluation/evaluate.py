@@ -19,6 +19,7 @@ from bridge.evaluation.records import Journal
 from bridge.evaluation.summary import Evaluation, rows_are_independent, widths_decoded
 from bridge.generation import check_sampling, row_length
 from bridge.model import Model
+from bridge.stops import read_stops
 from bridge.tasks.calls import take_problems, take_size
 from bridge.tasks.scorer import check_seconds
 
@@ -105,8 +106,7 @@ def _plan(
 ) -> Plan:
     d = decoding
     check_sampling(d.temperature, d.top_k, d.top_p, d.min_p, d.seed)
-    if not all(d.stop):
-        raise BridgeError("stop must hold texts that are not empty")
+    read_stops(d.stop, model.tokenizer)
     problems = _problems(task, split, count)
     prompts = [
         model.encode(p.prompt, chat=d.chat, system=d.system, name=_called(p, split))

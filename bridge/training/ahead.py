@@ -13,6 +13,7 @@ import numpy as np
 
 from bridge.generation import row_length
 from bridge.model import Model
+from bridge.stops import read_stops
 from bridge.tasks import Task
 from bridge.tasks.calls import take_problems
 from bridge.training.batches import Group, check_fits
@@ -38,6 +39,7 @@ class Ahead:
 
 def look_ahead(settings: Settings, model: Model, task: Task | None) -> Ahead:
     """Of the data of `settings`. Raises BridgeError for what a run would be refused for."""
+    read_stops(settings.stop, model.tokenizer)
     data, groups, width, asked = None, [], settings.width, {}
     if isinstance(settings, SFTSettings) and settings.data is not None:
         data = read_samples(Path(settings.data), model, settings)

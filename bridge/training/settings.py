@@ -57,7 +57,7 @@ class Settings:
     reward_seconds: float = setting(10.0, "Time limit of a reward.", "Task", "above 0")
     system: str | None = setting(None, "The system message of the chat.", "Task")
     raw: bool = setting(False, "Feed prompts as they are, without the chat template.", "Task")
-    stop: tuple[str, ...] = setting((), "Texts that end a row.", "Task")
+    stop: tuple[str, ...] = setting((), "Texts or special tokens that end a row.", "Task")
 
     base: str | None = setting(None, "The host of an adapter checkpoint.", "Model")
     backend: str | None = setting(None, "See bridge backends; else the best.", "Model")

@@ -19,7 +19,10 @@ Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")
 TopK = Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest, up to this sum.")]
 MinP = Annotated[float | None, typer.Option(help="Keep what has this fraction of the likeliest.")]
-Stop = Annotated[list[str] | None, typer.Option(help="A text that ends a row; repeat it.")]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(help="A text that ends a row, or the name of a special token; repeat it."),
+]
 System = Annotated[str | None, typer.Option(help="The system message of the chat.")]
 Raw = Annotated[
     bool, typer.Option("--raw", help="Feed prompts as they are, without a chat template.")

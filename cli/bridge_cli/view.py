@@ -61,7 +61,8 @@ class View:
         elif isinstance(event, Finished):
             row = self.at[event.prompt, event.row]
             row.reason = event.reason
-            row.tokens += event.reason == "eos"  # which has no text, and so no Token event
+            row.text += harmless(event.text)
+            row.tokens += event.reason == "eos"  # which is no Token event
 
     def shown(self) -> list[Row]:
         """The rows of the prompt to look at: the first of the batch that is not done."""

@@ -119,7 +119,7 @@ def _use(checkpoint: Checkpoint, headers_only: bool) -> str | None:
     frequencies, factor = inverse_frequencies(checkpoint.config.rope, checkpoint.config.head_dim)
     if not (np.isfinite(frequencies).all() and np.isfinite(factor)):
         return f"rope frequencies are not finite: {frequencies}, {factor}"
-    read_eos_ids(checkpoint.assets)
+    read_eos_ids(checkpoint.assets, checkpoint.config.vocab_size)
     tokenizer = read_tokenizer(checkpoint.assets)
     return None if tokenizer is None else _talk(tokenizer)
 
@@ -130,10 +130,9 @@ def _talk(tokenizer: Tokenizer) -> str | None:
         ids = tokenizer.encode(text)
         whole = tokenizer.decode(ids)
         stream = tokenizer.streamer()
-        for i in ids:
-            stream.push(i)
-        if not isinstance(whole, str) or not all(type(i) is int and i >= 0 for i in ids):
-            return f"{text!r} became {ids!r} and {whole!r}"
+        said = "".join([*(stream.push(i) for i in ids), stream.finish()])
+        if said != whole or not all(type(i) is int and i >= 0 for i in ids):
+            return f"{text!r} became {ids!r}, {whole!r} and {said!r}"
     if tokenizer.chat_template is not None:
         tokenizer.encode_chat(MESSAGES)
     return None

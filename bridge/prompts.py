@@ -1,0 +1,130 @@
+"""What users pass as prompts, widths and ids, made plain: texts, ids, messages, and integers.
+
+Arrays and tensors of any framework count as the lists and numbers that they hold. Whatever else is
+refused in one line. It knows nothing of tokenizers and models.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from bridge.chat import Message
+from bridge.errors import BridgeError
+from bridge.reading import show
+
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+def plain(value: Any) -> Any:
+    """An array or a tensor as (nested) lists, a number of NumPy's as Python's, others as they
+    are."""
+    return value.tolist() if hasattr(value, "tolist") and not isinstance(value, str) else value
+
+
+def list_prompts(prompts: Any) -> list[Any]:
+    """One prompt or several as a list of texts and lists, which may still be wrong. Raises
+    BridgeError where there is none."""
+    prompts = plain(prompts)
+    if isinstance(prompts, str):
+        return [prompts]
+    listed = [plain(prompt) for prompt in _items(prompts, "prompts")]
+    if not listed:
+        raise BridgeError("no prompt given")
+    single = isinstance(listed[0], int | Mapping)  # of ids, or of messages
+    return [listed] if single else [_prompt(p, f"prompt {n}") for n, p in enumerate(listed)]
+
+
+def list_widths(width: Any, prompts: int) -> list[int]:
+    """The width of each prompt, from one number or one a prompt."""
+    width = plain(width)
+    widths = [width] * prompts if not _many(width) else [plain(w) for w in width]
+    if len(widths) != prompts:
+        raise BridgeError(f"{len(widths)} widths for {prompts} prompts")
+    for w in widths:
+        if type(w) is not int or w < 1:
+            raise BridgeError(f"width must be 1 or above, not {show(w)}")
+    return widths
+
+
+def list_prompt_ids(prompt_ids: Any, prompts: int) -> list[int]:
+    """The prompts' numbers in the sampling counter (clause 6.2); None: 0, 1, 2, ..."""
+    if prompt_ids is None:
+        return list(range(prompts))
+    ids = [plain(i) for i in _items(plain(prompt_ids), "prompt_ids")]
+    if len(ids) != prompts:
+        raise BridgeError(f"{len(ids)} prompt_ids for {prompts} prompts")
+    if not all(type(i) is int and 0 <= i < 2**32 for i in ids):
+        raise BridgeError("prompt_ids must be in 0..2^32-1, the counter's range (clause 6.2)")
+    return ids
+
+
+def read_prompt(
+    prompt: Any, chat: bool, system: Any, name: str
+) -> str | Int[np.ndarray, " P"] | list[Message]:
+    """One prompt as it is fed: a text, ids, or messages, which a text becomes by `chat`, after
+    `system` if given. Raises BridgeError, which calls it `name`, for one that is empty or none of
+    these, and for a system message that would not be read."""
+    if system is not None and not isinstance(system, str):
+        raise BridgeError(f"system must be a text, not {show(system)}")
+    prompt = _prompt(plain(prompt), name)
+    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        raise BridgeError(f"{name} is empty")
+    mend = "ask for chat, or put it into the prompt"
+    if isinstance(prompt, str):
+        if chat:
+            before = [] if system is None else [{"role": "system", "content": system}]
+            return [*before, {"role": "user", "content": prompt}]
+        kind, fed = "a text that is fed as it is", prompt
+    elif isinstance(prompt[0], Mapping):
+        if not all(isinstance(message, Mapping) for message in prompt):
+            raise BridgeError(f"{name} must hold messages alone, each with role and content")
+        kind, mend, fed = "messages", "put a system message into the messages", prompt
+    else:
+        kind, fed = "ids", integers(prompt, name, 1)
+    if system is not None:
+        raise BridgeError(f"system goes with a text in a chat, but {name} is {kind}; {mend}")
+    return fed
+
+
+def integers(value: Any, name: str, ndim: int) -> Int[np.ndarray, "..."]:
+    """An int64 array with `ndim` axes. Raises BridgeError for other numbers, and where it is
+    empty."""
+    try:
+        array = value if isinstance(value, np.ndarray) else np.asarray(plain(value))
+    except ValueError:
+        raise BridgeError(f"{name} must be integers in a regular array") from None
+    if array.dtype.kind not in "iu" or array.ndim != ndim or 0 in array.shape:
+        raise BridgeError(
+            f"{name} must be integers with {ndim} axes, none empty; "
+            f"not {array.dtype} {list(array.shape)}"
+        )
+    return array.astype(np.int64)
+
+
+def check_range(array: Int[np.ndarray, "..."], name: str, end: int) -> None:
+    """Refuse a number outside 0..end-1."""
+    if array.min() < 0 or array.max() >= end:
+        bad = int(array[(array < 0) | (array >= end)][0])
+        raise BridgeError(f"{name}: {bad} is outside 0..{end - 1}")
+
+
+def _many(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+
+
+def _items(value: Any, name: str) -> list[Any]:
+    if not _many(value):
+        raise BridgeError(
+            f"{name} must be a list{' or a text' * (name == 'prompts')}, not {show(value)}"
+        )
+    return list(value)
+
+
+def _prompt(value: Any, name: str) -> Any:
+    if isinstance(value, str):
+        return value
+    if not _many(value):
+        raise BridgeError(f"{name} must be a text, ids or messages, not {show(value)}")
+    return [plain(item) for item in value]
