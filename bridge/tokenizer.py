@@ -14,6 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer as FastTokenizer
 
 from bridge.chat import Message, render_chat
+from bridge.continuation import Continuation
 from bridge.errors import BridgeError
 from bridge.reading import exists, one_line, read_object, read_text, show
 from bridge.streaming import Step, TextStream, step_maker
@@ -57,6 +58,28 @@ class Tokenizer:
         with _refusing("tokenizer.json: cannot read what chat_template makes"):
             return self.fast.encode(text, add_special_tokens=False).ids
 
+    def encode_after(self, prompt: Sequence[int], text: str, name: str) -> list[int]:
+        """Ids of a text as a row would say it after the ids of a prompt, so that both decoded are
+        the prompt and the text. Raises BridgeError, which calls it `name`, where none are."""
+        with _refusing(f"{name}: tokenizer.json cannot read this text"):
+            return self._continuation.encode(prompt, text, name)
+
+    def lead(self, messages: Sequence[Message], text: str) -> str:
+        """The white space that the chat template puts before an answer such as `text`, where a text
+        cannot show it: a tokenizer that reads a space before every text leaves one out of what rows
+        say. Empty where the template shows none, or not this text."""
+        if not self._continuation.spaced or self.chat_template is None or not text[:1].strip():
+            return ""
+        turns = [*messages, {"role": "assistant", "content": text}]
+        try:
+            asked = render_chat(self.chat_template, messages, self.special)
+            answered = render_chat(self.chat_template, turns, self.special)
+        except BridgeError:
+            return ""
+        said = answered.removeprefix(asked) if answered.startswith(asked) else ""
+        lead = said[: len(said) - len(said.lstrip())]
+        return lead if said[len(lead) :].startswith(text.rstrip()) else ""
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without special tokens: all that a streamer gives of them."""
         stream = self.streamer()
@@ -72,6 +95,10 @@ class Tokenizer:
         """The ids of the special tokens, which are never part of a text, by their names."""
         added = self.fast.get_added_tokens_decoder()
         return {token.content: i for i, token in added.items() if token.special}
+
+    @cached_property
+    def _continuation(self) -> Continuation:
+        return Continuation(self.fast)
 
     @cached_property
     def _new_steps(self) -> Callable[[], list[Step]]:
@@ -150,6 +177,8 @@ def _refusing(what: str) -> Iterator[None]:
     """Turn whatever the tokenizers library raises, a panic of its Rust code too, into one line."""
     try:
         yield
+    except BridgeError:
+        raise
     except Exception as error:  # the library raises plain Exception
         raise BridgeError(f"{what} ({one_line(error)})") from None
     except BaseException as error:

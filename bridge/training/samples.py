@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bridge.errors import BridgeError
 from bridge.model import Model
+from bridge.prompts import check_range, read_prompt
 from bridge.reading import one_line, read_text
 from bridge.tasks import Scores, Task
 from bridge.tasks.calls import take_problems
@@ -161,12 +164,20 @@ def _encode(
         raise BridgeError(f"{where}: prompt must be a text or a list of messages")
     chat = model.has_chat_template and not settings.raw
     ids = model.encode(prompt, chat=chat, system=settings.system, name=where)
-    assert model.tokenizer is not None
-    named = model.tokenizer.eos_token_id
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    named = tokenizer.eos_token_id
     eos = named if named in model.eos_ids else model.eos_ids[0]
-    fast = model.tokenizer.fast
-    said = [fast.encode(text, add_special_tokens=False).ids for text in responses]
-    return ids, [[*tokens, eos] for tokens in said]
+    fed = read_prompt(prompt, chat, settings.system, where)
+    words = next((text for text in responses if text[:1].strip()), "")
+    lead = tokenizer.lead(fed, words) if isinstance(fed, list) else ""
+    tokens = []
+    for number, text in enumerate(responses):
+        name = f"{where}: response {number}"
+        said = tokenizer.encode_after(ids, lead + text if text[:1].strip() else text, name)
+        tokens.append([*said, eos])
+        check_range(np.asarray(tokens[-1]), f"{name} (by tokenizer.json)", model.config.vocab_size)
+    return ids, tokens
 
 
 def _ids(value: Any, model: Model) -> bool:
