@@ -35,7 +35,8 @@ def check_prompts(
     widths: Sequence[int],
     max_new_tokens: int,
 ) -> None:
-    """Refuse an empty prompt, one past the context (clause 4.4), and a width below 1."""
+    """Refuse an empty prompt, one past the context (clause 4.4), an id that is no token, and a
+    width below 1."""
     if not len(prompts) == len(widths) > 0:
         raise BridgeError(
             f"prefill: {len(widths)} widths for {len(prompts)} prompts; give each one"
@@ -46,6 +47,9 @@ def check_prompts(
             raise BridgeError(f"prompt {number} is empty; give at least one token")
         if width < 1:
             raise BridgeError(f"prompt {number}: width must be 1 or above, not {width}")
+        ids = np.asarray(prompt)
+        if _outside(ids, np.ones(ids.shape, bool), config.vocab_size):
+            raise BridgeError(f"prompt {number} has an id outside 0..{config.vocab_size - 1}")
         check_context(f"prompt {number}", len(prompt), max_new_tokens, context)
 
 

@@ -97,6 +97,8 @@ REFUSED = {
     "width must be 1 or above, not 0": ([[1]], [0], 4),
     "1 widths for 2 prompts": ([[1], [2]], [1], 4),
     "0 widths for 0 prompts": ([], [], 4),
+    "prompt 0 has an id outside 0..10": ([[-1, 1]], [1], 4),
+    "prompt 1 has an id outside 0..10": ([[1], [10, 11]], [1, 1], 4),
     "prompt 0 has 30 tokens, and with max_new_tokens 3 it goes past the context of 32": (
         [[1] * 30],
         [1],
