@@ -81,6 +81,14 @@ def test_a_space_by_other_means_is_found_in_the_whole_text():
     prompt = tokenizer.encode("a=")
     assert prompt == [0, 1, 2] and tokenizer.encode("b") == [0, 3]
     assert tokenizer.encode_after(prompt, "b", "it") == [3]
+    fast = byte_level()
+    fast.normalizer = normalizers.Sequence(
+        [normalizers.Replace(Regex(f"^{n}"), f" {n}") for n in "24"]
+    )
+    tokenizer = Tokenizer(fast)
+    prompt = tokenizer.encode("2=")
+    assert tokenizer.decode(tokenizer.encode("4")) == " 4"
+    assert tokenizer.decode(tokenizer.encode_after(prompt, "4", "it")) == "4"
 
 
 TURNS = (

@@ -92,6 +92,15 @@ def test_a_byte_that_makes_the_ones_before_it_invalid():
     assert stream.finish() == "\ufffd\ufffd"
 
 
+def test_spaces_that_leave_the_beginning_are_counted_over_tokens():
+    for name, wanted in (("llama 2", "   a"), ("strip three", " a"), ("gemma", "    a")):
+        tokenizer = MADE[name]
+        ids = [tokenizer.fast.token_to_id(piece) for piece in ("▁", "▁▁", "▁a")]
+        stream = tokenizer.streamer()
+        said = [stream.push(i) for i in ids]
+        assert "".join(said) == wanted == tokenizer.fast.decode(ids)
+
+
 def test_a_decoder_that_panics_does_not_end_what_it_tells_of():
     tokenizer = Tokenizer(words(decoders.Strip("a", 3, 3)))
     ids = [tokenizer.fast.token_to_id(piece) for piece in ("aa", "b", "a", ".")]
