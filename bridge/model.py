@@ -4,7 +4,7 @@ Checks what users pass, turns text into ids, and hands NumPy arrays to the backe
 """
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from bridge.generation import (
     run,
 )
 from bridge.inputs import default_positions
+from bridge.memory import check_decoding
+from bridge.ranges import take
 from bridge.registry import find_backend, resolve_device, resolve_dtype
 from bridge.tokenizer import Tokenizer, read_eos_ids, read_tokenizer
 
@@ -193,11 +195,21 @@ class Model:
         lengths = {f"prompt {number}": len(r.tokens) for number, r in enumerate(requests)}
         context = self.config.max_position_embeddings
         max_new_tokens = row_length(max_new_tokens, lengths, context)
+        max_rows = take("max_rows", max_rows)
         stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if not all(isinstance(s, str) and s for s in stop):
             raise BridgeError("stop must hold texts that are not empty")
         if stop and self.tokenizer is None:
             raise BridgeError("stop needs a tokenizer; this checkpoint has no tokenizer.json")
+        check_decoding(
+            self.config,
+            self.device,
+            self.dtype,
+            list(lengths.values()),
+            [request.width for request in requests],
+            max_new_tokens,
+            max_rows,
+        )
         limits = Limits(max_new_tokens, frozenset(self.eos_ids), stop, max_rows)
         return run(self.implementation, requests, sampling, limits, self.tokenizer)
 
@@ -256,17 +268,16 @@ class Model:
             raise BridgeError("no prompt given")
         if not isinstance(listed[0], str) and _is_single(listed):
             listed = [listed]
-        widths = [width] * len(listed) if isinstance(width, int) else list(width)
+        widths: list[Any] = [width] * len(listed)
+        if isinstance(width, Iterable) and not isinstance(width, str):
+            widths = list(width)
         if len(widths) != len(listed):
             raise BridgeError(f"{len(widths)} widths for {len(listed)} prompts")
-        for w in widths:
-            if type(w) is not int or w < 1:
-                raise BridgeError(f"width must be 1 or above, not {w!r}")
+        widths = [take("width", w) for w in widths]
         ids = list(range(len(listed)) if prompt_ids is None else prompt_ids)
         if len(ids) != len(listed):
             raise BridgeError(f"{len(ids)} prompt_ids for {len(listed)} prompts")
-        if not all(0 <= number < 2**32 for number in ids):
-            raise BridgeError("prompt_ids must be in 0..2^32-1, the counter's range (clause 6.2)")
+        ids = [take("prompt_ids", number) for number in ids]
         requests = []
         for number, (prompt, w) in enumerate(zip(listed, widths, strict=True)):
             text, tokens = self._encode(prompt, chat, system, f"prompt {number}")
