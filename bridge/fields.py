@@ -6,6 +6,7 @@ some, as `Annotated[str, ("one", "other")]`. Whatever does not fit, in whatever 
 BridgeError of one line that names the field.
 """
 
+import sys
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -23,13 +24,14 @@ from typing import (
 )
 
 from bridge.errors import BridgeError
-from bridge.ranges import LARGE, Range, whole
+from bridge.ranges import Range, whole
 from bridge.reading import show
 
 Result = TypeVar("Result")
 COUNT = whole(0, 2**53)  # what counts something, and is exact everywhere
 Count = Annotated[int, COUNT]
-Number = Annotated[float, Range(float, -LARGE, LARGE, "a number")]
+LARGEST = sys.float_info.max
+Number = Annotated[float, Range(float, -LARGEST, LARGEST, "a number")]
 NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
 
 

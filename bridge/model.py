@@ -25,7 +25,7 @@ from bridge.generation import (
     row_length,
     run,
 )
-from bridge.inputs import default_positions
+from bridge.inputs import check_optimizer, default_positions
 from bridge.memory import check_decoding
 from bridge.ranges import take
 from bridge.registry import find_backend, resolve_device, resolve_dtype
@@ -246,8 +246,10 @@ class Model:
         """A trainer of this model. `trainable`: `bridge`, `all`, or names of tensors.
 
         `checkpoint_activations`: less memory for more time, by computing each layer again in the
-        backward pass (clause 7.11).
+        backward pass (clause 7.11). Raises BridgeError for an optimizer's number out of its range.
         """
+        if optimizer is not None:
+            check_optimizer(optimizer)
         return self.implementation.trainer(
             objective,
             optimizer or AdamW(),

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import bridge
 from bridge.bench import Workload
 from bridge.checkpoint import open_checkpoint
-from bridge.contract import Sampling
+from bridge.contract import SFT, AdamW, Sampling
 from bridge.conversion import parse_size
 from bridge.errors import BridgeError
 from bridge.evaluation.batches import Decoding
@@ -35,7 +35,7 @@ from bridge.training import read_settings
 from bridge.training.settings import CHOICES, KINDS, range_of
 from bridge_cli import train
 from bridge_cli.main import app
-from bridge_cli.options import Ranged
+from bridge_cli.options import Ranged, read_task_options
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -380,3 +380,33 @@ def test_sizes_of_a_config_are_arithmetic_alone(toy_model):
     memory = json.loads(ran.stdout)["memory"]
     token = 2 * 2 * 1 * 8 * 4  # keys and values, layers, heads of keys, width of a head, float32
     assert memory["row_caches"] == token * 65536 * 2147483647 == memory["prompt_cache"] * 65536
+
+
+def test_an_optimizer_has_the_ranges_of_the_settings(toy_model):
+    model = bridge.load(toy_model, backend="numpy")
+    wrongs: list[Any] = [float("nan"), float("inf"), -1, 10**400]
+    for wrong in wrongs:
+        for name in ("lr", "eps", "weight_decay", "max_grad_norm"):
+            with pytest.raises(BridgeError, match=f"{name} must be "):
+                model.trainer(SFT(), AdamW(**{name: wrong}))
+        with pytest.raises(BridgeError, match="betas must be "):
+            model.trainer(SFT(), replace(AdamW(), betas=(0.9, wrong)))
+    model.trainer(SFT(), AdamW(lr=0.0, max_grad_norm=None))
+
+
+@pytest.mark.parametrize("step", [np.nan, -1, np.inf, 2.0**60, 0.5])
+def test_the_step_of_a_trainers_state_is_a_number_of_steps(toy_model, step):
+    trainer = bridge.load(toy_model, backend="numpy").trainer(SFT())
+    state = trainer.state()
+    with pytest.raises(BridgeError, match="trainer state: step must be a number of steps, not"):
+        trainer.restore({**state, "step": np.array(step)})
+    trainer.restore({**state, "step": np.array(7)})
+    assert trainer.state()["step"] == 7
+
+
+def test_options_of_a_task_that_are_too_deep():
+    for text in ("[" * 150 + "]" * 150, "[" * 900 + "]" * 900, '{"a":' * 150 + "1" + "}" * 150):
+        with pytest.raises(BridgeError, match=r"--task-options .* is nested too deeply"):
+            read_task_options([f"x={text}"])
+    assert read_task_options(["x=" + "[" * 90 + "]" * 90])["x"][0][0] != []
+    assert read_task_options(["x=" + "9" * 5000, "y=1e400"]) == {"x": "9" * 5000, "y": "1e400"}

@@ -81,11 +81,19 @@ def read_task_options(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
+    from bridge.errors import BridgeError
+    from bridge.reading import check_depth, show
+
     for read in (_by_toml, json.loads):
         try:
             value = read(text)
-        except (ValueError, RecursionError):
+            check_depth(value)
+        except ValueError:
             continue
+        except RecursionError:
+            raise BridgeError(
+                f"--task-options {show(text)}: is nested too deeply; put it into a file"
+            ) from None
         if _is_plain(value):
             return value
     return text
