@@ -24,12 +24,12 @@ def refuse_existing(target: Path, overwrite: bool = False) -> None:
 
     `overwrite` allows for a checkpoint directory in its place, and for nothing else.
     """
-    if target.is_symlink() or target.exists():
+    if os.path.lexists(target):
         if not overwrite:
             raise BridgeError(f"{target}: exists already; remove it or choose another name")
         if target.is_symlink() or not (target / "config.json").is_file():
             raise BridgeError(f"{target}: is not a checkpoint, so it is not overwritten")
-    elif not target.parent.is_dir():
+    elif not os.path.isdir(target.parent):
         raise BridgeError(f"{target.parent}: no such directory to write {target.name!r} in")
 
 

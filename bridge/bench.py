@@ -16,7 +16,9 @@ import numpy as np
 from bridge.checkpoint import Checkpoint
 from bridge.contract import SFT, AdamW, BackendModel, Batch, Sampling
 from bridge.errors import BridgeError
+from bridge.memory import check_decoding, check_training
 from bridge.model import build, trainable_names
+from bridge.ranges import take
 
 FIGURES = ("decode", "prefill", "train")
 SAMPLING = Sampling(temperature=1.0, seed=0)
@@ -54,10 +56,9 @@ class Workload:
     timesteps: int = 64  # of a training batch
 
     def check(self, context: int) -> None:
-        """Raises BridgeError for a size that is below 1 or past the context."""
+        """Raises BridgeError for a size that is out of its range or past the context."""
         for name, value in asdict(self).items():
-            if value < 1:
-                raise BridgeError(f"{name} must be 1 or above, not {value}")
+            take(name, value)
         if self.rows % 4:
             raise BridgeError(f"rows must be a multiple of 4, groups of four; not {self.rows}")
         if max(self.prompt_tokens + self.steps, self.timesteps) > context:
@@ -85,6 +86,9 @@ def bench(
         build(opened, config, opened.tensors, backend, device, dtype)
         for config in (opened.config, opened.config.without_bridge())
     )
+    w, where = workload, (opened.config, on.device, on.dtype)
+    check_decoding(*where, [w.prompt_tokens], [w.width], w.steps + 1, w.width)
+    check_training(*where, w.rows, w.timesteps)
     measures = {"decode": decode, "prefill": prefill, "train": train}
     for name in figures:
         yield measures[name](on.implementation, off.implementation, workload)

@@ -65,10 +65,10 @@ def open_checkpoint(
     for looking at a checkpoint and not for running it. `any_base`: take a base of another hash.
     Raises BridgeError, naming file, tensor and mend, for whatever does not fit.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):  # also of a name that no file can have
         mend = (
             "bridge init and bridge convert make a checkpoint of a GGUF file"
-            if path.is_file()
+            if os.path.isfile(path)
             else "check the name"
         )
         raise BridgeError(f"{path}: no such checkpoint directory; {mend}")

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from bridge.forms import BLOCK, FORMS, Entry, PackedPlace, arrange, plain_config
 from bridge.gguf import as_directory
 from bridge.initialise import float_dtype
 from bridge.quantised import GROUP_SIZES, SCALES, Quantization
+from bridge.ranges import take
+from bridge.reading import show
 from bridge.safetensors_io import TensorSpec
 from bridge.spelling import with_older_rope
 from bridge.tensors import entry_pieces
@@ -146,9 +149,10 @@ def parse_size(size: int | str) -> int:
     """Bytes: a number, or a text such as 5GB, 500MB or 2GiB."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(size))
     unit = UNITS.get(found[2].upper()) if found else None
-    if found is None or unit is None or float(found[1]) * unit < 1:
-        raise BridgeError(f"shard_size: {size!r} is no size; try 5GB, 500MB or 2GiB")
-    return int(float(found[1]) * unit)
+    number = float(found[1]) * unit if found is not None and unit is not None else 0.0
+    if number < 1:
+        raise BridgeError(f"shard_size: {show(size)} is no size; try 5GB, 500MB or 2GiB")
+    return take("shard_size", int(number) if isfinite(number) else number)
 
 
 def _check_options(
@@ -174,10 +178,10 @@ def _check_options(
     if to != "mlx":
         raise BridgeError(f"quantize: the form {to!r} stores no quantised weights; use --to mlx")
     if quantize not in BITS or type(quantize) is not int:
-        raise BridgeError(f"quantize: bits must be 4 or 8, not {quantize!r}")
+        raise BridgeError(f"quantize: bits must be 4 or 8, not {show(quantize)}")
     if group_size not in GROUP_SIZES:
         known = ", ".join(map(str, GROUP_SIZES))
-        raise BridgeError(f"group_size must be one of {known}, not {group_size!r}")
+        raise BridgeError(f"group_size must be one of {known}, not {show(group_size)}")
     if adapter and not quantize_blocks:
         raise BridgeError("quantize: blocks are left as they are; add --quantize-blocks")
 

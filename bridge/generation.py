@@ -5,7 +5,6 @@ stop rules and batching; the backend knows tensors. A row that ends leaves the c
 last token is never fed back (clause 2.3).
 """
 
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,10 +13,8 @@ from typing import Any
 import numpy as np
 
 from bridge.contract import BackendModel, Sampling
-from bridge.errors import BridgeError
 from bridge.inputs import check_context
-from bridge.prompts import plain
-from bridge.reading import show
+from bridge.ranges import take
 from bridge.stops import NO_STOPS, RowText, Stops
 from bridge.tokenizer import Tokenizer
 
@@ -217,9 +214,8 @@ def row_length(asked: int | None, prompts: Mapping[str, int], context: int) -> i
     context. `prompts`: tokens of each, by what to call it. Raises BridgeError for a length below 1,
     and for a prompt that it takes past the context (clause 4.4)."""
     longest = max(prompts, key=lambda name: prompts[name], default="")
-    tokens, asked = prompts.get(longest, 0), plain(asked)
-    length = min(256, max(1, context - tokens)) if asked is None else asked
-    _check(type(length) is int and length >= 1, "max_new_tokens", "1 or above", length)
+    tokens = prompts.get(longest, 0)
+    length = min(256, max(1, context - tokens)) if asked is None else take("max_new_tokens", asked)
     check_context(longest, tokens, length, context)
     return length
 
@@ -232,20 +228,10 @@ def check_sampling(
     seed: int,
 ) -> Sampling:
     """A Sampling whose numbers are in range; BridgeError names the one that is not."""
-    temperature, top_k, top_p, min_p, seed = map(plain, (temperature, top_k, top_p, min_p, seed))
-    _check(_number(temperature) and temperature >= 0, "temperature", "0 or above", temperature)
-    _check(top_k is None or (type(top_k) is int and top_k >= 1), "top_k", "1 or above", top_k)
-    _check(top_p is None or (_number(top_p) and 0 < top_p <= 1), "top_p", "in (0, 1]", top_p)
-    _check(min_p is None or (_number(min_p) and 0 <= min_p <= 1), "min_p", "in [0, 1]", min_p)
-    _check(type(seed) is int and 0 <= seed < 2**64, "seed", "in 0..2^64-1", seed)
-    return Sampling(float(temperature), top_k, top_p, min_p, seed)
-
-
-def _number(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and abs(value) <= sys.float_info.max
-
-
-def _check(valid: Any, name: str, range_: str, value: Any) -> None:
-    if not valid:
-        raise BridgeError(f"{name} must be {range_}, not {show(value)}")
+    return Sampling(
+        take("temperature", temperature),
+        None if top_k is None else take("top_k", top_k),
+        None if top_p is None else take("top_p", top_p),
+        None if min_p is None else take("min_p", min_p),
+        take("seed", seed),
+    )

@@ -20,7 +20,10 @@ from bridge.config import BridgeConfig, ModelConfig, bridge_shapes, parse_config
 from bridge.errors import BridgeError
 from bridge.forms import plain_config
 from bridge.gguf import as_directory
+from bridge.memory import check_disk, check_memory
 from bridge.philox import philox4x32
+from bridge.ranges import take
+from bridge.reading import show
 from bridge.registry import ALIASES
 from bridge.rounding import rounded
 from bridge.safetensors_io import DTYPES, TensorSpec
@@ -74,8 +77,8 @@ def init(
     """
     host, out = Path(host), Path(out)
     refuse_existing(out)
-    if type(seed) is not int or not 0 <= seed < 2**64:
-        raise BridgeError(f"seed must be in 0..2^64-1, not {seed!r}")
+    seed, heads, head_dim = take("seed", seed), take("heads", heads), take("head_dim", head_dim)
+    norm_eps = None if norm_eps is None else take("norm_eps", norm_eps)
     with _opened(host, out, adapter) as opened:
         chosen = BridgeConfig(
             kind=kind,
@@ -97,6 +100,7 @@ def init(
         for name, shape in (fresh if adapter else tensor_shapes(config)).items():
             kept = dtype is None and name not in fresh
             specs[name] = TensorSpec(opened.specs[name].dtype if kept else numpy_dtype, shape)
+        _check_fits(out, config, fresh, specs)
         tensors = _with_blocks(opened, config, specs, seed, progress)
         if adapter:
             write_adapter(out, opened, raw, specs, tensors)
@@ -111,6 +115,20 @@ def init(
         dtype=stored,
         bytes=sum(spec.nbytes for spec in specs.values()),
     )
+
+
+def _check_fits(
+    out: Path,
+    config: ModelConfig,
+    fresh: Mapping[str, tuple[int, ...]],
+    specs: Mapping[str, TensorSpec],
+) -> None:
+    """Refuse blocks of which one matrix is more than the memory, or all more than the disk."""
+    blocks = config.bridge
+    assert blocks is not None
+    what, mend = f"heads {blocks.num_heads} of {blocks.head_dim}", "lower heads or head_dim"
+    check_memory(8 * max(map(prod, fresh.values())), f"{what} in float64", mend)
+    check_disk(out.parent, sum(spec.nbytes for spec in specs.values()), what, mend)
 
 
 @contextmanager
@@ -176,16 +194,22 @@ def parse_layers(layers: str | Sequence[int], count: int) -> tuple[int, ...]:
     if isinstance(layers, str):
         for part in layers.split(","):
             first, dash, last = part.strip().partition("-")
-            if not first.isdecimal() or (dash and not last.isdecimal()):
-                raise BridgeError(f"layers: {part!r} is no number or range; try 'all' or '0-14,20'")
+            if not _is_layer(first) or (dash and not _is_layer(last)):
+                raise BridgeError(
+                    f"layers: {show(part)} is no number or range; try 'all' or '0-14,20'"
+                )
             # A range past the end is refused below; no need to list all of it.
             chosen |= set(range(int(first), min(int(last or first), count) + 1))
             chosen.add(int(last or first))
     else:
         chosen = set(layers)
     if not chosen or any(type(i) is not int or not 0 <= i < count for i in chosen):
-        raise BridgeError(f"layers: {layers!r} must name layers within 0..{count - 1}")
+        raise BridgeError(f"layers: {show(layers)} must name layers within 0..{count - 1}")
     return tuple(sorted(chosen))
+
+
+def _is_layer(text: str) -> bool:
+    return text.isdecimal() and len(text) < 20  # a longer one is none, and no integer to Python
 
 
 def float_dtype(name: str) -> tuple[str, np.dtype]:

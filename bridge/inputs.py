@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from bridge.config import ModelConfig, tensor_shapes
-from bridge.contract import GRPO, Batch, Objective
+from bridge.contract import GRPO, AdamW, Batch, Objective
 from bridge.errors import BridgeError
+from bridge.ranges import take
 
 
 def default_positions(active: Bool[np.ndarray, "B S"]) -> Int[np.ndarray, "B S"]:
@@ -124,6 +125,22 @@ def check_state(
             raise BridgeError(
                 f"trainer state: {key} is {list(state[key].shape)}, need {list(shape)}"
             )
+    step = float(state["step"])
+    if not (step.is_integer() and 0 <= step < 2**53):
+        raise BridgeError(f"trainer state: step must be a number of steps, not {step:g}")
+
+
+def check_optimizer(optimizer: AdamW) -> None:
+    """Refuse a number that no setting of training may be; a rate of 0 leaves the weights be."""
+    given = {"adam_eps": optimizer.eps, "weight_decay": optimizer.weight_decay}
+    if optimizer.lr != 0:
+        given["lr"] = optimizer.lr
+    if optimizer.max_grad_norm is not None:
+        given["max_grad_norm"] = optimizer.max_grad_norm
+    for name, value in given.items():
+        take(name, value)
+    for beta in optimizer.betas:
+        take("betas", beta)
 
 
 def check_batch(batch: Batch, objective: Objective, vocab_size: int) -> None:

@@ -15,10 +15,10 @@ from bridge.config import BridgeConfig, ModelConfig, parse_config, read_config, 
 from bridge.errors import BridgeError
 from bridge.forms import PackedPlace, parts_of
 from bridge.initialise import parse_layers
+from bridge.memory import WIDTHS, token_bytes
 from bridge.registry import ALIASES
 from bridge.safetensors_io import CODES
 
-WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # bytes of an element
 # What the paper's blocks add to its hosts, DeepSeek-R1-Distill Qwen-1.5B, Qwen-7B and Llama-8B.
 PAPER_SHARES = (0.028, 0.051)
 
@@ -75,11 +75,9 @@ class Summary:
         None is as stored, packed weights as they are. Bridge blocks keep nothing of past timesteps,
         so they add nothing to the caches.
         """
-        config = self.config
-        size = WIDTHS[dtype or self.dtype]
         parameters = self.host_parameters + self.bridge_parameters
-        weights = self.bytes if dtype is None else parameters * size
-        token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
+        weights = self.bytes if dtype is None else parameters * WIDTHS[dtype]
+        token = token_bytes(self.config, dtype or self.dtype)
         return Memory(weights, token * prompt, token * width * new_tokens)
 
     def to_json(self) -> dict[str, Any]:

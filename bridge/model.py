@@ -24,7 +24,8 @@ from bridge.generation import (
     row_length,
     run,
 )
-from bridge.inputs import default_positions
+from bridge.inputs import check_optimizer, default_positions
+from bridge.memory import check_decoding
 from bridge.prompts import (
     Prompt,
     check_range,
@@ -35,6 +36,7 @@ from bridge.prompts import (
     plain,
     read_prompt,
 )
+from bridge.ranges import take
 from bridge.reading import show
 from bridge.registry import find_backend, resolve_device, resolve_dtype
 from bridge.stops import read_stops
@@ -206,14 +208,21 @@ class Model:
         same; None: 0, 1, 2, ... Raises BridgeError before anything is computed.
         """
         sampling = check_sampling(temperature, top_k, top_p, min_p, seed)
-        max_rows = plain(max_rows)
-        if type(max_rows) is not int or max_rows < 1:
-            raise BridgeError(f"max_rows must be 1 or above, not {show(max_rows)}")
+        max_rows = take("max_rows", max_rows)
         stops = read_stops(stop, self.tokenizer)
         requests = self._requests(prompts, width, chat, system, prompt_ids)
         lengths = {f"prompt {number}": len(r.tokens) for number, r in enumerate(requests)}
         context = self.config.max_position_embeddings
         max_new_tokens = row_length(max_new_tokens, lengths, context)
+        check_decoding(
+            self.config,
+            self.device,
+            self.dtype,
+            list(lengths.values()),
+            [request.width for request in requests],
+            max_new_tokens,
+            max_rows,
+        )
         limits = Limits(max_new_tokens, frozenset(self.eos_ids), stops, max_rows)
         return run(self.implementation, requests, sampling, limits, self.tokenizer)
 
@@ -250,8 +259,10 @@ class Model:
         """A trainer of this model. `trainable`: `bridge`, `all`, or names of tensors.
 
         `checkpoint_activations`: less memory for more time, by computing each layer again in the
-        backward pass (clause 7.11).
+        backward pass (clause 7.11). Raises BridgeError for an optimizer's number out of its range.
         """
+        if optimizer is not None:
+            check_optimizer(optimizer)
         return self.implementation.trainer(
             objective,
             optimizer or AdamW(),

@@ -12,6 +12,7 @@ from jaxtyping import Int
 
 from bridge.chat import Message
 from bridge.errors import BridgeError
+from bridge.ranges import take
 from bridge.reading import show
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -42,10 +43,7 @@ def list_widths(width: Any, prompts: int) -> list[int]:
     widths = [width] * prompts if not _many(width) else [plain(w) for w in width]
     if len(widths) != prompts:
         raise BridgeError(f"{len(widths)} widths for {prompts} prompts")
-    for w in widths:
-        if type(w) is not int or w < 1:
-            raise BridgeError(f"width must be 1 or above, not {show(w)}")
-    return widths
+    return [take("width", w) for w in widths]
 
 
 def list_prompt_ids(prompt_ids: Any, prompts: int) -> list[int]:
@@ -55,9 +53,7 @@ def list_prompt_ids(prompt_ids: Any, prompts: int) -> list[int]:
     ids = [plain(i) for i in _items(plain(prompt_ids), "prompt_ids")]
     if len(ids) != prompts:
         raise BridgeError(f"{len(ids)} prompt_ids for {prompts} prompts")
-    if not all(type(i) is int and 0 <= i < 2**32 for i in ids):
-        raise BridgeError("prompt_ids must be in 0..2^32-1, the counter's range (clause 6.2)")
-    return ids
+    return [take("prompt_ids", number) for number in ids]
 
 
 def read_prompt(

@@ -194,9 +194,9 @@ def test_the_command_says_that_fresh_blocks_add_nothing(tiny):
         (("--backends", "torch,abacus"), "backend 'abacus' is not known"),
         (("--backends", "torch,numpy", "--width", "0"), "width must be 1 or above"),
         (("--backends", "torch,numpy", "--max-new-tokens", "0"), "max_new_tokens must be 1"),
-        (("--fill-blocks", "nan"), "--fill-blocks must be a number of 0 or above, not nan"),
-        (("--fill-blocks", "inf"), "--fill-blocks must be a number of 0 or above, not inf"),
-        (("--fill-blocks", "-1"), "--fill-blocks must be a number of 0 or above, not -1"),
+        (("--fill-blocks", "nan"), "fill_blocks must be 0 or above, not nan"),
+        (("--fill-blocks", "inf"), "fill_blocks must be 0 or above, not inf"),
+        (("--fill-blocks", "-1"), "fill_blocks must be 0 or above, not -1"),
     ],
 )
 def test_the_command_says_what_to_mend(tiny, arguments, message):

@@ -226,7 +226,7 @@ def test_init_overwrites_nothing(host, model):
         (("--layers", "9"), "layers"),
         (("--layers", "x"), "layers"),
         (("--kind", "magic"), "kind"),
-        (("--heads", "0"), "num_heads"),
+        (("--heads", "0"), "heads must be 1 or above"),
         (("--dtype", "int8"), "dtype"),
         (("--seed", "-1"), "seed"),
     ],
@@ -350,7 +350,7 @@ def test_hostile_words_of_a_prompt_do_not_reach_the_terminal(model):
         (["--file", "-"], '{"prompt": "a"}\n{"promt": "b"}', "line 2"),
         (["--file", "-"], '{"messages": []}', "line 1"),
         (["--file", "-", "--raw"], '{"messages": [{"role": "user", "content": "a"}]}', "--raw"),
-        (["--file", "-"], '{"prompt": "\\ud800"}', "UTF-8"),
+        (["--file", "-"], '{"prompt": "\\ud800"}', "half a surrogate pair"),
     ],
 )
 def test_generate_refuses(model, arguments, stdin, named):

@@ -245,7 +245,7 @@ def refused(model, named, directory=None, **options):
         ("width must be 1", {"widths": (0, 2)}),
         ("groups must be in 1..4096, not 0", {"groups": 0}),
         ("problems must be in 1..12", {"problems": 13}),
-        ("problems must be in 1..12", {"problems": 0}),
+        ("problems must be 1 or above", {"problems": 0}),
         ("max_rows must be 1", {"max_rows": 0}),
         ("temperature must be 0", {"decoding": replace(SHORT, temperature=-1.0)}),
         ("max_new_tokens must be 1", {"decoding": replace(SHORT, max_new_tokens=0)}),

@@ -391,7 +391,7 @@ def test_bad_options_of_a_file(write, tmp_path):
     assert "leave match and tolerance out" in refusal(path, match="exact", reward="json:loads")
     assert "cannot be read (No such file" in refusal(str(tmp_path / "none.jsonl"))
     (tmp_path / "folder.jsonl").mkdir()
-    assert "cannot be read (Is a directory)" in refusal(str(tmp_path / "folder.jsonl"))
+    assert "is a directory" in refusal(str(tmp_path / "folder.jsonl"))
 
 
 def test_math_verify_that_is_missing(write, monkeypatch):

@@ -406,7 +406,7 @@ def test_rewards_that_all_fail_are_said_to(toy_model, tmp_path):
 
 
 LINES = [
-    ("{", "is not JSON"),
+    ("{", "is not readable as JSON"),
     ('{"responses": []}', "must be an object with prompt and responses"),
     ('{"prompt": "1", "responses": "3"}', "responses must be a list of texts"),
     ('{"prompt": 1, "responses": ["3"]}', "prompt must be a text or a list of messages"),

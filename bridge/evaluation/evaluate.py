@@ -18,16 +18,17 @@ from bridge.evaluation.batches import GROUP_SHIFT, Decoding, Plan, Progress, Run
 from bridge.evaluation.records import Journal
 from bridge.evaluation.summary import Evaluation, rows_are_independent, widths_decoded
 from bridge.generation import check_sampling, row_length
+from bridge.memory import check_decoding, check_memory
 from bridge.model import Model
+from bridge.ranges import take
 from bridge.stops import read_stops
 from bridge.tasks.calls import take_problems, take_size
-from bridge.tasks.scorer import check_seconds
 
 if TYPE_CHECKING:
     from bridge.tasks import Problem, Scores, Task
 
 PROBLEMS = 200  # where nobody says how many
-GROUPS = 1 << (32 - GROUP_SHIFT)  # as many as the counter tells apart
+ROW = 100  # bytes that a response and what is said of it take, at least
 
 
 def evaluate(
@@ -57,15 +58,13 @@ def evaluate(
     a response.
     Raises BridgeError before anything is computed, for a prompt that does not fit too.
     """
-    widths = tuple(sorted(set(widths)))
-    if not widths or widths[0] < 1:
+    widths = tuple(sorted({take("width", width) for width in widths}))
+    if not widths:
         raise BridgeError("width must be 1 or above, one or more of them")
-    if not 1 <= groups <= GROUPS:
-        raise BridgeError(f"groups must be in 1..{GROUPS}, not {groups}")
-    if max_rows < 1:
-        raise BridgeError(f"max_rows must be 1 or above, not {max_rows}")
-    check_seconds("reward_seconds", reward_seconds)
-    plan = _plan(model, task, split, problems, groups, decoding or Decoding(), max_rows)
+    groups, max_rows = take("eval.groups", groups), take("max_rows", max_rows)
+    take("reward_seconds", reward_seconds)
+    decoded = widths_decoded(widths, rows_are_independent(model.config))
+    plan = _plan(model, task, split, problems, groups, decoding or Decoding(), max_rows, decoded)
     settings = {
         "task": task.name,
         "split": split,
@@ -77,11 +76,10 @@ def evaluate(
         **vars(plan.decoding),
         "stop": list(plan.decoding.stop),
     }
-    independent = rows_are_independent(model.config)
     with Journal(directory, settings) as journal, _scoring(task, scorer, reward_seconds) as scores:
         _check_asked(journal, plan, split)
         run = Run(model, task, plan, journal, scores, progress)
-        for width in widths_decoded(widths, independent):
+        for width in decoded:
             run.find(width)
     return Evaluation(
         settings=settings,
@@ -89,7 +87,7 @@ def evaluate(
         problems=tuple(p.number for p in plan.problems),
         groups=groups,
         threshold=plan.threshold,
-        independent=independent,
+        independent=rows_are_independent(model.config),
         asked=tuple(_digest(p.prompt, p.answer) for p in plan.problems),
         found=journal.groups,
     )
@@ -99,15 +97,22 @@ def _plan(
     model: Model,
     task: "Task",
     split: str,
-    count: int | None,
+    asked: int | None,
     groups: int,
     decoding: Decoding,
     max_rows: int,
+    widths: Sequence[int],
 ) -> Plan:
     d = decoding
     check_sampling(d.temperature, d.top_k, d.top_p, d.min_p, d.seed)
     read_stops(d.stop, model.tokenizer)
-    problems = _problems(task, split, count)
+    count = _count(task, split, asked)
+    check_memory(
+        ROW * count * groups * sum(widths),
+        f"{count} problems by {groups} groups by widths of {sum(widths)} rows in all",
+        "lower problems, groups or width",
+    )
+    problems = take_problems(task, split, range(count))
     prompts = [
         model.encode(p.prompt, chat=d.chat, system=d.system, name=_called(p, split))
         for p in problems
@@ -115,6 +120,13 @@ def _plan(
     # The limit of a row must not depend on how prompts are batched.
     lengths = {_called(p, split): len(ids) for p, ids in zip(problems, prompts, strict=True)}
     limit = row_length(d.max_new_tokens, lengths, model.config.max_position_embeddings)
+    longest = max(lengths.values())
+    for width in widths:
+        together = min(count * groups, max(1, max_rows // width))
+        check_decoding(
+            *(model.config, model.device, model.dtype),
+            *([longest] * together, [width] * together, limit, max_rows),
+        )
     return Plan(
         problems,
         prompts,
@@ -126,13 +138,14 @@ def _plan(
     )
 
 
-def _problems(task: "Task", split: str, count: int | None) -> "list[Problem]":
+def _count(task: "Task", split: str, asked: int | None) -> int:
+    """How many problems: as asked, if the split has them."""
     size = take_size(task, split)
     most = 1 << GROUP_SHIFT if size is None else min(size, 1 << GROUP_SHIFT)
-    count = min(PROBLEMS, most) if count is None else count
+    count: int = min(PROBLEMS, most) if asked is None else take("problems", asked)
     if not 1 <= count <= most:
         raise BridgeError(f"problems must be in 1..{most}, as split {split!r} has, not {count}")
-    return take_problems(task, split, range(count))
+    return count
 
 
 def _called(problem: "Problem", split: str) -> str:

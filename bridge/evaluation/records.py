@@ -10,16 +10,20 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from errno import ENOSPC
-from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from bridge.atomic import new_file
 from bridge.errors import BridgeError
+from bridge.fields import Count, Number
+from bridge.jsonl import Line, read_own, whole_text
+from bridge.ranges import RANGES
+from bridge.reading import Unreadable, parse_object, read_text, show
 
 SETTINGS, RESULTS = "settings.json", "results.jsonl"
+REMOVE = "remove the line, and it is found again"
 MEND = "evaluate into another directory, or with the same settings"
 
 
@@ -28,10 +32,10 @@ class Row:
     """One response, and what the task says of it."""
 
     text: str
-    tokens: int
-    finish_reason: str
+    tokens: Count
+    finish_reason: Annotated[str, ("eos", "stop", "length")]
     answer: str | None  # what it votes for
-    score: float
+    score: Number
     trouble: str | None = None  # why it could not be scored, and counts 0
 
 
@@ -39,9 +43,9 @@ class Row:
 class Group:
     """The rows of one group: the `number`-th of a problem, at a width."""
 
-    width: int
-    problem: int
-    number: int
+    width: Annotated[int, RANGES["width"]]
+    problem: Count
+    number: Count
     digest: str  # of the prompt's ids and the answer: what was asked
     rows: tuple[Row, ...]
 
@@ -81,7 +85,7 @@ class Journal:
     def append(self, groups: Sequence[Group]) -> None:
         """Add those that are not there yet, and return when they are safe. Raises BridgeError where
         they cannot be written; what was there stays."""
-        new = [group for group in groups if group.key not in self.groups]
+        new = [_writable(group) for group in groups if group.key not in self.groups]
         if self.file is not None:
             lines = "".join(json.dumps(asdict(g), ensure_ascii=True) + "\n" for g in new).encode()
             try:
@@ -110,12 +114,11 @@ class Journal:
     def _read(self) -> None:
         """Take in the whole lines, and cut off what follows the last of them."""
         assert self.file is not None
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        for number, line in enumerate(data[:whole].splitlines(), 1):
-            group = _group(line, f"{self.path}, line {number}")
+        whole = 0
+        for line in read_own(self.path, REMOVE):
+            group, whole = _group(line), line.end
             if group.key in self.groups:
-                raise BridgeError(f"{self.path}, line {number}: is there twice; remove the line")
+                raise BridgeError(f"{line.where}: is there twice; remove the line")
             self.groups[group.key] = group
         os.ftruncate(self.file, whole)
 
@@ -123,25 +126,29 @@ class Journal:
 def kept(directory: Path) -> list[tuple[int, int, int]]:
     """The keys of the groups in a directory, another process's too; none where there is no file.
     A line that is not whole or not readable counts as none."""
-    try:
-        data = (directory / RESULTS).read_bytes()
-    except OSError:
-        return []
     found = []
-    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
-        with suppress(BridgeError):
-            found.append(_group(line, f"line {number}").key)
+    try:
+        for line in read_own(directory / RESULTS, REMOVE):
+            with suppress(BridgeError):
+                found.append(_group(line).key)
+    except (OSError, BridgeError):
+        pass
     return found
 
 
-def _group(line: bytes, where: str) -> Group:
-    try:
-        raw = json.loads(line)
-        group = Group(**{**raw, "rows": tuple(Row(**row) for row in raw["rows"])})
-        if len(group.rows) != group.width or not all(isfinite(r.score) for r in group.rows):
-            raise ValueError
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise BridgeError(f"{where}: is damaged; remove the line, and it is found again") from None
+def _writable(group: Group) -> Group:
+    """It without what no JSON may hold: a task may be the user's own, and answer with anything."""
+    rows = [
+        replace(row, text=whole_text(row.text), answer=row.answer and whole_text(row.answer))
+        for row in group.rows
+    ]
+    return replace(group, rows=tuple(rows))
+
+
+def _group(line: Line) -> Group:
+    group = line.to(Group)
+    if len(group.rows) != group.width:
+        raise line.error(f"rows must be {group.width}, as width is, not {len(group.rows)}")
     return group
 
 
@@ -154,13 +161,12 @@ def _agree(path: Path, settings: Mapping[str, Any], empty: bool) -> None:
             file.write(json.dumps(settings, indent=2).encode() + b"\n")
         return
     try:
-        found = json.loads(path.read_bytes())
-        keys = found.keys() | settings.keys()
-    except (OSError, ValueError, AttributeError, RecursionError):
-        raise BridgeError(f"{path}: is damaged; {MEND}") from None
+        found = parse_object(read_text(path))
+    except (OSError, Unreadable) as error:
+        raise BridgeError(f"{path}: is damaged ({error}); {MEND}") from None
     wanted = json.loads(json.dumps(settings))
-    for key in sorted(keys):
+    for key in sorted(found.keys() | wanted.keys()):
         if found.get(key) != wanted.get(key):
             raise BridgeError(
-                f"{path}: {key} is {found.get(key)!r}, and now {wanted.get(key)!r}; {MEND}"
+                f"{path}: {key} is {show(found.get(key))}, and now {show(wanted.get(key))}; {MEND}"
             )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import BridgeError
+from bridge.reading import exists
 from bridge.tasks.functions import load_function
 from bridge.tasks.gym import PREFIX, GymTask
 from bridge.tasks.jsonl import JsonlTask
@@ -27,7 +28,7 @@ def find_task(name: str, **options: Any) -> Task:
     if name.startswith(PREFIX):
         generator = name.removeprefix(PREFIX)
         return GymTask(generator, **options)
-    if name.endswith(".jsonl") or Path(name).is_file():
+    if name.endswith(".jsonl") or (exists(Path(name)) and not Path(name).is_dir()):
         _check_options(name, JsonlTask, options, name)
         return JsonlTask(name, **options)
     if ":" in name:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import BridgeError
-from bridge.reading import one_line, show, unique_keys
+from bridge.jsonl import read_lines
+from bridge.reading import show
 from bridge.tasks.answers import check_place, read_answer
 from bridge.tasks.functions import load_function
 from bridge.tasks.matching import check_match, read_number
@@ -107,14 +108,9 @@ class JsonlTask:
 
     def _read(self) -> list[tuple[int, str | None, Problem]]:
         """Each line that is not blank: its number, its split if it names one, its problem."""
-        try:
-            data = self.path.read_bytes()
-        except OSError as error:
-            raise BridgeError(f"{self.path}: cannot be read ({error.strerror})") from None
         lines = []
-        for number, line in enumerate(data.split(b"\n"), 1):
-            if line.strip():
-                lines.append((number, *self._line(f"{self.path}, line {number}", line)))
+        for line in read_lines(self.path):
+            lines.append((line.number, *self._line(line.where, line.to_object())))
         if not lines:
             raise BridgeError(f"{self.path}: holds no problem; a line is a JSON object")
         named = {split is not None for _, split, _ in lines}
@@ -125,8 +121,7 @@ class JsonlTask:
             )
         return lines
 
-    def _line(self, where: str, line: bytes) -> tuple[str | None, Problem]:
-        record = _object(where, line)
+    def _line(self, where: str, record: dict[str, Any]) -> tuple[str | None, Problem]:
         prompt = self._prompt(where, record)
         split = record.get("split")
         if split is not None and split not in SPLITS:
@@ -198,23 +193,6 @@ class JsonlTask:
             problems.append(
                 Problem(len(problems), problem.prompt, problem.answer, problem.metadata)
             )
-
-
-def _object(where: str, line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_keys)
-        json.dumps(record, ensure_ascii=False).encode("utf-8")  # refuses half a surrogate pair
-    except UnicodeDecodeError as error:
-        raise BridgeError(f"{where}: is not UTF-8 (at byte {error.start} of it)") from None
-    except UnicodeEncodeError:
-        raise BridgeError(f"{where}: holds half a surrogate pair, which is no text") from None
-    except RecursionError:
-        raise BridgeError(f"{where}: is not readable as JSON (nested too deeply)") from None
-    except ValueError as error:
-        raise BridgeError(f"{where}: is not readable as JSON ({one_line(error)})") from None
-    if not isinstance(record, dict):
-        raise BridgeError(f"{where}: must be a JSON object with prompt or messages, and answer")
-    return record
 
 
 def _key(prompt: Any) -> str:

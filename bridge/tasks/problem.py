@@ -6,11 +6,11 @@ the same. Nothing here knows models or tokens; whoever scores does it through a 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import Any, Protocol, runtime_checkable
 
 from bridge.chat import Message
 from bridge.errors import BridgeError
+from bridge.ranges import take
 
 SPLITS = ("train", "validation", "test")
 
@@ -89,7 +89,4 @@ def check_split(split: str) -> None:
 
 def check_threshold(threshold: Any) -> float:
     """The score from which on a response is correct. Raises BridgeError unless it is a number."""
-    number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
-    if not number or not isfinite(threshold):
-        raise BridgeError(f"threshold must be a number, not {threshold!r}")
-    return float(threshold)
+    return take("threshold", threshold)

@@ -14,13 +14,13 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from math import isfinite
 from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Self
 
 from bridge.child import Child, ChildLate, ChildLost
 from bridge.errors import BridgeError
+from bridge.ranges import RANGES, take
 from bridge.reading import one_line
 from bridge.tasks.problem import Problem, Score, Task
 
@@ -49,11 +49,10 @@ class Scorer:
         Raises BridgeError for limits that are none, and where the task cannot be loaded in another
         process: it must be of a module that can be imported, not of the script that runs.
         """
-        check_seconds("time_limit", time_limit)
-        if memory is not None and memory < 1:
-            raise BridgeError(f"memory must be 1 byte or more, or None, not {memory}")
-        if processes is not None and processes < 1:
-            raise BridgeError(f"processes must be 1 or above, or None, not {processes}")
+        RANGES["reward_seconds"].take("time_limit", time_limit)
+        for name, value in (("memory", memory), ("processes", processes)):
+            if value is not None:
+                take(name, value)
         if type(task).__module__ == "__main__":
             raise BridgeError(
                 f"the task {type(task).__name__} is defined in the script that runs; rewards run in"
@@ -188,12 +187,6 @@ class Scorer:
                 f"{count} rewards in a row took more than {self.time_limit:g} s each; mend the "
                 "task, or give a reward more time (reward_seconds), and the same command goes on"
             )
-
-
-def check_seconds(name: str, seconds: float) -> None:
-    """Raise BridgeError unless a time limit is one; `name` is what its user calls it."""
-    if not isfinite(seconds) or seconds <= 0:
-        raise BridgeError(f"{name} must be above 0, not {seconds:g}")
 
 
 def _cores() -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from bridge.generation import row_length
+from bridge.memory import check_decoding, check_training
 from bridge.model import Model
 from bridge.stops import read_stops
 from bridge.tasks import Task
@@ -67,6 +68,14 @@ def look_ahead(settings: Settings, model: Model, task: Task | None) -> Ahead:
         groups = [Group(longest, rows, advantages, "the longest group")]
     largest = max(groups, key=lambda group: group.cells)
     check_fits(largest, settings.micro_batch_tokens)
+    config, device, dtype = model.config, model.device, model.dtype
+    check_training(config, device, dtype, largest.rows, largest.length)
+    if lengths:
+        rows, count = settings.width, settings.problems
+        if isinstance(settings, SFTSettings):  # a batch at a time is sampled
+            rows, count = settings.samples, max(1, settings.max_rows // settings.samples)
+        asked_for = ([max(lengths.values())] * count, [rows] * count, length, settings.max_rows)
+        check_decoding(config, device, dtype, *asked_for)
     return Ahead(prompts, size, largest, length, data)
 
 

@@ -103,7 +103,7 @@ class Health:
             self.equal += record["equal_groups"] == self.settings.problems
             self.accuracies.add(record["accuracy"])
             if record["bad_rewards"] == record["rows"]:
-                self.failed.append(record["bad_reward"])
+                self.failed.append(record.get("bad_reward", "a reward failed"))
 
     def _why(self) -> str:
         """Of steps without a group whose rewards differ."""

@@ -15,14 +15,40 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import redirect_stdout
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, NotRequired, Protocol, TypedDict
 
 from bridge.errors import BridgeError
-from bridge.training.lines import Lines, read_values, whole_lines
+from bridge.fields import Count, Number
+from bridge.jsonl import Line, read_own
+from bridge.training.lines import MEND, Lines
 
 Record = Mapping[str, Any]
-NEEDS = {"kind": str, "step": int}  # of every record
+
+
+class Logged(TypedDict):
+    """What every record has."""
+
+    kind: Annotated[str, ("step", "evaluation")]
+    step: Count
+
+
+class LoggedStep(Logged):
+    """What a run that goes on reads of its steps (`bridge.training.health`)."""
+
+    loss: NotRequired[Number | None]  # None: it was not finite, or there was no update
+    entropy: NotRequired[Number | None]
+
+
+class PolicyStep(LoggedStep):
+    """Of GRPO's, too."""
+
+    equal_groups: Count
+    accuracy: Number
+    bad_rewards: Count
+    rows: Count
+    bad_reward: NotRequired[str]
 
 
 class Sink(Protocol):
@@ -40,15 +66,21 @@ class Sink(Protocol):
 class Log:
     """Appends records to a file, each flushed, and hands them on to sinks."""
 
-    def __init__(self, path: Path, step: int, sinks: list[Sink], same: bool = True) -> None:
-        """Go on at `step`; `same`: what is there is of these settings. Raises
-        BridgeError where the file is damaged or cannot be written."""
-        lines = whole_lines(path)
-        records = read_values(path, lines, **NEEDS)
-        pairs = [pair for pair in zip(lines, records, strict=True) if _before(pair[1], step)]
-        kept, self.before = [line for line, _ in pairs], [record for _, record in pairs]
-        self.told = {(r["kind"], r["step"]) for r in records[len(kept) :] if same}
-        self.lines, self.sinks = Lines(path, kept), sinks
+    def __init__(
+        self,
+        path: Path,
+        step: int,
+        sinks: list[Sink],
+        same: bool = True,
+        steps: type[LoggedStep] = LoggedStep,
+    ) -> None:
+        """Go on at `step`; `same`: what is there is of these settings; `steps`: what is read of its
+        steps. Raises BridgeError where the file is damaged or cannot be written."""
+        found = _read(path, steps)
+        hold = list(takewhile(lambda pair: _before(pair[1], step), found))
+        self.before = [record for _, record in hold]
+        self.told = {(r["kind"], r["step"]) for _, r in found[len(hold) :] if same}
+        self.lines, self.sinks = Lines(path, hold[-1][0].end if hold else 0), sinks
 
     def write(self, record: Record) -> None:
         """Append a record; numbers that are not finite become null. Raises BridgeError for a full
@@ -71,7 +103,17 @@ class Log:
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """A log's records, without half a line at its end. Raises BridgeError for a damaged line."""
-    return read_values(path, whole_lines(path), **NEEDS)
+    return [record for _, record in _read(path)]
+
+
+def _read(path: Path, steps: type[LoggedStep] = LoggedStep) -> list[tuple[Line, dict[str, Any]]]:
+    """The records with their lines."""
+    found = []
+    for line in read_own(path, MEND):
+        record = line.to(Logged)
+        record = line.to(steps) if record["kind"] == "step" else record
+        found.append((line, dict(record)))
+    return found
 
 
 def check_sinks(names: tuple[str, ...]) -> None:

@@ -9,7 +9,7 @@ holds: so a resumed run is the run that was not stopped.
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from bridge.checkpoint import open_checkpoint
 from bridge.contract import SFT, AdamW
@@ -21,11 +21,12 @@ from bridge.training import grpo
 from bridge.training.ahead import look_ahead
 from bridge.training.health import Health
 from bridge.training.interrupt import Interrupt, Stopped
-from bridge.training.log import Log, check_sinks, open_sinks, read_log
+from bridge.training.log import Log, LoggedStep, PolicyStep, check_sinks, open_sinks, read_log
 from bridge.training.order import VALIDATION, stream_seed
+from bridge.training.progress import Best, Progress
 from bridge.training.rollouts import evaluate, split_size
 from bridge.training.run import Run
-from bridge.training.run_directory import Progress, RunDirectory, absolute, check_directory
+from bridge.training.run_directory import RunDirectory, absolute, check_directory
 from bridge.training.saving import ModelWriter
 from bridge.training.settings import GRPOSettings, Settings, SFTSettings
 from bridge.training.sft import WarmUp
@@ -49,7 +50,7 @@ class Result:
     kind: str
     steps: int
     final: str
-    best: dict[str, Any] | None  # the evaluation of the best checkpoint
+    best: Best | None  # the evaluation of the best checkpoint
     last: dict[str, Any]  # the last step's record
     resumed_from: int | None  # None: it began with this call
 
@@ -123,7 +124,8 @@ def train(
             scorer = stack.enter_context(Scorer(task, time_limit=settings.reward_seconds))
         first = progress.step + 1 if directory.same else 0
         sinks = open_sinks(settings.log, directory.path, settings.to_json(), first)
-        log = Log(directory.log, progress.step, sinks, directory.same)
+        logged = LoggedStep if sft else PolicyStep
+        log = Log(directory.log, progress.step, sinks, directory.same, logged)
         stack.callback(log.close)
         health = Health(settings, opened.config.vocab_size, log.before, watch.note)
         run = Run(
@@ -184,7 +186,7 @@ def _evaluate(run: Run) -> None:
     _record(run, {"kind": "evaluation", "step": step, **found, **seconds})
     best = run.progress.best
     if best is None or _merit(found) > _merit(best):
-        kept = {"step": step, **found}
+        kept = cast(Best, {"step": step, **found})
         run.progress = replace(run.progress, best=kept)
         said = {"kind": run.settings.kind, "evaluation": kept}
         run.directory.save_model("best", run.trainer.state(), run.writer, said)

@@ -16,7 +16,8 @@ from typing import Any
 from bridge.checkpoint import open_checkpoint
 from bridge.config import ModelConfig, tensor_shapes
 from bridge.contract import SFT
-from bridge.inspect import WIDTHS, summarise
+from bridge.inspect import summarise
+from bridge.memory import WIDTHS, kept_bytes
 from bridge.model import Model, build, trainable_names
 from bridge.tasks import Task
 from bridge.training import grpo
@@ -215,7 +216,7 @@ def _activations(
     scores = 2 * config.num_attention_heads * timesteps
     layer = rows * timesteps * (10 * D + 3 * F + scores) * WIDTHS[dtype]
     if settings.checkpoint_activations:
-        return layer + L * rows * timesteps * D * WIDTHS[dtype]
+        return layer + kept_bytes(config, rows * timesteps, dtype)
     return L * layer
 
 

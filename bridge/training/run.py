@@ -14,7 +14,8 @@ from bridge.training.batches import Group, pack
 from bridge.training.health import Health
 from bridge.training.interrupt import Interrupt
 from bridge.training.log import Log
-from bridge.training.run_directory import Progress, RunDirectory
+from bridge.training.progress import Progress
+from bridge.training.run_directory import RunDirectory
 from bridge.training.saving import ModelWriter
 from bridge.training.settings import Settings
 from bridge.training.watch import Phases, Watcher

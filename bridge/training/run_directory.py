@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -26,7 +26,8 @@ from bridge.atomic import new_directory, new_file
 from bridge.checkpoint_writer import write_json
 from bridge.contract import Batch
 from bridge.errors import BridgeError
-from bridge.reading import read_object
+from bridge.reading import show
+from bridge.training.progress import Progress, read_best_step, read_progress
 from bridge.training.saving import ModelWriter, read_state, write_state
 from bridge.training.settings import Settings, read_settings
 from bridge.training.toml import read_toml, write_toml
@@ -40,17 +41,6 @@ FREE = (
     *("out", "save_every", "keep", "log", "gap_every", "norms_every"),
     *("stop_grad_norm", "stop_loss", "stop_entropy"),
 )
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is: all that resuming needs beside the trainer's state."""
-
-    step: int = 0  # steps done
-    problems: int = 0  # of the data, so many were used
-    best: dict[str, Any] | None = None  # the evaluation of `best/`
-    source: str = ""  # the content hash of the checkpoint that the run started from
-    seed: int = 0
 
 
 class RunDirectory:
@@ -107,7 +97,8 @@ class RunDirectory:
     def steps(self) -> list[int]:
         """Of the checkpoints there are, ascending."""
         found = self.checkpoints.glob("step-*")
-        return sorted(int(p.name[5:]) for p in found if p.name[5:].isdecimal())
+        numbers = (p.name[5:] for p in found)
+        return sorted(int(n) for n in numbers if n.isascii() and n.isdecimal())
 
     def place(self, step: int) -> Path:
         """The checkpoint of a step."""
@@ -121,13 +112,7 @@ class RunDirectory:
         if not (steps := self.steps()):
             return None
         place = self.place(steps[-1])
-        try:
-            progress = Progress(**read_object(place / PROGRESS))
-        except (OSError, TypeError):
-            raise BridgeError(
-                f"{place / PROGRESS}: is missing or damaged; remove {place} to resume from before"
-            ) from None
-        return progress, read_state(place)
+        return read_progress(place / PROGRESS, steps[-1]), read_state(place)
 
     def save(
         self, progress: Progress, state: Mapping[str, np.ndarray], writer: ModelWriter, keep: int
@@ -185,7 +170,7 @@ def read_run(path: Path) -> Settings:
     given = read_toml(where)
     kind = given.get("kind")
     if kind not in ("sft", "grpo"):
-        raise BridgeError(f"{where}: kind must be sft or grpo, not {kind!r}")
+        raise BridgeError(f"{where}: kind must be sft or grpo, not {show(kind)}")
     return read_settings(kind, given, str(where))
 
 
@@ -212,10 +197,7 @@ def _worth_keeping(path: Path) -> bool:
     """Whether a run has come to something: samples, a checkpoint, or a best one after the start."""
     if any((path / "checkpoints").glob("step-*")) or (path / SAMPLES).exists():
         return True
-    try:
-        return read_object(path / "best" / SAID)["evaluation"]["step"] > 0
-    except (OSError, KeyError, TypeError):
-        return False
+    return (read_best_step(path / "best" / SAID) or 0) > 0
 
 
 def _same(path: Path, settings: Settings) -> bool:
@@ -237,8 +219,8 @@ def check_same(old: Settings, new: Settings, where: Path) -> None:
     for name in dict.fromkeys([*now, *before]):
         if name not in free and before.get(name) != now.get(name):
             raise BridgeError(
-                f"{where}: {name} was {before.get(name)!r}, and now is {now.get(name)!r}; resume "
-                "with the same settings, or choose another out"
+                f"{where}: {name} was {show(before.get(name))}, and now is {show(now.get(name))}; "
+                "resume with the same settings, or choose another out"
             )
 
 

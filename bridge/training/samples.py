@@ -5,24 +5,23 @@ run that was stopped goes on with the next batch and samples none again. A file 
 `prompt` and `responses` in each line; beyond them the token ids and the troubles are read, if any.
 """
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from bridge.errors import BridgeError
+from bridge.jsonl import read_objects, read_own
 from bridge.model import Model
 from bridge.prompts import check_range, read_prompt
-from bridge.reading import one_line, read_text
 from bridge.tasks import Scores, Task
 from bridge.tasks.calls import take_problems
 from bridge.training.interrupt import Interrupt
-from bridge.training.lines import Lines, read_values, whole_lines
+from bridge.training.lines import MEND, Lines
 from bridge.training.order import SAMPLES, problem_number, stream_seed
 from bridge.training.rollouts import Rollout, roll_out, split_size
 from bridge.training.settings import SFTSettings
@@ -37,6 +36,12 @@ class Correct:
     responses: list[list[int]]
     name: str  # for messages
     troubles: tuple[str, ...] = ()  # what went wrong with the rewards of its samples
+
+
+class Sampled(TypedDict):
+    """What is read of a line that was sampled, to go on with its file."""
+
+    responses: list[str]
 
 
 def make_samples(
@@ -55,11 +60,12 @@ def make_samples(
     total = settings.problems if size is None else min(size, settings.problems)
     batch = max(1, settings.max_rows // settings.samples)
     threshold = getattr(task, "threshold", 1.0)
-    done = whole_lines(path)
-    done = done if len(done) >= total else done[: len(done) // batch * batch]
-    correct = sum(len(line["responses"]) for line in read_values(path, done, responses=list))
+    done = [(line.end, len(line.to(Sampled)["responses"])) for line in read_own(path, MEND)]
+    if len(done) < total:
+        del done[len(done) // batch * batch :]  # a batch is sampled as a whole
+    correct = sum(count for _, count in done)
     told = False
-    with closing(Lines(path, done)) as lines:
+    with closing(Lines(path, done[-1][0] if done else 0)) as lines:
         for first in range(len(done), total, batch):
             watch.sampled(first, total, correct)
             places = range(first, min(first + batch, total))
@@ -97,14 +103,11 @@ def read_samples(path: Path, model: Model, settings: SFTSettings) -> list[Correc
     """The problems of a file that have two correct responses or more; with `distinct`, two that
     differ. Raises BridgeError, naming file and line, for a line that lacks what it needs, and where
     no problem is left."""
-    if not path.is_file():
-        raise BridgeError(f"{path}: no such file")
     found: list[Correct] = []
     problems = rows = 0
     troubles: Counter[str] = Counter()
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        where = f"{path}, line {number}"
-        correct = _read(line, model, settings, where)
+    for where, value in read_objects(path):
+        correct = _read(value, model, settings, where)
         problems, rows = problems + 1, rows + len(correct.responses)
         troubles.update(correct.troubles)
         responses = correct.responses
@@ -129,12 +132,8 @@ def read_samples(path: Path, model: Model, settings: SFTSettings) -> list[Correc
     return found
 
 
-def _read(line: str, model: Model, settings: SFTSettings, where: str) -> Correct:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BridgeError(f"{where}: is not JSON ({one_line(error)})") from None
-    if not isinstance(value, dict) or "prompt" not in value:
+def _read(value: dict[str, Any], model: Model, settings: SFTSettings, where: str) -> Correct:
+    if "prompt" not in value:
         raise BridgeError(f"{where}: must be an object with prompt and responses")
     responses = value.get("responses")
     if not isinstance(responses, list) or not all(isinstance(r, str) for r in responses):
@@ -144,6 +143,8 @@ def _read(line: str, model: Model, settings: SFTSettings, where: str) -> Correct
         prompt, tokens = _encode(value["prompt"], responses, model, settings, where)
     if not _ids(prompt, model) or not isinstance(tokens, list):
         raise BridgeError(f"{where}: prompt_tokens and tokens must hold ids of this model")
+    if len(tokens) != len(responses):
+        raise BridgeError(f"{where}: tokens must hold one list for each of responses")
     if not all(_ids(response, model) for response in tokens):
         raise BridgeError(f"{where}: tokens must hold ids of this model, at least one a response")
     context = model.config.max_position_embeddings

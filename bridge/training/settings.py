@@ -7,10 +7,13 @@ relative to the working directory. A wrong key, type or range is a BridgeError o
 import math
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from bridge.errors import BridgeError
+from bridge.fields import NAMES
+from bridge.ranges import LARGE, RANGES, take
+from bridge.reading import MAX_DEPTH, show
 from bridge.training.schedule import SCHEDULES
 
 LOGS = ("tensorboard", "wandb", "trackio")
@@ -19,24 +22,19 @@ REFUSED = {name: FILTERED for name in ("top_k", "top_p", "min_p")}
 
 
 def setting(default: Any, help: str, panel: str, valid: str = "") -> Any:
-    """A field with what `--help` says of it; `valid` names one of RANGES."""
+    """A field with what `--help` says of it; `valid` names one of CHOICES, or the range of a number
+    (`bridge.ranges`) where that is not the field's own name."""
     metadata = {"help": help, "panel": panel, "valid": valid}
     return field(default=default, metadata=metadata)
 
 
-RANGES: dict[str, Callable[[Any], bool]] = {
-    "1 or above": lambda x: x >= 1,
-    "2 or above": lambda x: x >= 2,
-    "0 or above": lambda x: x >= 0,
-    "above 0": lambda x: x > 0,
-    "in [0, 1]": lambda x: 0 <= x <= 1,
-    "in [0, 1)": lambda x: 0 <= x < 1,
-    "in 0..2^64-1": lambda x: 0 <= x < 2**64,
+CHOICES: dict[str, Callable[[Any], bool]] = {
     f"one of {', '.join(SCHEDULES)}": lambda x: x in SCHEDULES,
     f"of {', '.join(LOGS)}": lambda x: set(x) <= set(LOGS),
-    "two numbers in [0, 1)": lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x),
+    f"two numbers {RANGES['betas'].says}": lambda x: len(x) == 2 and all(map(BETA.has, x)),
 }
-SCHEDULE, LOG = f"one of {', '.join(SCHEDULES)}", f"of {', '.join(LOGS)}"
+BETA = RANGES["betas"]
+SCHEDULE, LOG, BETAS = CHOICES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +52,7 @@ class Settings:
         default_factory=dict,
         metadata={"help": "Options of the task, as KEY=VALUE.", "panel": "Task", "valid": ""},
     )
-    reward_seconds: float = setting(10.0, "Time limit of a reward.", "Task", "above 0")
+    reward_seconds: float = setting(10.0, "Time limit of a reward.", "Task")
     system: str | None = setting(None, "The system message of the chat.", "Task")
     raw: bool = setting(False, "Feed prompts as they are, without the chat template.", "Task")
     stop: tuple[str, ...] = setting((), "Texts or special tokens that end a row.", "Task")
@@ -69,38 +67,36 @@ class Settings:
         False, "Compute layers again in the backward pass: less memory, more time.", "Model"
     )
 
-    problems: int = setting(16, "Problems that are sampled.", "Sampling", "1 or above")
-    width: int = setting(8, "Rows of a group.", "Sampling", "1 or above")
+    problems: int = setting(16, "Problems that are sampled.", "Sampling")
+    width: int = setting(8, "Rows of a group.", "Sampling", "train.width")
     max_new_tokens: int | None = setting(
-        None, "Of each row; else 256, or what the context leaves.", "Sampling", "1 or above"
+        None, "Of each row; else 256, or what the context leaves.", "Sampling"
     )
     temperature: float = setting(
-        1.0, "Of the sampling, at which log-probabilities are taken too.", "Sampling", "above 0"
+        1.0,
+        "Of the sampling, at which log-probabilities are taken too.",
+        "Sampling",
+        "train.temperature",
     )
-    max_rows: int = setting(256, "At most so many rows are decoded at once.", "Sampling", "above 0")
+    max_rows: int = setting(256, "At most so many rows are decoded at once.", "Sampling")
 
-    lr: float = setting(1e-5, "Peak learning rate.", "Optimizer", "above 0")
+    lr: float = setting(1e-5, "Peak learning rate.", "Optimizer")
     schedule: str = setting(
         "constant", "Of the learning rate after warm-up.", "Optimizer", SCHEDULE
     )
-    warmup: int = setting(0, "Steps of linear warm-up.", "Optimizer", "0 or above")
-    lr_end: float = setting(
-        0.0, "Where linear and cosine lead, as a fraction of lr.", "Optimizer", "in [0, 1]"
-    )
-    betas: tuple[float, ...] = setting(
-        (0.9, 0.999), "Of AdamW.", "Optimizer", "two numbers in [0, 1)"
-    )
-    adam_eps: float = setting(1e-8, "Of AdamW.", "Optimizer", "above 0")
-    weight_decay: float = setting(0.0, "Of AdamW, decoupled.", "Optimizer", "0 or above")
-    max_grad_norm: float = setting(1.0, "Gradients are clipped to it.", "Optimizer", "above 0")
+    warmup: int = setting(0, "Steps of linear warm-up.", "Optimizer")
+    lr_end: float = setting(0.0, "Where linear and cosine lead, as a fraction of lr.", "Optimizer")
+    betas: tuple[float, ...] = setting((0.9, 0.999), "Of AdamW.", "Optimizer", BETAS)
+    adam_eps: float = setting(1e-8, "Of AdamW.", "Optimizer")
+    weight_decay: float = setting(0.0, "Of AdamW, decoupled.", "Optimizer")
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to it.", "Optimizer")
     micro_batch_tokens: int = setting(
         32768,
         "Cells of one forward pass, padding included; groups stay whole.",
         "Optimizer",
-        "1 or above",
     )
     stop_grad_norm: float = setting(
-        1e4, "A gradient norm above it ends the run, its batch saved.", "Run", "above 0"
+        1e4, "A gradient norm above it ends the run, its batch saved.", "Run"
     )
 
     stop_loss: float = setting(
@@ -108,30 +104,34 @@ class Settings:
         "A loss above so many times its lowest median of 20 steps, and above ln(vocabulary), ends "
         "the run, its batch saved.",
         "Run",
-        "above 0",
     )
 
-    seed: int = setting(0, "Of data order and sampling.", "Run", "in 0..2^64-1")
-    save_every: int = setting(20, "Steps between checkpoints.", "Run", "1 or above")
-    keep: int = setting(2, "Checkpoints kept: the latest ones.", "Run", "1 or above")
-    eval_every: int = setting(20, "Steps between evaluations; 0: none.", "Run", "0 or above")
-    eval_problems: int = setting(64, "Validation problems of an evaluation.", "Run", "1 or above")
+    seed: int = setting(0, "Of data order and sampling.", "Run")
+    save_every: int = setting(20, "Steps between checkpoints.", "Run")
+    keep: int = setting(2, "Checkpoints kept: the latest ones.", "Run")
+    eval_every: int = setting(20, "Steps between evaluations; 0: none.", "Run")
+    eval_problems: int = setting(64, "Validation problems of an evaluation.", "Run")
     norms_every: int = setting(
-        10, "Steps between measurements of the blocks' norm ratios; 0: none.", "Run", "0 or above"
+        10, "Steps between measurements of the blocks' norm ratios; 0: none.", "Run"
     )
     log: tuple[str, ...] = setting((), f"Beside log.jsonl: {', '.join(LOGS)}.", "Run", LOG)
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for f in fields(self):
-            value = _typed(f.name, getattr(self, f.name), hints[f.name])
-            valid = f.metadata["valid"]
-            if valid and value is not None and not RANGES[valid](value):
-                raise BridgeError(f"{f.name} must be {valid}, not {_shown(value)}")
+            value, valid = _typed(f.name, getattr(self, f.name), hints[f.name]), f.metadata["valid"]
+            if valid in CHOICES:
+                if not CHOICES[valid](value):
+                    raise BridgeError(f"{f.name} must be {valid}, not {_shown(value)}")
+            elif type(value) in (int, float):
+                value = take(range_of(f), value)
             object.__setattr__(self, f.name, value)
         for name in ("checkpoint", "out"):
             if not getattr(self, name):
                 raise BridgeError(f"{name} is missing; name a directory")
+        for name in ("checkpoint", "out", "task", "base", "data"):
+            if "\0" in (path := getattr(self, name, None) or ""):
+                raise BridgeError(f"{name} must be a name without NUL, not {_shown(path)}")
 
     @property
     def trained(self) -> str | tuple[str, ...]:
@@ -157,16 +157,16 @@ class SFTSettings(Settings):
     data: str | None = setting(
         None, "JSONL of prompt and correct responses, in place of sampling them.", "Data"
     )
-    problems: int = setting(256, "Problems to sample responses to.", "Data", "1 or above")
-    samples: int = setting(8, "Responses sampled a problem.", "Data", "2 or above")
+    problems: int = setting(256, "Problems to sample responses to.", "Data")
+    samples: int = setting(8, "Responses sampled a problem.", "Data")
     distinct: bool = setting(False, "Count equal responses to a problem once.", "Data")
-    width: int = setting(8, "At most so many correct responses are a group.", "Data", "2 or above")
-    epochs: int = setting(3, "Times that every group is learnt from.", "Data", "1 or above")
-    groups: int = setting(16, "Groups of an update.", "Optimizer", "1 or above")
-    lr: float = setting(1e-3, "Peak learning rate.", "Optimizer", "above 0")
-    warmup: int = setting(10, "Steps of linear warm-up.", "Optimizer", "0 or above")
+    width: int = setting(8, "At most so many correct responses are a group.", "Data", "train.width")
+    epochs: int = setting(3, "Times that every group is learnt from.", "Data")
+    groups: int = setting(16, "Groups of an update.", "Optimizer")
+    lr: float = setting(1e-3, "Peak learning rate.", "Optimizer")
+    warmup: int = setting(10, "Steps of linear warm-up.", "Optimizer")
     trainable: tuple[str, ...] = setting(("bridge",), "bridge, all, or names of tensors.", "Model")
-    eval_every: int = setting(0, "Steps between evaluations; 0: none.", "Run", "0 or above")
+    eval_every: int = setting(0, "Steps between evaluations; 0: none.", "Run")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -180,16 +180,14 @@ class GRPOSettings(Settings):
 
     kind: ClassVar[str] = "grpo"
 
-    steps: int = setting(100, "Steps: each samples, scores and learns.", "Run", "1 or above")
-    problems: int = setting(16, "Problems of a step, each one group.", "Sampling", "1 or above")
-    width: int = setting(8, "Rows of a group.", "Sampling", "2 or above")
-    minibatches: int = setting(1, "Updates of a step, of whole groups.", "Optimizer", "1 or above")
-    epochs: int = setting(1, "Times that a step's rows are learnt from.", "Optimizer", "1 or above")
-    eps_low: float = setting(0.2, "Ratios are clipped to 1 - eps_low.", "Objective", "in [0, 1)")
-    eps_high: float = setting(0.28, "And to 1 + eps_high.", "Objective", "0 or above")
-    beta: float = setting(
-        0.0, "Weight of the KL penalty to the model at the start.", "Objective", "0 or above"
-    )
+    steps: int = setting(100, "Steps: each samples, scores and learns.", "Run")
+    problems: int = setting(16, "Problems of a step, each one group.", "Sampling")
+    width: int = setting(8, "Rows of a group.", "Sampling", "train.width")
+    minibatches: int = setting(1, "Updates of a step, of whole groups.", "Optimizer")
+    epochs: int = setting(1, "Times that a step's rows are learnt from.", "Optimizer")
+    eps_low: float = setting(0.2, "Ratios are clipped to 1 - eps_low.", "Objective")
+    eps_high: float = setting(0.28, "And to 1 + eps_high.", "Objective")
+    beta: float = setting(0.0, "Weight of the KL penalty to the model at the start.", "Objective")
     normalise_std: bool = setting(
         True, "Divide advantages by the group's std; Dr. GRPO does not.", "Objective"
     )
@@ -200,17 +198,15 @@ class GRPOSettings(Settings):
         100.0,
         "A loss above so many times the largest advantage, or 1, ends the run, its batch saved.",
         "Run",
-        "above 0",
     )
     stop_entropy: float = setting(
         0.9,
         "An entropy above so much of ln(vocabulary), after one below half of it, ends the run, its "
         "batch saved; at 1 or above none does.",
         "Run",
-        "above 0",
     )
     gap_every: int = setting(
-        10, "Steps between measurements of the log-probability gap; 0: none.", "Run", "0 or above"
+        10, "Steps between measurements of the log-probability gap; 0: none.", "Run"
     )
     trainable: tuple[str, ...] = setting(("all",), "bridge, all, or names of tensors.", "Model")
 
@@ -257,6 +253,11 @@ def _near(name: str, known: list[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def range_of(f: "Field[Any]") -> str:
+    """The name in `bridge.ranges` of a field that is a number."""
+    return f.metadata["valid"] or f.name
+
+
 def _typed(name: str, value: Any, hint: Any) -> Any:
     """The value as the field's type, where it is one: an int serves as a float, a list or a single
     value as a tuple."""
@@ -271,14 +272,28 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     if get_origin(wanted) is dict:
         if not isinstance(value, Mapping):
             raise BridgeError(f"{name} must be a table, not {_shown(value)}")
-        return dict(value)
-    if wanted is float and type(value) is int:
+        return _plain(name, value)
+    if wanted is float and type(value) is int and abs(value) <= LARGE:
         value = float(value)
     if type(value) is not wanted or (isinstance(value, float) and not math.isfinite(value)):
-        names = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
-        raise BridgeError(f"{name} must be {names[wanted]}, not {_shown(value)}")
+        raise BridgeError(f"{name} must be {NAMES[wanted]}, not {_shown(value)}")
+    return value
+
+
+def _plain(name: str, value: Any, depth: int = MAX_DEPTH) -> Any:
+    """What an option of a task is, if TOML can say it: it is kept with the run."""
+    if isinstance(value, Mapping) and depth and all(isinstance(key, str) for key in value):
+        return {key: _plain(f"{name}.{key}", item, depth - 1) for key, item in value.items()}
+    if isinstance(value, list | tuple) and depth:
+        return [_plain(name, item, depth - 1) for item in value]
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if not isinstance(value, str | bool | int | float) or not finite:
+        raise BridgeError(
+            f"{name} must be a text, a finite number, true, false, or a list or table of such, not "
+            f"{_shown(value)}"
+        )
     return value
 
 
 def _shown(value: Any) -> str:
-    return repr(list(value) if isinstance(value, tuple) else value)
+    return show(list(value) if isinstance(value, tuple) else value)

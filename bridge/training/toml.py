@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import BridgeError
-from bridge.reading import one_line, read_text
+from bridge.reading import check_depth, read_text, show, why_not
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """A file's keys and values. Raises BridgeError of one line for what is no TOML."""
     try:
-        return tomllib.loads(read_text(path))
+        found = tomllib.loads(read_text(path, links=True).removeprefix("\ufeff"))
+        check_depth(found)
+        return found
     except FileNotFoundError:
         raise BridgeError(f"{path}: no such file") from None
-    except tomllib.TOMLDecodeError as error:
-        raise BridgeError(f"{path}: is not TOML: {one_line(error)}") from None
+    except RecursionError:
+        raise BridgeError(f"{path}: is not TOML that we read: nested too deeply") from None
+    except ValueError as error:  # which is what an integer of thousands of digits is, too
+        raise BridgeError(f"{path}: is not TOML: {why_not(error)}") from None
 
 
 def write_toml(values: Mapping[str, Any]) -> str:
@@ -42,7 +46,9 @@ def _value(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, int | float):
         return repr(value)
-    raise BridgeError(f"{value!r} cannot be written as TOML; use texts, numbers, lists or tables")
+    raise BridgeError(
+        f"{show(value)} cannot be written as TOML; use texts, numbers, lists or tables"
+    )
 
 
 def _text(value: str) -> str:

@@ -1,13 +1,12 @@
 """`bridge agree`: the same seed gives the same tokens on every backend, shown on a real model."""
 
 from dataclasses import asdict
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bridge_cli.options import MinP, Temperature, TopK, TopP
+from bridge_cli.options import MinP, Temperature, TopK, TopP, integer, number
 from bridge_cli.text import harmless, print_json
 
 if TYPE_CHECKING:
@@ -23,22 +22,24 @@ def agree(
     backends: Annotated[
         str, typer.Option(help="Names by commas; the first is followed. Else all that work here.")
     ] = "",
-    width: Annotated[int, typer.Option("-n", "--width", help="Rows.")] = 4,
-    max_new_tokens: Annotated[int, typer.Option(help="Of each row.")] = 48,
+    width: Annotated[int, integer("width", "-n", "--width", help="Rows.")] = 4,
+    max_new_tokens: Annotated[int, integer("max_new_tokens", help="Of each row.")] = 48,
     temperature: Temperature = 0.8,
     top_k: TopK = None,
     top_p: TopP = None,
     min_p: MinP = None,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: Annotated[int, integer("seed", help="Of the draws.")] = 0,
     dtype: Annotated[str, typer.Option(help="What every backend computes in.")] = "float32",
     raw: Annotated[
         bool, typer.Option("--raw", help="Feed the prompt as it is, without a chat template.")
     ] = False,
     fill_blocks: Annotated[
         float,
-        typer.Option(
+        number(
+            "fill_blocks",
+            float,
             help="Fill the blocks' output projections with random numbers of this scale: fresh "
-            "ones are zero, and rows then exchange nothing. 0 leaves them as they are."
+            "ones are zero, and rows then exchange nothing. 0 leaves them as they are.",
         ),
     ] = 0.0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -55,20 +56,17 @@ def agree(
     import numpy as np
     from rich.console import Console
 
-    from bridge.errors import BridgeError
+    from bridge.errors import BridgeError, shorten
     from bridge.generation import check_sampling
     from bridge.inputs import check_prompts
+    from bridge.memory import check_decoding
     from bridge_conformance.agreement import allow_rounding, compare, replay
 
     sampling = check_sampling(temperature, top_k, top_p, min_p, seed)
-    if max_new_tokens < 1:
-        raise BridgeError(f"max_new_tokens must be 1 or above, not {max_new_tokens}")
-    if not (isfinite(fill_blocks) and fill_blocks >= 0):
-        raise BridgeError(f"--fill-blocks must be a number of 0 or above, not {fill_blocks}")
     notes, console = Console(stderr=True), Console(highlight=False)
     models: dict[str, Model] = {}
     for name in _names(backends):
-        notes.print(f"loading {name}", style="dim", highlight=False)
+        notes.print(f"loading {shorten(name)}", style="dim", highlight=False)
         models[name] = _load(checkpoint, name, dtype, fill_blocks)
     first = next(model for name, model in models.items() if name != "numpy")
     tokenizer = first.tokenizer
@@ -78,6 +76,8 @@ def agree(
     turn = {"role": "user", "content": prompt}
     ids = np.asarray(tokenizer.encode_chat([turn]) if chat else tokenizer.encode(prompt))
     check_prompts(first.config, [ids], [width], max_new_tokens)
+    where = first.config, first.device, first.dtype
+    check_decoding(*where, [len(ids)], [width], max_new_tokens, width)
     if not fill_blocks and _fresh(checkpoint):
         notes.print("the blocks are fresh and add nothing; --fill-blocks 0.5 makes rows exchange")
     implementations = {name: model.implementation for name, model in models.items()}

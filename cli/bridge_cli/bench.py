@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bridge_cli.options import Backend, Device, Dtype
+from bridge_cli.options import Backend, Device, Dtype, integer
 from bridge_cli.text import print_json
 
 
@@ -16,12 +16,12 @@ def bench(
     device: Device = None,
     dtype: Dtype = None,
     figures: Annotated[str, typer.Option(help="Which, by commas.")] = "decode,prefill,train",
-    width: Annotated[int, typer.Option("-n", "--width", help="Rows decoded together.")] = 8,
-    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 128,
-    steps: Annotated[int, typer.Option(help="Decoded timesteps a round.")] = 32,
-    rounds: Annotated[int, typer.Option(help="Rounds; one more warms up.")] = 5,
-    rows: Annotated[int, typer.Option(help="Rows of a training batch, groups of four.")] = 8,
-    timesteps: Annotated[int, typer.Option(help="Tokens a row of a training batch.")] = 64,
+    width: Annotated[int, integer("width", "-n", "--width", help="Rows decoded together.")] = 8,
+    prompt_tokens: Annotated[int, integer("prompt_tokens", help="Length of the prompt.")] = 128,
+    steps: Annotated[int, integer("steps", help="Decoded timesteps a round.")] = 32,
+    rounds: Annotated[int, integer("rounds", help="Rounds; one more warms up.")] = 5,
+    rows: Annotated[int, integer("rows", help="Rows of a training batch, groups of four.")] = 8,
+    timesteps: Annotated[int, integer("timesteps", help="Tokens a row of a training batch.")] = 64,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure decoding, prefill and training with Bridge, as ratios within one run.

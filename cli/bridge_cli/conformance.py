@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bridge_cli.options import integer
 from bridge_cli.text import harmless, print_json
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def conformance(
     profile: Annotated[
         str, typer.Option(help="quick (a minute), ci (minutes) or thorough (explores).")
     ] = "quick",
-    seed: Annotated[int, typer.Option(help="The same seed runs the same cases.")] = 0,
+    seed: Annotated[int, integer("seed", help="The same seed runs the same cases.")] = 0,
     level: Annotated[
         str | None, typer.Option(help="L1 to L6; each includes those before. Else L6.")
     ] = None,
@@ -44,7 +45,7 @@ def conformance(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a report that exists.")] = False,
     workers: Annotated[
-        int | None, typer.Option(help="Processes; else 2 on a CPU, and 1 elsewhere.")
+        int | None, integer("workers", help="Processes; else 2 on a CPU, and 1 elsewhere.")
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the checks.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -83,8 +84,6 @@ def conformance(
         raise BridgeError("--backend is missing; bridge backends lists what is here")
     if case is not None and (len(set(check or [])) != 1 or len(set(dtype or [])) != 1):
         raise BridgeError("--case goes with one --check and one --dtype")
-    if workers is not None and workers < 1:
-        raise BridgeError(f"workers must be 1 or above, not {workers}")
     for path in report or []:
         _refuse(path, force)
     with _progress(quiet=json) as show:

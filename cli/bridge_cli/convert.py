@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from bridge_cli.options import integer
 from bridge_cli.progress import byte_bar
 from bridge_cli.text import one_line, print_json, size
 
@@ -25,9 +26,9 @@ def convert(
         str | None, typer.Option(help="Store as float32, bfloat16 or float16; else as SRC.")
     ] = None,
     quantize: Annotated[
-        int | None, typer.Option(help="Bits of the host's matrices, 4 or 8; --to mlx alone.")
+        int | None, integer("quantize", help="Bits of the host's matrices, 4 or 8; --to mlx alone.")
     ] = None,
-    group_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
+    group_size: Annotated[int, integer("group_size", help="Weights that share a scale.")] = 64,
     quantize_blocks: Annotated[
         bool, typer.Option("--quantize-blocks", help="Quantise the Bridge blocks too.")
     ] = False,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bridge_cli.options import AnswerSeed, Backend
+from bridge_cli.options import AnswerSeed, Backend, integer
 from bridge_cli.text import print_json
 
 if TYPE_CHECKING:
@@ -28,11 +28,14 @@ FIRST = 1000  # the experiment tests on those from 0
 
 
 def demo(
-    width: Annotated[int, typer.Option("-n", "--width", help="Rows a puzzle.")] = 8,
-    problems: Annotated[int, typer.Option(help="Puzzles to take the accuracy over.")] = 300,
+    width: Annotated[int, integer("width", "-n", "--width", help="Rows a puzzle.")] = 8,
+    problems: Annotated[
+        int, integer("demo.problems", help="Puzzles to take the accuracy over.")
+    ] = 300,
     show: Annotated[
         int | None,
-        typer.Option(
+        integer(
+            "demo.show",
             help="Which of them to show, from 0.",
             show_default="the first in which a row comes upon a solution",
         ),
@@ -55,11 +58,7 @@ def demo(
     from bridge.model import load
     from bridge.tasks.search import OperatorSearch
 
-    if width < 1:
-        raise BridgeError(f"width must be 1 or above, not {width}")
-    if problems < 2:
-        raise BridgeError(f"problems must be 2 or above, not {problems}")
-    if show is not None and not 0 <= show < problems:
+    if show is not None and show >= problems:
         raise BridgeError(f"show must be in 0..{problems - 1}, one of the puzzles, not {show}")
     task = OperatorSearch(seed=TASK_SEED)
     puzzles = [task.problem("test", FIRST + number) for number in range(problems)]

@@ -26,6 +26,8 @@ from bridge_cli.options import (
     Temperature,
     TopK,
     TopP,
+    integer,
+    number,
     read_task_options,
 )
 from bridge_cli.text import one_line, print_json
@@ -56,7 +58,9 @@ def evaluate(
             help="Of the task; repeat it.",
         ),
     ] = None,
-    reward_seconds: Annotated[float, typer.Option(help="Time limit of a reward.")] = 10.0,
+    reward_seconds: Annotated[
+        float, number("reward_seconds", float, help="Time limit of a reward.")
+    ] = 10.0,
     width: Annotated[
         str, typer.Option("-n", "--width", help="Rows of a group; several by commas.")
     ] = "1,2,4,8,16",
@@ -64,10 +68,11 @@ def evaluate(
         Path | None, typer.Option(help="A checkpoint to compare with, on the same problems.")
     ] = None,
     problems: Annotated[
-        int | None, typer.Option(help="The first of the split; else 200, or all.")
+        int | None, integer("problems", help="The first of the split; else 200, or all.")
     ] = None,
     groups: Annotated[
-        int, typer.Option(help="Groups a problem and width; more of them narrow the intervals.")
+        int,
+        integer("eval.groups", help="Groups a problem and width; more narrow the intervals."),
     ] = 1,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     max_new_tokens: MaxNewTokens = None,
@@ -79,7 +84,7 @@ def evaluate(
     stop: Stop = None,
     system: System = None,
     raw: Raw = False,
-    max_rows: Annotated[int, typer.Option(help="Rows decoded at once.")] = 256,
+    max_rows: Annotated[int, integer("max_rows", help="Rows decoded at once.")] = 256,
     backend: Backend = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -169,14 +174,16 @@ def evaluate(
 
 def _widths(text: str) -> tuple[int, ...]:
     from bridge.errors import BridgeError
+    from bridge.ranges import take
+    from bridge.reading import show
 
     try:
         widths = tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
     except ValueError:
         widths = ()
     if not widths or min(widths) < 1:
-        raise BridgeError(f"--width must be numbers from 1 on by commas, not {text!r}")
-    return widths
+        raise BridgeError(f"--width must be numbers from 1 on by commas, not {show(text)}")
+    return tuple(take("width", width) for width in widths)
 
 
 def _check_out(out: Path) -> None:

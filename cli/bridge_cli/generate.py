@@ -27,6 +27,7 @@ from bridge_cli.options import (
     Temperature,
     TopK,
     TopP,
+    integer,
 )
 from bridge_cli.text import harmless, print_json
 
@@ -52,7 +53,7 @@ def generate(
         list[str] | None,
         typer.Argument(metavar="PROMPT", help="Each gets WIDTH answers; - reads one from stdin."),
     ] = None,
-    width: Annotated[int, typer.Option("-n", "--width", help="Answers a prompt.")] = 8,
+    width: Annotated[int, integer("width", "-n", "--width", help="Answers a prompt.")] = 8,
     file: Annotated[
         Path | None,
         typer.Option(help="A prompt a line: text, or JSON with prompt or messages; - is stdin."),
@@ -91,7 +92,6 @@ def generate(
     """
     from rich.console import Console
 
-    from bridge.errors import BridgeError
     from bridge.generation import Done, check_sampling
     from bridge.model import BUNDLED, load
     from bridge_cli.prompts import check_words, read_prompts
@@ -105,8 +105,6 @@ def generate(
         "seed": seed,
     }
     check_sampling(**sampling)  # before a model is loaded, which may take its time
-    if width < 1:
-        raise BridgeError(f"width must be 1 or above, not {width}")
     where, prompts = _which(checkpoint, prompts or [])
     asked = read_prompts(prompts, file)
     notes = Console(stderr=True)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from bridge_cli.options import integer
 from bridge_cli.progress import byte_bar
 from bridge_cli.text import count, one_line, print_json, size
 
@@ -19,15 +20,15 @@ def init(
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint directory to make.")],
-    heads: Annotated[int, typer.Option(help="Heads of a block.")] = 8,
-    head_dim: Annotated[int, typer.Option(help="Width of a head.")] = 64,
+    heads: Annotated[int, integer("heads", help="Heads of a block.")] = 8,
+    head_dim: Annotated[int, integer("head_dim", help="Width of a head.")] = 64,
     kind: Annotated[
         str, typer.Option(help="attention, or mlp for the baseline of equal size.")
     ] = "attention",
     layers: Annotated[
         str, typer.Option(help="Layers that get a block: all, or such as 0-14,20.")
     ] = "all",
-    seed: Annotated[int, typer.Option(help="Of the fresh matrices.")] = 0,
+    seed: Annotated[int, integer("seed", help="Of the fresh matrices.")] = 0,
     dtype: Annotated[
         str | None, typer.Option(help="Store as float32, bfloat16 or float16; else as the host.")
     ] = None,

@@ -19,6 +19,7 @@ from bridge_cli.options import (
     Temperature,
     TopK,
     TopP,
+    integer,
 )
 from bridge_cli.text import count, one_line, print_json, size
 
@@ -45,17 +46,18 @@ def inspect(
             help="A checkpoint directory, or a config.json; without one, the small bundled model.",
         ),
     ] = None,
-    width: Annotated[int, typer.Option("-n", "--width", help="Rows a prompt.")] = 8,
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt, for memory.")] = 512,
-    length: Annotated[int, typer.Option(help="New tokens of each row, for memory.")] = 512,
+    width: Annotated[int, integer("width", "-n", "--width", help="Rows a prompt.")] = 8,
+    prompt: Annotated[int, integer("prompt", help="Tokens of the prompt, for memory.")] = 512,
+    length: Annotated[int, integer("length", help="New tokens of each row, for memory.")] = 512,
     dtype: Annotated[str | None, typer.Option(help="What to compute in; else as stored.")] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     base: Base = None,
     heads: Annotated[
-        int | None, typer.Option(help="Of a config alone: heads of a block.", show_default="8")
+        int | None, integer("heads", help="Of a config alone: heads of a block.", show_default="8")
     ] = None,
     head_dim: Annotated[
-        int | None, typer.Option(help="Of a config alone: width of a head.", show_default="64")
+        int | None,
+        integer("head_dim", help="Of a config alone: width of a head.", show_default="64"),
     ] = None,
     kind: Annotated[
         str | None,
@@ -72,7 +74,8 @@ def inspect(
     ] = None,
     layer: Annotated[
         int | None,
-        typer.Option(
+        integer(
+            "layer",
             help="Whose attention to show; else the mean.",
             rich_help_panel=OF_TRACES,
             show_default=False,
@@ -121,14 +124,11 @@ def inspect(
     from rich.console import Console
 
     from bridge.errors import BridgeError
-    from bridge.inspect import WIDTHS
     from bridge.inspect import inspect as look
+    from bridge.memory import WIDTHS
     from bridge.model import BUNDLED
     from bridge.registry import ALIASES
 
-    for name, value in (("width", width), ("prompt", prompt), ("length", length)):
-        if value < 1:
-            raise BridgeError(f"{name} must be 1 or above, not {value}")
     dtype = ALIASES.get(dtype, dtype) if dtype else None
     if dtype is not None and dtype not in WIDTHS:
         raise BridgeError(f"dtype {dtype!r} is not known (known: {', '.join(WIDTHS)})")

@@ -31,6 +31,13 @@ from bridge_cli.text import one_line
 class Commands(TyperGroup):
     """Runs a subcommand; what a user can cause leaves it as a message and an exit code."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            _shorten(error)
+            raise
+
     def invoke(self, ctx: Any) -> Any:
         try:
             result = super().invoke(ctx)
@@ -43,19 +50,30 @@ class Commands(TyperGroup):
         except Exception as error:
             message = _mistake(error)
             if message is None:
+                _shorten(error)
                 raise
         print(f"error: {one_line(message)}", file=sys.stderr)
         raise typer.Exit(2)
 
 
+def _shorten(error: Exception) -> None:
+    """Of a usage error, which quotes what was typed, at most a line of it."""
+    from bridge.errors import shorten_message
+
+    message = getattr(error, "message", None)
+    if isinstance(message, str):
+        error.message = shorten_message(message)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _mistake(error: Exception) -> str | None:
     """What to tell the user; None for usage errors, which typer explains, and for our own bugs."""
-    from bridge.errors import BridgeError
+    from bridge.errors import BridgeError, shorten
 
     if isinstance(error, BridgeError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        name = shorten(str(error.filename))
+        return f"{name}: {error.strerror}" if error.filename else error.strerror
     # torch has an exception of its own for a full device
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "not enough memory; lower --width or --max-new-tokens, or choose a smaller --dtype"

@@ -12,13 +12,44 @@ from typing import Annotated, Any
 
 import typer
 
+
+class Ranged:
+    """Reads a number of an option as `bridge.ranges` has it: one line, before any work, for any
+    that is out of its range."""
+
+    def __init__(self, name: str) -> None:
+        """`name`: in the table there."""
+        self.name = name
+
+    def __call__(self, value: Any) -> Any:
+        """Of a text, or of the default. Raises BridgeError."""
+        from bridge.ranges import RANGES
+
+        return RANGES[self.name].read(self.name.rpartition(".")[2], value)
+
+
+def number(name: str, kind: type[Any], *declared: str, **option: Any) -> Any:
+    """A typer option for a number: `name` is in the table of ranges, the rest as `typer.Option`
+    takes it; `kind` is int or float."""
+    metavar = "INTEGER" if kind is int else "FLOAT"
+    return typer.Option(*declared, parser=Ranged(name), metavar=metavar, **option)
+
+
+def integer(name: str, *declared: str, **option: Any) -> Any:
+    """The same for an integer."""
+    return number(name, int, *declared, **option)
+
+
 MaxNewTokens = Annotated[
-    int | None, typer.Option(help="Of each row; else 256, or what the context leaves.")
+    int | None,
+    integer("max_new_tokens", help="Of each row; else 256, or what the context leaves."),
 ]
-Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
-TopK = Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")]
-TopP = Annotated[float | None, typer.Option(help="Keep the likeliest, up to this sum.")]
-MinP = Annotated[float | None, typer.Option(help="Keep what has this fraction of the likeliest.")]
+Temperature = Annotated[float, number("temperature", float, help="0 takes the likeliest token.")]
+TopK = Annotated[int | None, integer("top_k", help="Keep the k likeliest tokens.")]
+TopP = Annotated[float | None, number("top_p", float, help="Keep the likeliest, up to this sum.")]
+MinP = Annotated[
+    float | None, number("min_p", float, help="Keep what has this fraction of the likeliest.")
+]
 Stop = Annotated[
     list[str] | None,
     typer.Option(help="A text that ends a row, or the name of a special token; repeat it."),
@@ -27,7 +58,7 @@ System = Annotated[str | None, typer.Option(help="The system message of the chat
 Raw = Annotated[
     bool, typer.Option("--raw", help="Feed prompts as they are, without a chat template.")
 ]
-AnswerSeed = Annotated[int, typer.Option(help="The same seed gives the same answers.")]
+AnswerSeed = Annotated[int, integer("seed", help="The same seed gives the same answers.")]
 Backend = Annotated[str | None, typer.Option(help="See bridge backends; else the best.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; else the best.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64.")]
@@ -53,11 +84,19 @@ def read_task_options(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
+    from bridge.errors import BridgeError
+    from bridge.reading import check_depth, show
+
     for read in (_by_toml, json.loads):
         try:
             value = read(text)
-        except (ValueError, RecursionError):
+            check_depth(value)
+        except ValueError:
             continue
+        except RecursionError:
+            raise BridgeError(
+                f"--task-options {show(text)}: is nested too deeply; put it into a file"
+            ) from None
         if _is_plain(value):
             return value
     return text

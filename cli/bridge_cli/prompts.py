@@ -1,15 +1,19 @@
 """Where prompts come from: arguments, a file, or standard input.
 
 An argument is a prompt, and `-` is all of standard input as one prompt, as is a pipe where no
-prompt is given. A file holds many: one a line, as text or as JSON.
+prompt is given. A file holds many: one a line, as text or as JSON, by the rule of `bridge.jsonl`.
 """
 
+import io
 import json
+import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from bridge.errors import BridgeError
+from bridge.jsonl import Line, lines_of, read_lines
+from bridge.reading import MAX_TEXT, show
 
 if TYPE_CHECKING:
     from bridge.tokenizer import Tokenizer
@@ -22,8 +26,8 @@ def read_prompts(arguments: list[str], file: Path | None) -> list[Any]:
     """Prompts as texts or lists of messages, in the order given: arguments, then the file's.
 
     Each line of `file` that is not blank is a prompt. It holds JSON objects with `prompt` or
-    `messages` if it is named `.jsonl`, or if its first line is such an object. Raises BridgeError
-    where there is nothing to read, or what is there cannot be read.
+    `messages` if it is named `.jsonl`, or if its first line is such an object or begins as one.
+    Raises BridgeError where there is nothing to read, or what is there cannot be read.
     """
     if not arguments and file is None:
         if sys.stdin is None or sys.stdin.isatty():
@@ -33,7 +37,7 @@ def read_prompts(arguments: list[str], file: Path | None) -> list[Any]:
         raise BridgeError("standard input (-) can be read only once")
     prompts: list[Any] = []
     for argument in arguments:
-        prompts.append(_read(STDIN).rstrip("\n") if argument == "-" else argument)
+        prompts.append(_read_all() if argument == "-" else argument)
         _check_text(argument, f"prompt {len(prompts) - 1}")
     if file is not None:
         prompts += _lines(file)
@@ -46,7 +50,7 @@ def check_words(prompts: list[Any], tokenizer: "Tokenizer | None") -> None:
         words = prompt.split() if isinstance(prompt, str) else []
         strange = [word for word in words if tokenizer and not _known(tokenizer, word)]
         if strange or not words:
-            what = repr(strange[0]) if strange else "messages"
+            what = show(strange[0]) if strange else "messages"
             raise BridgeError(
                 f"the bundled model knows nothing of {what}: it solves puzzles such as "
                 "'3 5 2 7 = 8 ?'; for other prompts name a checkpoint directory first"
@@ -65,24 +69,43 @@ def _known(tokenizer: "Tokenizer", word: str) -> bool:
 
 
 def _lines(file: Path) -> list[Any]:
-    lines = _read(file).split("\n")
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if file.suffix == ".jsonl" or _is_record(numbered[0][1]):
-        return [_record(file, number, line) for number, line in numbered]
-    return [line.rstrip("\r") for _, line in numbered]
+    if file == STDIN:
+        lines = list(lines_of(_standard_input(), "standard input"))
+    else:
+        lines = list(read_lines(file))
+    if not lines:
+        raise BridgeError(f"{_name(file)}: holds no prompt")
+    if file.suffix == ".jsonl" or _is_record(lines[0].text):
+        return [_record(line) for line in lines]
+    return [line.text for line in lines]
 
 
-def _read(file: Path) -> str:
-    name = "standard input" if file == STDIN else str(file)
+def _read_all() -> str:
+    """Standard input as one prompt, without the line breaks at its end."""
+    name = _name(STDIN)
     try:
-        text = sys.stdin.read() if file == STDIN else file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise BridgeError(f"{name}: cannot be read ({reason})") from None
-    _check_text(text, name)
+        data = _standard_input().read(MAX_TEXT + 1)
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise BridgeError(f"{name}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise BridgeError(f"{name}: is not UTF-8 (at byte {error.start})") from None
+    if len(data) > MAX_TEXT:
+        raise BridgeError(f"{name}: is larger than {MAX_TEXT // 10**6} MB")
     if not text.strip():
         raise BridgeError(f"{name}: holds no prompt")
-    return text
+    return text.replace("\r\n", "\n").rstrip("\n")
+
+
+def _standard_input() -> BinaryIO:
+    """Its bytes; of what stands in for it, too."""
+    if hasattr(sys.stdin, "buffer"):
+        return sys.stdin.buffer
+    return io.BytesIO(sys.stdin.read().encode("utf-8", "surrogatepass"))
+
+
+def _name(file: Path) -> str:
+    return "standard input" if file == STDIN else str(file)
 
 
 def _check_text(text: str, name: str) -> None:
@@ -94,6 +117,9 @@ def _check_text(text: str, name: str) -> None:
 
 
 def _is_record(line: str) -> bool:
+    """Whether a line is a prompt in JSON: one that is damaged is, too, and not a text to feed."""
+    if re.match(r'\s*\{\s*"(prompt|messages)"\s*:', line):
+        return True
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -101,20 +127,15 @@ def _is_record(line: str) -> bool:
     return isinstance(value, dict) and ("prompt" in value or "messages" in value)
 
 
-def _record(file: Path, number: int, line: str) -> Any:
-    where = f"{file}, line {number}"
-    try:
-        record = json.loads(line)
-        prompt = record["prompt"] if "prompt" in record else record["messages"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise BridgeError(f"{where}: must be a JSON object with prompt or messages") from None
+def _record(line: Line) -> Any:
+    record = line.to_object()
+    if ("prompt" in record) == ("messages" in record):
+        raise BridgeError(f"{line.where}: must have prompt or messages, one of the two")
+    prompt = record["prompt"] if "prompt" in record else record["messages"]
     messages = isinstance(prompt, list) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
         for m in prompt
     )
     if not (isinstance(prompt, str) or (messages and prompt)):
-        raise BridgeError(f"{where}: prompt must be text, messages a list of role and content")
-    for text in [prompt] if isinstance(prompt, str) else [t for m in prompt for t in m.values()]:
-        if isinstance(text, str):
-            _check_text(text, where)
+        raise BridgeError(f"{line.where}: prompt must be text, messages a list of role and content")
     return prompt

@@ -102,8 +102,6 @@ def _refuse(asked: Request) -> None:
         from bridge.trace_plots import need_matplotlib
 
         need_matplotlib()
-    if asked.width < 1:
-        raise BridgeError(f"width must be 1 or above, not {asked.width}")
     bridge = open_checkpoint(asked.checkpoint, asked.base, headers_only=True).config.bridge
     if bridge is None or not bridge.layers:
         raise BridgeError(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 import typer
 from typer.core import TyperGroup
 
-from bridge_cli.options import read_task_options
+from bridge_cli.options import number, read_task_options
 from bridge_cli.text import count, one_line, print_json, size
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def command(kind: str) -> Callable[..., None]:
         if f.name != "checkpoint":
             parameters[f.name] = (*_option(f, types[f.name]), None)
     for name in REFUSED:
-        parameters[name] = (float | None, typer.Option(hidden=True), None)
+        parameters[name] = (str | None, typer.Option(hidden=True), None)
     flags = {
         "resume": "OUT must hold a run to go on with; with no SOURCE its settings are taken.",
         "dry_run": "Show sizes, memory and a time estimate, and write nothing.",
@@ -147,6 +147,8 @@ def command(kind: str) -> Callable[..., None]:
 
 def _option(f: "Field[Any]", hint: Any) -> tuple[Any, Any]:
     """What typer is to know of a field: its type, None if the flag is not given, and its option."""
+    from bridge.training.settings import range_of
+
     default = None if f.default is MISSING else f.default
     shown = ""
     if default not in (None, "", (), False):  # typer would show None, which stands for it here
@@ -161,12 +163,14 @@ def _option(f: "Field[Any]", hint: Any) -> tuple[Any, Any]:
     if f.name == "task_options":
         return list[str] | None, typer.Option(name, metavar="KEY=VALUE", **option)
     if f.name == "betas":
-        return tuple[float, float] | None, typer.Option(name, **option)
+        return tuple[float, float] | None, number("betas", float, name, **option)
     if plain is bool:
         return bool | None, typer.Option(f"{name}/--no-{name[2:]}", **option)
     if plain not in (int, float, str):
         return list[str] | None, typer.Option(name, **option)
-    return plain | None, typer.Option(name, **option)
+    if plain is str:
+        return str | None, typer.Option(name, **option)
+    return plain | None, number(range_of(f), plain, name, **option)
 
 
 def _print_result(result: "Result") -> None:
