@@ -46,7 +46,7 @@ PROFILES = {
         wide=("long", "ends", "life"),
     ),
     "ci": Profile(
-        {1: 24, 2: 24, 3: 16, 4: 8, 5: 5, 6: 8, "long": 1, "ends": 1, "life": 1},
+        {1: 24, 2: 24, 3: 16, 4: 8, 5: 5, 6: 8, "long": 0, "ends": 1, "life": 1},
         shrunk=12,
         budget=120,
     ),
