@@ -1,8 +1,9 @@
 """What a backend implements, and all that a porter must read (spec chapter 10).
 
 A backend is an object found through the entry-point group `bridge.backends`. It receives a
-configuration and named NumPy arrays, and gives NumPy arrays back: no framework's type crosses this
-border. It knows nothing of tokenizers, files or text. bf16 arrays have ml_dtypes' bfloat16.
+configuration and named NumPy arrays, and gives NumPy arrays back, which are the caller's from then
+on: no framework's type crosses this border. It knows nothing of tokenizers, files or text. bf16
+arrays have ml_dtypes' bfloat16.
 
 Axes: B rows, S timesteps, D model width, V vocabulary, R rows still being decoded.
 """

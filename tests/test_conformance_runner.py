@@ -17,12 +17,13 @@ from hypothesis.internal.conjecture import providers
 from typer.testing import CliRunner
 
 from bridge_cli.main import app
-from bridge_conformance import spec_files
+from bridge_conformance import checks, spec_files
+from bridge_conformance.cases_given import KINDS
 from bridge_conformance.cases_json import from_text, readable, to_text
 from bridge_conformance.checks import CASES, CHECKS, LEVELS
 from bridge_conformance.examine import draw
 from bridge_conformance.results import EDGES, Failure, Outcome, bin_of
-from bridge_conformance.runner import Progress, run
+from bridge_conformance.runner import PROFILES, Progress, run
 from bridge_ref.backend import Reference, ReferenceModel
 
 BRIDGE = [sys.executable, "-m", "bridge_cli.main"]
@@ -354,6 +355,30 @@ def test_the_same_seed_runs_the_same_cases():
         assert len(first) >= 3
 
 
+@pytest.mark.parametrize("kind", checks.WORST)
+def test_the_worst_cases_come_before_those_drawn_in_every_profile(kind):
+    first, again, other = (draw(kind, "float32", seed, 2) for seed in (1, 1, 2))
+    known = len(checks.WORST[kind])
+    for drawn in (first, other):
+        assert drawn[:known] == list(checks.WORST[kind]) and len(drawn) == known + 2
+    texts = [[readable(case) for case in drawn[known:]] for drawn in (first, again, other)]
+    assert texts[0] == texts[1] and not set(texts[0]) & set(texts[2])
+    assert draw(kind, "float32", 1, 0) == list(checks.WORST[kind])
+
+
+def test_quick_runs_the_worst_cases_in_the_widest_dtypes():
+    def ran(dtypes, profile):
+        report = run(
+            Reference(), dtypes=dtypes, checks=["samplings_hold_at_their_ends"], profile=profile
+        )
+        assert report.ok
+        return [outcome.dtype for outcome in report.outcomes]
+
+    assert ran(["bfloat16", "float32", "float64"], "quick") == ["float32", "float64"]
+    assert ran(["bfloat16"], "quick") == ["bfloat16"]
+    assert ran(["bfloat16", "float32"], "ci") == ["bfloat16", "float32"]
+
+
 def test_cases_do_not_depend_on_numbers_that_hypothesis_finds_in_modules(monkeypatch):
     def cases():
         return [readable(case) for case in draw(4, "float32", 0, 10)]
@@ -373,9 +398,9 @@ def test_a_run_is_the_same_again():
     assert facts() == facts()
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_cases_travel_as_text(level):
-    for case in draw(level, "float16", 5, 4):
+@pytest.mark.parametrize("kind", CASES)
+def test_cases_travel_as_text(kind):
+    for case in draw(kind, "float16", 5, 4):
         text = to_text(case)
         again = from_text(text)
         assert readable(again) == readable(case) and "\n" not in text
@@ -383,7 +408,9 @@ def test_cases_travel_as_text(level):
         arrays = getattr(case, "rows", case), getattr(again, "rows", again)
         for one, other in zip(*(a.model.tensors("float16").items() for a in arrays), strict=True):
             assert one[0] == other[0] and one[1].tobytes() == other[1].tobytes()
-        if level in (4, 5):
+        if kind == "life":
+            assert again.trainable == case.trainable and again.program == case.program
+        if kind in (4, 5):
             assert again.trainable == case.trainable and again.objective == case.objective
 
 
@@ -397,7 +424,10 @@ def test_every_check_has_a_level_a_clause_of_the_spec_and_its_property_in_words(
     for check in CHECKS.values():
         assert check.level in LEVELS and check.clause in spec_files.titles()
         assert check.property.startswith(("Clause", "Chapter")) and check.property.endswith(".")
-    assert {check.level for check in CHECKS.values()} == set(LEVELS) == set(CASES)
+    assert {check.level for check in CHECKS.values()} == set(LEVELS)
+    assert {check.cases for check in CHECKS.values()} == set(CASES) == set(KINDS)
+    assert set(LEVELS) < set(CASES) and set(checks.WORST) == set(CASES) - set(LEVELS)
+    assert all(set(profile.cases) == set(CASES) for profile in PROFILES.values())
     listed = CliRunner().invoke(app, ["conformance", "--list", "--json"])
     assert [item["check"] for item in json.loads(listed.stdout)] == list(CHECKS)
 

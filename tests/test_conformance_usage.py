@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from bridge.errors import BridgeError
 from bridge_cli.main import app
-from bridge_conformance.cases_json import from_text
+from bridge_conformance.cases_json import from_text, readable
+from bridge_conformance.checks import WORST
 
 
 @pytest.mark.parametrize("text", ("", "{}", "z:", "z:AAAA", '{"is":"rows"}', "[1]", '{"is":"cow"}'))
@@ -60,6 +61,7 @@ def setting(path, value):
 
 
 BLOCK = "block_is_within_the_numerics_rule"
+ENDS = "samplings_hold_at_their_ends"
 
 
 def run_case(check, text):
@@ -95,9 +97,45 @@ def test_a_case_that_is_never_drawn_is_not_blamed_on_the_backend(path, value, me
     assert result.stderr.count("\n") == 1 and not result.stdout
 
 
+def life_case(program):
+    """The text of a life of which `program` is done."""
+    case = json.loads(readable(WORST["life"][0]))
+    return json.dumps(case | {"program": program})
+
+
+LIFE = "a_models_life_is_the_references"
+
+
+def test_a_life_of_ones_own_is_run():
+    program = [["save", 0, []], ["step", 0, []], ["restore", 0, []], ["read", 0, []]]
+    assert run_case(LIFE, life_case(program)).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "program,message",
+    [
+        ([["dance", 0, []]], "program: 'dance' may not be number 0"),
+        ([["advance", 0, []]], "'advance' may not be number 0"),
+        ([["prefill", 0, [7]]], "'prefill' may not be number 0"),
+        ([["prefill", 0, [0]], ["advance", 0, [3]]], "'advance' may not be number 1"),
+        ([["prefill", 0, [0]], ["advance", 0, [1, 0]]], "'advance' may not be number 1"),
+        ([["prefill", 0, [0]], ["step", 0, []], ["advance", 0, []]], "may not be number 2"),
+        ([["save", 0, []], ["restore", 1, []]], "'restore' may not be number 1"),
+        ([["step", 0.0, []]], "program: 0.0 is not a whole number"),
+        ([["step", -1, []]], "program: -1 is not a whole number"),
+    ],
+)
+def test_a_life_that_is_never_lived_is_refused(program, message):
+    result = run_case(LIFE, life_case(program))
+    assert result.exit_code == 2 and message in result.stderr, result.output
+    assert result.stderr.count("\n") == 1 and not result.stdout
+
+
 @pytest.mark.parametrize(
     "check,text,message",
     [
+        (LIFE, '{"is":"ends","vocab_size":8,"seed":0}', "is of the kind ends, but"),
+        (ENDS, '{"is":"ends","vocab_size":7,"seed":0}', "7 is not a whole number of 8 or above"),
         (BLOCK, '{"is":"golden","name":"3.6-block"}', "is of the kind golden, but"),
         ("golden-3.6-block", block_case(), "golden-3.6-block takes golden"),
         ("golden-3.6-block", '{"is":"golden","name":"../x"}', "name: '../x' is not one of"),

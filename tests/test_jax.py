@@ -12,7 +12,7 @@ from bridge.contract import GRPO, SFT, AdamW, Batch, Sampling
 from bridge.errors import BridgeError
 from bridge_conformance import checks_model, checks_train, strategies
 from bridge_conformance.cases import ModelCase, TrainCase, random_tensors, rows_of
-from bridge_conformance.checks import CHECKS
+from bridge_conformance.checks import CASES, CHECKS
 from bridge_conformance.trial import Target
 from bridge_jax import backend, decode, train
 from bridge_jax import model as transformer
@@ -265,7 +265,7 @@ def test_what_large_models_run_conforms_too(name, dtype):
     check = CHECKS[name]
 
     @settings(max_examples=3, report_multiple_bugs=False)
-    @given(check.cases)
+    @given(CASES[check.cases])
     def run(case):
         check.run(Target(JaxBackend(), "cpu", dtype, check.clause), case)
 

@@ -5,6 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bridge.contract import Sampling
+from bridge.registry import find_backend
+from bridge_conformance.cases_ends import EndsCase
 from bridge_ref.sampling import sample, sampling_weights
 
 P = np.array([[0.5, 0.2, 0.2, 0.1]])
@@ -45,6 +48,19 @@ def test_frequencies_match_the_tempered_distribution():
 
 def test_temperature_zero_takes_the_lowest_id_on_ties():
     assert sample(np.array([[0.0, 2.0, 2.0]]), np.zeros(1), temperature=0).tolist() == [1]
+
+
+@pytest.mark.parametrize("backend", ("numpy", "torch", "jax", "mlx"))
+def test_only_a_temperature_of_0_is_greedy(backend):
+    case = EndsCase(16, 0)  # after token 2, all tokens are equally likely
+    tensors = case.tensors("float32")
+    model = find_backend(backend).load(case.config, tensors, device="cpu", dtype="float32")
+    decoder = model.prefill([np.array([2])], [16], 1)
+    assert set(decoder.sample(Sampling(0.0))) == {0}
+    same = decoder.sample(Sampling(1e-6))
+    assert len(set(same)) > 5
+    for temperature in (1e-50, 1e-40, 1e-30, 1.0):  # float32 has no 1e-50, and some flush 1e-40
+        assert decoder.sample(Sampling(temperature)).tolist() == same.tolist()
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-300])

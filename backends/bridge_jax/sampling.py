@@ -63,10 +63,14 @@ class Settings(NamedTuple):
     @classmethod
     def of(cls, sampling: Sampling) -> "Settings":
         """Numbers on the host, to be passed to a compiled function."""
+        # Only 0 is 0 (clause 6.8): what float32 rounds or flushes to it is the least above.
+        temperature = float(sampling.temperature)
+        if temperature:
+            temperature = max(temperature, float(jnp.finfo(jnp.float32).tiny))
         top_k = 2**31 - 1 if sampling.top_k is None else min(sampling.top_k, 2**31 - 1)
         top_p = 1.0 if sampling.top_p is None else sampling.top_p
         min_p = 0.0 if sampling.min_p is None else sampling.min_p
-        return cls(float(sampling.temperature), int(top_k), float(top_p), float(min_p))
+        return cls(temperature, int(top_k), float(top_p), float(min_p))
 
 
 @compiled()
@@ -88,7 +92,7 @@ def sample(
 def weights(logits: Float[Array, "R V"], settings: Settings) -> Float[Array, "R V"]:
     """Unnormalised weights of the kept tokens, 0 elsewhere (clauses 6.3 to 6.6)."""
     z = logits - logits.max(-1, keepdims=True)
-    w = jnp.exp(z / jnp.maximum(settings.temperature, jnp.finfo(jnp.float32).tiny))
+    w = jnp.exp(z / settings.temperature)
     # Below the largest logit by how much: not negative, so its bits are in its order.
     below = _bits(jnp.abs(z))
     top_k, V = settings.top_k, z.shape[-1]

@@ -21,15 +21,29 @@ from bridge_conformance.cases import (
     RowsCase,
     TrainCase,
 )
+from bridge_conformance.cases_ends import SMALLEST, EndsCase
+from bridge_conformance.cases_life import NEW, REQUESTS, Doing, LifeCase
 from bridge_conformance.checks import Check
 from bridge_conformance.checks_golden import GoldenCase
 
-KINDS = {1: BlockCase, 2: RowsCase, 3: DecodeCase, 4: TrainCase, 5: TrainCase, 6: RowsCase}
+KINDS: dict[int | str, type] = {
+    1: BlockCase,
+    2: RowsCase,
+    3: DecodeCase,
+    4: TrainCase,
+    5: TrainCase,
+    6: RowsCase,
+    "long": DecodeCase,
+    "ends": EndsCase,
+    "life": LifeCase,
+}
 NAMES = {
     BlockCase: "block",
     RowsCase: "rows",
     DecodeCase: "decode",
     TrainCase: "train",
+    EndsCase: "ends",
+    LifeCase: "life",
     GoldenCase: "golden",
 }
 
@@ -51,11 +65,16 @@ def check_case(case: Any) -> None:
             _check_decode(case)
         case TrainCase():
             _check_train(case)
+        case EndsCase():
+            _whole(case.vocab_size, "vocab_size", SMALLEST)
+            _whole(case.seed, "seed")
+        case LifeCase():
+            _check_life(case)
 
 
 def check_fits(check: Check, case: Any) -> None:
     """Refuse, with a BridgeError, a case that `check` does not run on."""
-    wanted = GoldenCase if check.golden else KINDS[check.level]
+    wanted = GoldenCase if check.golden else KINDS[check.cases]
     if type(case) is not wanted:
         raise BridgeError(
             f"--case: is of the kind {NAMES[type(case)]}, but {check.name} takes {NAMES[wanted]}"
@@ -99,7 +118,20 @@ def _check_decode(case: DecodeCase) -> None:
         raise ValueError(f"ragged: {case.ragged!r} is not true or false")
 
 
-def _check_train(case: TrainCase) -> None:
+def _check_life(case: LifeCase) -> None:
+    config = _check_learning(case)
+    doing, longest = Doing(), max(max(request.lengths) for request in REQUESTS)
+    if longest + NEW > config.max_position_embeddings:
+        raise ValueError(f"raw: a context of {config.max_position_embeddings} is too short")
+    for number, do in enumerate(case.program):
+        for whole in (do.number, *do.detail):
+            _whole(whole, "program")
+        if not doing.may(do):
+            raise ValueError(f"program: {do.what!r} may not be number {number}")
+        doing.note(do)
+
+
+def _check_learning(case: TrainCase | LifeCase) -> ModelConfig:
     config = _check_rows(case.rows)
     _whole(case.seed, "seed")
     if not case.rows.active.any():
@@ -109,6 +141,11 @@ def _check_train(case: TrainCase) -> None:
     for name in case.trainable:
         if name not in tensor_shapes(config):
             raise ValueError(f"trainable: no tensor is named {name!r}")
+    return config
+
+
+def _check_train(case: TrainCase) -> None:
+    _check_learning(case)
     if isinstance(case.objective, GRPO):
         for name, number in asdict(case.objective).items():
             able = isinstance(number, int | float) and isfinite(number) and number >= 0

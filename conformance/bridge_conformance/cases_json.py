@@ -17,7 +17,9 @@ from bridge.config import bridge_shapes, tensor_shapes
 from bridge.contract import GRPO, SFT
 from bridge.errors import BridgeError
 from bridge_conformance.cases import BlockCase, DecodeCase, ModelCase, RowsCase, TrainCase
+from bridge_conformance.cases_ends import EndsCase
 from bridge_conformance.cases_given import check_case
+from bridge_conformance.cases_life import Do, LifeCase
 from bridge_conformance.checks_golden import GoldenCase
 
 LONG = 1500  # characters of JSON from which on it is compressed
@@ -65,6 +67,16 @@ def to_json(case: Any) -> dict[str, Any]:
                 "trainable": _short(case),
                 "seed": case.seed,
             }
+        case EndsCase():
+            return {"is": "ends", "vocab_size": case.vocab_size, "seed": case.seed}
+        case LifeCase():
+            return {
+                "is": "life",
+                "rows": to_json(case.rows),
+                "trainable": _short(case),
+                "program": [[do.what, do.number, list(do.detail)] for do in case.program],
+                "seed": case.seed,
+            }
         case GoldenCase():
             return {"is": "golden", "name": case.name}
     raise TypeError(f"no such case: {case!r}")
@@ -95,6 +107,14 @@ def from_json(value: Any) -> Any:
         rows, objective = from_json(value["rows"]), value["objective"]
         given = SFT() if objective == "sft" else GRPO(**objective)
         return TrainCase(rows, given, _names(rows, value["trainable"]), value["seed"])
+    if kind == "ends":
+        return EndsCase(value["vocab_size"], value["seed"])
+    if kind == "life":
+        rows = from_json(value["rows"])
+        program = tuple(
+            Do(what, number, tuple(detail)) for what, number, detail in value["program"]
+        )
+        return LifeCase(rows, _names(rows, value["trainable"]), program, value["seed"])
     if kind == "golden":
         return GoldenCase(value["name"])
     raise ValueError(f"no kind of case is called {kind!r}")
@@ -134,7 +154,7 @@ def _model(value: Any) -> ModelCase:
     return ModelCase(value["raw"], value["seed"], value["magnitudes"])
 
 
-def _short(case: TrainCase) -> str | list[str]:
+def _short(case: TrainCase | LifeCase) -> str | list[str]:
     """The two sets of tensors that are drawn have names; others are listed."""
     for name in ("all", "bridge"):
         if case.trainable == _names(case.rows, name):

@@ -8,17 +8,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine
 from hypothesis.strategies import SearchStrategy
 
 from bridge_conformance import (
     checks_block,
     checks_checkpoint,
     checks_decode,
+    checks_ends,
     checks_golden,
+    checks_life,
+    checks_long,
     checks_model,
     checks_train,
     strategies,
+    worst,
 )
 from bridge_conformance.checks_golden import GoldenCase, golden_vector_is_met
 from bridge_conformance.trial import Target
@@ -33,14 +37,24 @@ LEVELS = {
     6: "checkpoint round trips",
 }
 _train = strategies.train_cases()
-# The cases that all checks of a level share; golden vectors have their own.
-CASES: dict[int, SearchStrategy[Any]] = {
+# The cases that checks share, by kind: a level's, or those of a kind that has checks of its own. A
+# state machine draws what is done to a model. Golden vectors have one case each.
+CASES: dict[int | str, SearchStrategy[Any] | type[RuleBasedStateMachine]] = {
     1: strategies.block_cases(),
     2: strategies.rows_cases(),
     3: strategies.decode_cases(),
     4: _train,
     5: _train,
     6: strategies.rows_cases(),
+    "long": strategies.long_cases(),
+    "ends": strategies.ends_cases(),
+    "life": strategies.Lives,
+}
+# What comes before those drawn, in every profile: the worst that is known.
+WORST: dict[int | str, tuple[Any, ...]] = {
+    "long": worst.LONG,
+    "ends": worst.ENDS,
+    "life": worst.LIFE,
 }
 
 
@@ -50,13 +64,13 @@ def _any(case: Any) -> bool:
 
 @dataclass(frozen=True)
 class Check:
-    """A property: `run(target, case)` for every case that `cases` draws."""
+    """A property: `run(target, case)` for the cases `CASES[cases]`."""
 
     run: Callable[[Target, Any], None]
     clause: str
     level: int
-    cases: SearchStrategy[Any]
-    applies: Callable[[Any], bool] = _any  # of the level's cases, to which ones
+    cases: int | str
+    applies: Callable[[Any], bool] = _any  # to which of them
     golden: str | None = None  # the name of the golden vector, which is then its one case
 
     @property
@@ -75,22 +89,18 @@ def _check(
     run: Callable[[Target, Any], None],
     clause: str,
     level: int,
-    applies: Callable[[Any], bool] | None = None,
+    applies: Callable[[Any], bool] = _any,
+    cases: int | str | None = None,
 ) -> Check:
-    cases = CASES[level] if applies is None else CASES[level].filter(applies)
-    return Check(run, clause, level, cases, applies or _any)
+    return Check(run, clause, level, level if cases is None else cases, applies)
 
 
 def _golden(name: str) -> Check:
     case = GoldenCase(name)
     clause = name.partition("-")[0]
+    level = checks_golden.LEVELS[case.what]
     return Check(
-        golden_vector_is_met,
-        clause,
-        checks_golden.LEVELS[case.what],
-        st.just(case),
-        lambda other: other == case,
-        golden=name,
+        golden_vector_is_met, clause, level, level, lambda other: other == case, golden=name
     )
 
 
@@ -120,6 +130,9 @@ CHECKS: dict[str, Check] = {
         _check(checks_decode.what_was_sampled_is_what_is_fed, "10.1", 3),
         _check(checks_decode.sampled_tokens_follow_the_rule, "6.7", 3),
         _check(checks_decode.generated_rows_follow_the_rule, "6.7", 3),
+        _check(checks_long.long_texts_are_decoded_as_they_are_read, "4.1", 3, cases="long"),
+        _check(checks_long.long_texts_are_drawn_by_the_rule, "6.2", 3, cases="long"),
+        _check(checks_ends.samplings_hold_at_their_ends, "6.7", 3, cases="ends"),
         _check(checks_train.loss_and_gradients_are_within_the_numerics_rule, "7.4", 4),
         _check(checks_train.log_probabilities_are_those_of_the_loss, "7.12", 4),
         _check(checks_train.gradients_stay_within_a_group, "7.3", 4),
@@ -128,6 +141,7 @@ CHECKS: dict[str, Check] = {
         _check(checks_train.computing_layers_again_changes_no_update, "7.11", 5),
         _check(checks_train.a_restored_trainer_goes_on_as_if_never_stopped, "7.9", 5),
         _check(checks_train.a_model_computes_with_what_it_learnt, "7.9", 5),
+        _check(checks_life.a_models_life_is_the_references, "7.9", 5, cases="life"),
         _check(checks_checkpoint.tensors_come_back_byte_for_byte, "9.3", 6),
         _check(checks_checkpoint.a_checkpoint_gives_the_same_model, "9.6", 6),
         _check(checks_checkpoint.every_form_gives_the_same_model, "9.12", 6),

@@ -149,8 +149,16 @@ def what_was_sampled_is_what_is_fed(target: Target, case: DecodeCase) -> None:
         trial.same(drawn.logits(), before, 0, f"logits after a draw at step {step}", case)
         trial.same(before, forced.logits(), 0, f"step {step}, drawn or forced", case)
         if step + 1 < case.steps:
+            fed = tokens.copy()
+            spoil(tokens)
             drawn.advance()
-            forced.advance(tokens)
+            forced.advance(fed)
+
+
+def spoil(array: np.ndarray) -> None:
+    """Overwrite what a decoder handed out, if it may be written to: it is the caller's."""
+    if array.flags.writeable:
+        array[...] = 0
 
 
 def sampled_tokens_follow_the_rule(target: Target, case: DecodeCase) -> None:
@@ -269,15 +277,22 @@ class Spoken:
         self.decoder.advance(tokens, keep)
 
 
-def acceptable_tokens(logits: np.ndarray, u: np.ndarray, sampling: Sampling) -> np.ndarray:
+def acceptable_tokens(
+    logits: np.ndarray, u: np.ndarray, sampling: Sampling, filters: bool = True
+) -> np.ndarray:
     """What the rule gives `[n, R]`: first as it is, then with its thresholds moved by a rounding.
 
     Sums of V float32 weights differ from backend to backend in their last places; only a draw that
-    falls within that of a threshold may go either way.
+    falls within that of a threshold may go either way. `filters` False: those of top-p and min-p
+    are not moved.
     """
     rounding = np.float32(4 * logits.shape[-1] * np.finfo(np.float32).eps)
-    moves = (np.float32(0), -rounding, rounding)
+    still, moves = (np.float32(0),), (np.float32(0), -rounding, rounding)
     top_p, min_p = sampling.top_p, sampling.min_p
+    of_top_p, of_min_p = (
+        moves if filters and option is not None else still for option in (top_p, min_p)
+    )
+    least = float(np.finfo(np.float32).tiny)  # the likeliest token is never cut
     return np.stack(
         [
             sample(
@@ -285,9 +300,9 @@ def acceptable_tokens(logits: np.ndarray, u: np.ndarray, sampling: Sampling) -> 
                 u + move_u,
                 temperature=sampling.temperature,
                 top_k=sampling.top_k,
-                top_p=None if top_p is None else float(top_p + move_p),
-                min_p=None if min_p is None else float(min_p * (1 + move_m)),
+                top_p=None if top_p is None else max(float(top_p + move_p), least),
+                min_p=None if min_p is None else min(float(min_p * (1 + move_m)), 1.0),
             )
-            for move_u, move_p, move_m in product(moves, repeat=3)
+            for move_u, move_p, move_m in product(moves, of_top_p, of_min_p)
         ]
     )

@@ -5,8 +5,10 @@ model that shows it; the numbers in tensors come from a drawn seed. A configurat
 raw Hugging Face object, in either spelling, and parsed as a user's would be.
 """
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from hypothesis import strategies as st
 
 from bridge.config import FAMILIES, SPEC_VERSION, bridge_shapes, tensor_shapes
@@ -20,6 +22,8 @@ from bridge_conformance.cases import (
     TrainCase,
     rows_of,
 )
+from bridge_conformance.cases_ends import SMALLEST, EndsCase
+from bridge_conformance.cases_life import Life, LifeCase
 
 SEEDS = st.integers(0, 2**32 - 1)
 MAX_POSITIONS = (64, 32768)
@@ -168,6 +172,50 @@ def decode_cases(draw) -> DecodeCase:
 
 
 @st.composite
+def long_cases(draw) -> DecodeCase:
+    """Windows over prompts of different lengths, or hundreds of timesteps: either way the longest
+    prompt leaves before the last one does, and rows before that."""
+    model = draw(models(magnitudes=("plain",)))
+    raw = model.raw | {"max_position_embeddings": 1024}
+    long = draw(st.booleans())
+    if not long and raw["model_type"] in ("qwen2", "qwen3", "mistral"):
+        raw["sliding_window"] = draw(st.integers(2, 6))
+    longest = draw(st.integers(40, 300) if long else st.integers(6, 12))
+    others = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    widths = draw(st.lists(st.integers(1, 3), min_size=len(others) + 1, max_size=len(others) + 1))
+    widths[draw(st.integers(0, len(others)))] += draw(st.sampled_from([0, 4]))
+    steps = draw(st.integers(260, 340) if long else st.integers(8, 20))
+    case = DecodeCase(
+        replace(model, raw=raw), tuple(widths), (longest, *others), steps, draw(SEEDS)
+    )
+    while not leaves_in_turn(case):
+        case = replace(case, seed=case.seed + 1)
+    return case
+
+
+def leaves_in_turn(case: DecodeCase) -> bool:
+    """Whether all rows of the longest prompt, the first, are gone before the last rows are, and
+    some of another prompt leave before and after that."""
+    ends = case.alive.sum(axis=0)
+    first = case.row_prompt == 0
+    gone, others = ends[first].max(), np.unique(ends[~first])
+    return gone < case.steps and (len(others) == 1 or others[0] < gone)
+
+
+@st.composite
+def ends_cases(draw) -> EndsCase:
+    """Samplings at their ends, on a vocabulary of a size of its own."""
+    return EndsCase(draw(st.integers(SMALLEST, 24)), draw(SEEDS))
+
+
+@st.composite
+def births(draw) -> LifeCase:
+    """A model and a batch to learn from, with nothing done yet."""
+    case = draw(train_cases())
+    return LifeCase(case.rows, case.trainable, (), case.seed)
+
+
+@st.composite
 def train_cases(draw) -> TrainCase:
     """A batch with targets, an objective, and what is trained: the blocks alone, or everything."""
     # Saturated probabilities have gradients that are all rounding.
@@ -178,3 +226,9 @@ def train_cases(draw) -> TrainCase:
     trainable = draw(st.sampled_from([tuple(bridge), tuple(tensor_shapes(config))]))
     objective = draw(st.sampled_from([SFT(), GRPO(0.2, 0.28), GRPO(0.2, 0.28, 0.1, 0.7)]))
     return TrainCase(rows, objective, trainable, draw(SEEDS))
+
+
+class Lives(Life):
+    """Programs for models of any kind."""
+
+    births = births()

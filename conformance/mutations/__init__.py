@@ -6,8 +6,13 @@ Not shipped. `python -m mutations`, from `conformance/`, runs them all; `fault.p
 from mutations import (
     faults_block,
     faults_decode,
+    faults_ends,
     faults_files,
     faults_fused,
+    faults_jax,
+    faults_life,
+    faults_long,
+    faults_mlx,
     faults_model,
     faults_sampling,
     faults_train,
@@ -20,7 +25,12 @@ MODULES = (
     faults_decode,
     faults_fused,
     faults_sampling,
+    faults_long,
+    faults_ends,
     faults_train,
+    faults_life,
+    faults_jax,
+    faults_mlx,
     faults_files,
 )
 

@@ -51,7 +51,7 @@ class Fault:
     def plant(self) -> dict[str, ModuleType]:
         """The package's modules, by name within it, with this fault in them.
 
-        A fault of the plain decoding step needs that to be run: the fused one is then left out.
+        A fault of torch's plain decoding step needs that to be run: the fused one is then left out.
         """
         in_python = [edit for edit in self.edits if edit.module != "fused.c"]
         modules = load_package(self.package, in_python)

@@ -1,0 +1,188 @@
+"""Faults of the torch backend that only long texts show, or windows over prompts and rows that
+leave (chapters 4 to 6): tables that end, caches that are full, masks counted from the wrong end."""
+
+from mutations.fault import Edit, Fault
+
+READ = "long_texts_are_decoded_as_they_are_read"
+DRAWN = "long_texts_are_drawn_by_the_rule"
+RENEWED = "if seed != self.seed or not 0 <= step - self.first < len(self.table):"
+WINDOW = "lost = 0 if layer.window is None else max(0, P + T - layer.window)"
+
+PLAIN = (
+    Fault(
+        "draws stand still once a table is used up",
+        "After 64 tokens every row draws by the same luck at each step, and loops.",
+        "6.2",
+        DRAWN,
+        Edit("sampling", RENEWED, "if seed != self.seed:"),
+        Edit(
+            "sampling",
+            "self.table[step - self.first]",
+            "self.table[min(step - self.first, STEPS - 1)]",
+        ),
+    ),
+    Fault(
+        "draws repeat after 256 steps",
+        "Long answers have the luck of their beginning once more.",
+        "6.2",
+        DRAWN,
+        Edit(
+            "sampling",
+            "np.arange(step, step + STEPS)[:, None]",
+            "np.arange(step, step + STEPS)[:, None] % 256",
+        ),
+    ),
+    Fault(
+        "rope's table is that of the first request",
+        "What is longer than the first text stands still at its end.",
+        "5.6",
+        READ,
+        Edit("model", "if length > self.tables.shape[1]:", "if self.tables.shape[1] == 0:"),
+        Edit(
+            "model",
+            "index_select(1, positions.reshape(-1))",
+            "index_select(1, positions.reshape(-1).clamp(max=self.tables.shape[1] - 1))",
+        ),
+    ),
+    Fault(
+        "positions that a table gains are counted from 0",
+        "After 256 positions a text is read as if it began again.",
+        "5.6",
+        READ,
+        Edit(
+            "model", "np.arange(length)[:, None] * self", "np.arange(length)[:, None] % 256 * self"
+        ),
+    ),
+    Fault(
+        "positions are counted in a byte",
+        "After 256 positions decoding reads its text as if it began again.",
+        "2.4",
+        READ,
+        Edit(
+            "decode",
+            "self.lengths[self.group] + self.step)",
+            "(self.lengths[self.group] + self.step) % 256)",
+        ),
+    ),
+    Fault(
+        "caches hold 256 timesteps",
+        "A longer answer keeps overwriting its last token but one.",
+        "4.1",
+        READ,
+        Edit("decode", "K, max(self.limit, 1), config", "K, min(max(self.limit, 1), 256), config"),
+        Edit(
+            "decode",
+            "self.own[i, 0, :R, :, self.step] = k",
+            "self.own[i, 0, :R, :, min(self.step, 255)] = k",
+        ),
+        Edit(
+            "decode",
+            "self.own[i, 1, :R, :, self.step] = v",
+            "self.own[i, 1, :R, :, min(self.step, 255)] = v",
+        ),
+        Edit("decode", "            self.step + 1,\n", "            min(self.step + 1, 256),\n"),
+    ),
+    Fault(
+        "masks of batches with padding reach 256 timesteps",
+        "The start of a long prompt is forgotten as soon as a short one is beside it.",
+        "5.4",
+        READ,
+        Edit(
+            "model",
+            "device=self.device).tril()[None]",
+            "device=self.device).tril().triu(-255)[None]",
+        ),
+    ),
+    Fault(
+        "windows are counted from the longest prompt left",
+        "Once the longest prompt has left, the others read past their windows.",
+        "5.5",
+        READ,
+        Edit("decode", WINDOW, WINDOW.replace("P + T", "int(self.lengths.max()) + T")),
+    ),
+    Fault(
+        "padding is cut at the wrong end beside a window",
+        "A short prompt beside a long one reads padding where its layers have windows.",
+        "5.5",
+        READ,
+        Edit("decode", "self.padding[..., p0:]", "self.padding[..., : P - p0]"),
+    ),
+    Fault(
+        "windows never leave the prompt",
+        "The last token of a prompt is read for ever.",
+        "5.5",
+        READ,
+        Edit("decode", "p0, t0 = min(lost, P), ", "p0, t0 = min(lost, P - 1), "),
+    ),
+    Fault(
+        "caches move last row first",
+        "Where several rows move up, all of them remember what the last one said.",
+        "4.3",
+        READ,
+        Edit(
+            "decode",
+            "for new, old in enumerate(rows):",
+            "for new, old in reversed([*enumerate(rows)]):",
+        ),
+    ),
+    Fault(
+        "only keys move",
+        "Where a row leaves, those after it look for their own past and find another's.",
+        "4.3",
+        READ,
+        Edit(
+            "decode",
+            "self.own[:, :, new, :, : self.step] = self.own[:, :, old, :, : self.step]",
+            "self.own[:, 0, new, :, : self.step] = self.own[:, 0, old, :, : self.step]",
+        ),
+    ),
+)
+
+FUSED = (
+    Fault(
+        "fused step: timesteps are counted in a byte",
+        "After 256 tokens the first ones are overwritten.",
+        "4.1",
+        READ,
+        Edit("fused.c", "memcpy(keys + step * d,", "memcpy(keys + (uint8_t)step * d,"),
+        Edit("fused.c", "memcpy(values + step * d,", "memcpy(values + (uint8_t)step * d,"),
+    ),
+    Fault(
+        "fused step: 256 timesteps of an answer are read",
+        "Long answers no longer know what they have just said.",
+        "4.1",
+        READ,
+        Edit(
+            "fused.c",
+            "P - p0, step + 1 - t0);",
+            "P - p0, step + 1 - t0 > 256 ? 256 : step + 1 - t0);",
+        ),
+    ),
+    Fault(
+        "fused step: windows are counted from each prompt's first token",
+        "Short prompts beside long ones fall out of their windows.",
+        "5.5",
+        READ,
+        Edit(
+            "fused.c",
+            "if (p0 < lost) p0 = lost < P ? lost : P;",
+            "p0 = p0 + lost < P ? p0 + lost : P;",
+        ),
+    ),
+    Fault(
+        "fused step: answers are read beyond the window",
+        "Mistral's layers read what training never showed them.",
+        "5.5",
+        READ,
+        Edit("fused.c", "t0 = lost > P ? lost - P : 0;", "t0 = 0;"),
+    ),
+    Fault(
+        "fused step: values lie behind the rows that are left",
+        "Where rows have left, the others weigh numbers of nobody.",
+        "4.3",
+        READ,
+        Edit("fused.c", "*values = keys + rows * K * T * d;", "*values = keys + R * K * T * d;"),
+    ),
+)
+
+FAULTS = (*PLAIN, *FUSED)

@@ -1,0 +1,182 @@
+"""Faults of the MLX backend that long texts show, or windows, or rows that leave (chapters 4 to 6),
+or the whole life of a model (chapter 7). Its caches grow by 256 timesteps."""
+
+from mutations.fault import Edit, Fault
+from mutations.faults_life import KEEPS, KEPT_STATE, LIFE
+from mutations.faults_long import DRAWN, READ, WINDOW
+
+FAULTS = (
+    Fault(
+        "mlx: tables of draws all begin at 0",
+        "Every 64 tokens a row has the same luck again.",
+        "6.2",
+        DRAWN,
+        Edit("sampling", "np.arange(step, step + STEPS)", "np.arange(STEPS)"),
+        package="bridge_mlx",
+    ),
+    Fault(
+        "mlx: a cache loses its last timestep as it grows",
+        "After 256 tokens the last one is forgotten.",
+        "4.1",
+        READ,
+        Edit(
+            "decode",
+            "(mx.concatenate([k, zeros], axis=2), mx.concatenate([v, zeros], axis=2))",
+            "tuple(\n"
+            "                mx.concatenate([x[:, :, : max(room - 1, 0)], *two], axis=2)\n"
+            "                for two in [(zeros[:, :, : min(room, 1)], zeros)]\n"
+            "                for x in (k, v)\n"
+            "            )",
+        ),
+        package="bridge_mlx",
+    ),
+    Fault(
+        "mlx: caches grow in front",
+        "After 256 tokens a row remembers nothing, and then something else.",
+        "4.1",
+        READ,
+        Edit(
+            "decode",
+            "(mx.concatenate([k, zeros], axis=2), mx.concatenate([v, zeros], axis=2))",
+            "(mx.concatenate([zeros, k], axis=2), mx.concatenate([zeros, v], axis=2))",
+        ),
+        package="bridge_mlx",
+    ),
+    Fault(
+        "mlx: grown values begin anew",
+        "After 256 tokens a row finds its past, and nothing in it.",
+        "4.1",
+        READ,
+        Edit(
+            "decode",
+            "mx.concatenate([v, zeros], axis=2)",
+            "mx.concatenate([mx.zeros_like(v), zeros], axis=2)",
+        ),
+        package="bridge_mlx",
+    ),
+    Fault(
+        "mlx: rope's table is that of the first request",
+        "What is longer than the first text stands still at its end.",
+        "5.6",
+        READ,
+        Edit("model", "if length > self.tables.shape[1]:", "if self.tables.shape[1] == 0:"),
+        Edit(
+            "model",
+            "mx.take(self.tables, mx.array(positions.astype(np.int32)), axis=1)",
+            "mx.take(self.tables, mx.array(\n"
+            "            np.minimum(positions, self.tables.shape[1] - 1).astype(np.int32)\n"
+            "        ), axis=1)",
+        ),
+        package="bridge_mlx",
+    ),
+    Fault(
+        "mlx: masks of batches with padding reach 256 timesteps",
+        "The start of a long prompt is forgotten as soon as a short one is beside it.",
+        "5.4",
+        READ,
+        Edit(
+            "model",
+            "mask = mx.tri(S, dtype=mx.bool_)[None]",
+            "mask = (mx.tri(S, dtype=mx.bool_) & ~mx.tri(S, k=-256, dtype=mx.bool_))[None]",
+        ),
+        package="bridge_mlx",
+    ),
+    Fault(
+        "mlx: windows are counted from the longest prompt left",
+        "Once the longest prompt has left, the others read past their windows.",
+        "5.5",
+        READ,
+        Edit("decode", WINDOW, WINDOW.replace("P + T", "int(self.lengths.max()) + T")),
+        package="bridge_mlx",
+    ),
+    Fault(
+        "mlx: padding is cut at the wrong end beside a window",
+        "A short prompt beside a long one reads padding where its layers have windows.",
+        "5.5",
+        READ,
+        Edit("decode", "self.padding[..., p0:]", "self.padding[..., : P - p0]"),
+        package="bridge_mlx",
+    ),
+    Fault(
+        "mlx: only keys move",
+        "Where a row leaves, those after it look for their own past and find another's.",
+        "4.3",
+        READ,
+        Edit(
+            "decode",
+            "mx.take(v, left, axis=0)) for k, v in self.own]",
+            "v[: len(rows)]) for k, v in self.own]",
+        ),
+        package="bridge_mlx",
+    ),
+    Fault(
+        "mlx: prompts that were read are kept",
+        "After an update, prompts are answered from what the model was before.",
+        "7.9",
+        LIFE,
+        Edit(
+            "decode",
+            "            last = self._prefill(prompts)\n",
+            KEEPS.replace("        ", "            ") + "            if asked not in kept:\n"
+            "                last = self._prefill(prompts)\n"
+            "                kept[asked] = last, self.prefix, self.padding\n"
+            "            last, self.prefix, self.padding = kept[asked]\n",
+        ),
+        package="bridge_mlx",
+    ),
+    Fault(
+        "mlx: states are written where the last one lies",
+        "A state that is kept follows the training.",
+        "7.9",
+        LIFE,
+        Edit(
+            "train",
+            '        return {"step": np.array(self.adamw.step.item(), np.int64), **arrays}',
+            f"        {KEPT_STATE}"
+            '        return {"step": np.array(self.adamw.step.item(), np.int64), **kept}',
+        ),
+        package="bridge_mlx",
+    ),
+    Fault(
+        "mlx: the step count never falls",
+        "A run that is taken back corrects its bias as if it had not been.",
+        "7.9",
+        LIFE,
+        Edit(
+            "train",
+            'mx.array(int(state["step"]), mx.uint64)',
+            'mx.maximum(moments["step"], mx.array(int(state["step"]), mx.uint64))',
+        ),
+        package="bridge_mlx",
+    ),
+    Fault(
+        "mlx: first moments are not restored",
+        "A run that is taken back goes on in the direction that it was taken back from.",
+        "7.9",
+        LIFE,
+        Edit("train", '"m": given[f"exp_avg.{name}"],', '"m": moments[name]["m"],'),
+        package="bridge_mlx",
+    ),
+    Fault(
+        "mlx: the learning rate of an update stays",
+        "Once a rate was given, the optimizer's own is gone.",
+        "7.8",
+        LIFE,
+        Edit(
+            "train",
+            "self.adamw.learning_rate = self.options.lr if lr is None else lr",
+            "self.adamw.learning_rate = lr or self.adamw.learning_rate",
+        ),
+        package="bridge_mlx",
+    ),
+    Fault(
+        "mlx: a tied head is a copy",
+        "After training the model says what it learnt, by the head that it had before.",
+        "7.9",
+        LIFE,
+        Edit(
+            "model", "new.head = replace(self.head, weights=(new.embed,))", "new.head = self.head"
+        ),
+        package="bridge_mlx",
+    ),
+)
