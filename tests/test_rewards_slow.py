@@ -84,7 +84,7 @@ def test_there_are_no_more_processes_than_asked_for(task):
     with Scorer(task, time_limit=LONG, processes=2) as scorer:
         scores = scorer.score(pairs(*["process 2"] * 6))
         assert len({s.value for s in scores}) == len(scorer.children) == 2
-    with pytest.raises(BridgeError, match="processes must be 1 or above, or None, not 0"):
+    with pytest.raises(BridgeError, match="processes must be 1 or above, not 0"):
         Scorer(task, processes=0)
 
 
