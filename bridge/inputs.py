@@ -148,6 +148,12 @@ def check_batch(batch: Batch, objective: Objective, vocab_size: int) -> None:
         check_temperature(objective.temperature)
         if batch.advantages is None:
             raise BridgeError("batch.advantages is missing; GRPO needs one a row (clause 7.6)")
+        learnt = np.where(batch.target_mask.any(axis=1), batch.advantages, 0.0)
+        for row in np.flatnonzero(~(np.abs(learnt) <= np.finfo(np.float32).max)):
+            raise BridgeError(
+                f"batch.advantages holds {learnt[row]:g} in row {row}, which is not finite in "
+                "float32; mend the rewards (clause 7.6)"
+            )
         if objective.beta and batch.ref_logprobs is None:
             raise BridgeError("batch.ref_logprobs is missing; GRPO needs them unless beta is 0")
 

@@ -4,6 +4,7 @@ Not shipped. `python -m mutations`, from `conformance/`, runs them all; `fault.p
 """
 
 from mutations import (
+    faults_advantages,
     faults_block,
     faults_decode,
     faults_files,
@@ -21,6 +22,7 @@ MODULES = (
     faults_fused,
     faults_sampling,
     faults_train,
+    faults_advantages,
     faults_files,
 )
 
