@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from bridge.config import ModelConfig, tensor_shapes
 from bridge.contract import GRPO, Batch, Objective
 from bridge.errors import BridgeError
+from bridge.rounding import rounded
 
 
 def default_positions(active: Bool[np.ndarray, "B S"]) -> Int[np.ndarray, "B S"]:
@@ -19,14 +20,22 @@ def default_positions(active: Bool[np.ndarray, "B S"]) -> Int[np.ndarray, "B S"]
     return np.maximum(np.cumsum(active, axis=1, dtype=np.int64) - 1, 0)
 
 
-def take_tensor(tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """One tensor of a model being loaded. Refuses one that is missing or has another shape."""
+def take_tensor(
+    tensors: Mapping[str, np.ndarray],
+    name: str,
+    shape: tuple[int, ...],
+    dtype: str | None = None,
+) -> np.ndarray:
+    """One tensor of a model being loaded to compute in `dtype`: rounded to it, once, or in a
+    narrower dtype that it was stored in and that `dtype` holds (None: as it was stored). Refuses one that is missing, has
+    another shape, or holds a number that is too large for `dtype`."""
     if name not in tensors:
         raise BridgeError(f"tensor {name} is missing")
     tensor = np.asarray(tensors[name])
     if tensor.shape != shape:
         raise BridgeError(f"tensor {name} is {list(tensor.shape)}, need {list(shape)}")
-    return tensor
+    wanted = tensor.dtype if dtype is None else np.dtype(dtype)
+    return rounded(tensor, wanted, name) if wanted.itemsize <= tensor.itemsize else tensor
 
 
 def check_prompts(

@@ -16,7 +16,7 @@ import pytest
 import typer
 
 from bridge_cli.main import app
-from bridge_conformance.checks import CHECKS
+from bridge_conformance.checks import CASES, CHECKS
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "bridge_example_backend"
@@ -31,7 +31,7 @@ EXAMINE = """
 import os
 from hypothesis import Phase, given, settings, strategies as st
 from bridge.registry import find_backend
-from bridge_conformance.checks import CHECKS
+from bridge_conformance.checks import CASES, CHECKS
 from bridge_conformance.trial import Target
 
 exec(os.environ["FAULT"])
@@ -41,7 +41,7 @@ target = Target(find_backend("example"), "cpu", "float32", check.clause)
 @settings(max_examples=60, phases=[Phase.generate], derandomize=True, database=None, deadline=None)
 @given(st.data())
 def run(data):
-    check.run(target, data.draw(check.cases))
+    check.run(target, data.draw(CASES[check.cases].filter(check.applies)))
 
 run()
 """

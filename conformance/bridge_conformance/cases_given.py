@@ -24,7 +24,15 @@ from bridge_conformance.cases import (
 from bridge_conformance.checks import Check
 from bridge_conformance.checks_golden import GoldenCase
 
-KINDS = {1: BlockCase, 2: RowsCase, 3: DecodeCase, 4: TrainCase, 5: TrainCase, 6: RowsCase}
+KINDS: dict[int | str, type] = {
+    1: BlockCase,
+    2: RowsCase,
+    3: DecodeCase,
+    4: TrainCase,
+    5: TrainCase,
+    6: RowsCase,
+    "trainable": TrainCase,
+}
 NAMES = {
     BlockCase: "block",
     RowsCase: "rows",
@@ -55,7 +63,7 @@ def check_case(case: Any) -> None:
 
 def check_fits(check: Check, case: Any) -> None:
     """Refuse, with a BridgeError, a case that `check` does not run on."""
-    wanted = GoldenCase if check.golden else KINDS[check.level]
+    wanted = GoldenCase if check.golden else KINDS[check.cases]
     if type(case) is not wanted:
         raise BridgeError(
             f"--case: is of the kind {NAMES[type(case)]}, but {check.name} takes {NAMES[wanted]}"

@@ -6,9 +6,9 @@ To run one on one case: `CHECKS[name].run(Target(backend, device, dtype, clause)
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from bridge_conformance import (
@@ -18,9 +18,12 @@ from bridge_conformance import (
     checks_golden,
     checks_model,
     checks_train,
+    checks_trainable,
     strategies,
+    worst_trainable,
 )
 from bridge_conformance.checks_golden import GoldenCase, golden_vector_is_met
+from bridge_conformance.checks_trainable import is_long, is_short
 from bridge_conformance.trial import Target
 
 # What a level is about (clause 10.3); each includes those before it.
@@ -33,14 +36,20 @@ LEVELS = {
     6: "checkpoint round trips",
 }
 _train = strategies.train_cases()
-# The cases that all checks of a level share; golden vectors have their own.
-CASES: dict[int, SearchStrategy[Any]] = {
+# The cases that checks share, by the name of what shares them: all checks of a level, or those of a
+# kind that has its own. Golden vectors have their own.
+CASES: dict[int | str, SearchStrategy[Any]] = {
     1: strategies.block_cases(),
     2: strategies.rows_cases(),
     3: strategies.decode_cases(),
     4: _train,
     5: _train,
     6: strategies.rows_cases(),
+    "trainable": strategies.trainable_cases(),
+}
+# What comes before those drawn, in every profile: the worst that is known.
+WORST: dict[int | str, tuple[Any, ...]] = {
+    "trainable": worst_trainable.CASES,
 }
 
 
@@ -50,13 +59,13 @@ def _any(case: Any) -> bool:
 
 @dataclass(frozen=True)
 class Check:
-    """A property: `run(target, case)` for every case that `cases` draws."""
+    """A property: `run(target, case)` for the cases `CASES[cases]`."""
 
     run: Callable[[Target, Any], None]
     clause: str
     level: int
-    cases: SearchStrategy[Any]
-    applies: Callable[[Any], bool] = _any  # of the level's cases, to which ones
+    cases: int | str
+    applies: Callable[[Any], bool] = _any  # to which of them
     golden: str | None = None  # the name of the golden vector, which is then its one case
 
     @property
@@ -75,24 +84,21 @@ def _check(
     run: Callable[[Target, Any], None],
     clause: str,
     level: int,
-    applies: Callable[[Any], bool] | None = None,
+    applies: Callable[[Any], bool] = _any,
+    cases: int | str | None = None,
 ) -> Check:
-    cases = CASES[level] if applies is None else CASES[level].filter(applies)
-    return Check(run, clause, level, cases, applies or _any)
+    return Check(run, clause, level, level if cases is None else cases, applies)
 
 
 def _golden(name: str) -> Check:
     case = GoldenCase(name)
     clause = name.partition("-")[0]
-    return Check(
-        golden_vector_is_met,
-        clause,
-        checks_golden.LEVELS[case.what],
-        st.just(case),
-        lambda other: other == case,
-        golden=name,
-    )
+    level = checks_golden.LEVELS[case.what]
+    own = lambda other: other == case  # noqa: E731
+    return Check(golden_vector_is_met, clause, level, level, own, golden=name)
 
+
+_trainable = partial(_check, cases="trainable")
 
 CHECKS: dict[str, Check] = {
     check.name: check
@@ -128,7 +134,11 @@ CHECKS: dict[str, Check] = {
         _check(checks_train.computing_layers_again_changes_no_update, "7.11", 5),
         _check(checks_train.a_restored_trainer_goes_on_as_if_never_stopped, "7.9", 5),
         _check(checks_train.a_model_computes_with_what_it_learnt, "7.9", 5),
+        _trainable(checks_trainable.a_common_token_learns_from_all_its_cells, "7.9", 4, is_long),
+        _trainable(checks_trainable.any_subset_is_updated_alone, "7.9", 5, is_short),
+        _trainable(checks_trainable.many_batches_add_up_in_float32, "7.10", 5, is_short),
         _check(checks_checkpoint.tensors_come_back_byte_for_byte, "9.3", 6),
+        _check(checks_checkpoint.stored_dtypes_are_rounded_once, "10.1", 6),
         _check(checks_checkpoint.a_checkpoint_gives_the_same_model, "9.6", 6),
         _check(checks_checkpoint.every_form_gives_the_same_model, "9.12", 6),
         *map(_golden, checks_golden.names()),

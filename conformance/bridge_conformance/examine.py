@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, Verbosity
 from hypothesis.errors import HypothesisException
 
 from bridge_conformance.cases_json import readable
-from bridge_conformance.checks import CASES, CHECKS, Check
+from bridge_conformance.checks import CASES, CHECKS, WORST, Check
 from bridge_conformance.draws import by_seed_alone
 from bridge_conformance.memory import Memory
 from bridge_conformance.results import EDGES, Status, bin_of, plain
@@ -40,27 +40,29 @@ class Finding:
 SPARE = 40  # numbers of cases beyond those asked for, where a check that nothing showed looks
 
 
-def seed_of(seed: int, level: int, dtype: str, number: int) -> int:
-    """The seed of a level's case of that number in a dtype."""
-    return zlib.crc32(f"{seed} {level} {dtype} {number}".encode())
+def seed_of(seed: int, kind: int | str, dtype: str, number: int) -> int:
+    """The seed of the case of that number of `CASES[kind]` in a dtype."""
+    return zlib.crc32(f"{seed} {kind} {dtype} {number}".encode())
 
 
-def draw(level: int, dtype: str, seed: int, count: int) -> list[Any]:
-    """Up to `count` different cases of a level, and more where a check would have none."""
-    cases = {readable(case): case for case in (_one(level, dtype, seed, n) for n in range(count))}
-    drawn = list(cases.values())
+def draw(kind: int | str, dtype: str, seed: int, count: int) -> list[Any]:
+    """The worst cases of a kind, up to `count` different ones that `CASES[kind]` draws, and more
+    where a check would have none."""
+    known = WORST.get(kind, ())
+    cases = {readable(case): case for case in (_one(kind, dtype, seed, n) for n in range(count))}
+    drawn = [*known, *cases.values()]
     for check in CHECKS.values():  # each needs one that it applies to and that is not left out
-        if check.level == level and not check.golden and not any(_shows(check, c) for c in drawn):
-            spare = (_one(level, dtype, seed, n) for n in range(count, count + SPARE))
+        if check.cases == kind and not check.golden and not any(_shows(check, c) for c in drawn):
+            spare = (_one(kind, dtype, seed, n) for n in range(count, count + SPARE))
             drawn += [case for case in spare if _shows(check, case)][:1]
     return drawn
 
 
-def _one(level: int, dtype: str, seed: int, number: int) -> Any:
+def _one(kind: int | str, dtype: str, seed: int, number: int) -> Any:
     """The case of one number, drawn by itself: of many that Hypothesis draws in a row, most are
     variations of a few, and few cases show much only if they are independent."""
     cases: list[Any] = []
-    run(cases.append, level, dtype, seed, number, phases=(Phase.generate,))
+    run(cases.append, kind, dtype, seed, number, phases=(Phase.generate,))
     return cases[-1]
 
 
@@ -71,17 +73,16 @@ def _shows(check: Check, case: Any) -> bool:
 
 def run(
     function: Callable[[Any], None],
-    level: int,
+    kind: int | str,
     dtype: str,
     seed: int,
     number: int,
     phases: Sequence[Phase],
 ) -> None:
-    """Hypothesis on the plainest case of a level and on the one of a number; a failure is raised,
+    """Hypothesis on the plainest case of a kind and on the one of a number; a failure is raised,
     once it is shrunk where `phases` say so."""
-
-    @hypothesis.seed(seed_of(seed, level, dtype, number))
-    @hypothesis.settings(
+    seeded = hypothesis.seed(seed_of(seed, kind, dtype, number))
+    settings = hypothesis.settings(
         max_examples=2,
         phases=phases,
         database=None,
@@ -97,10 +98,7 @@ def run(
             HealthCheck.large_base_example,
         ],
     )
-    @hypothesis.given(CASES[level])
-    def test(case: Any) -> None:
-        function(case)
-
+    test = seeded(settings(hypothesis.given(CASES[kind])(lambda case: function(case))))
     with by_seed_alone():
         test()
 
@@ -169,7 +167,7 @@ def shrink(
 
     failing = next((readable(case) for case, finding in known if finding.status == "fail"), "")
     numbers = range(len(known) + SPARE)
-    drawn = (readable(_one(check.level, target.dtype, seed, number)) for number in numbers)
+    drawn = (readable(_one(check.cases, target.dtype, seed, number)) for number in numbers)
     # In a checkout Hypothesis draws constants of all modules loaded, so a worker may draw others
     # than the process that drew `known`: then any case that fails will do.
     matching = [number for number, text in zip(numbers, drawn, strict=True) if text == failing]
@@ -178,7 +176,7 @@ def shrink(
             return None
         try:
             phases = (Phase.generate, Phase.shrink)
-            run(fails, check.level, target.dtype, seed, number, phases)
+            run(fails, check.cases, target.dtype, seed, number, phases)
         except _Found:
             return last[-1]  # Hypothesis ends with the plainest
         except HypothesisException:  # it could not repeat what it saw

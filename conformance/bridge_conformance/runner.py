@@ -31,15 +31,19 @@ from bridge_conformance.workers import Job, Worker, carry_out
 class Profile:
     """How much a run does in each dtype."""
 
-    cases: dict[int, int]  # drawn, by level
+    cases: dict[int | str, int]  # drawn, by the keys of CASES, after the worst ones of each
     shrunk: int  # failures that are shrunk, in order of their levels
     budget: int  # cases that shrinking one of them may try
 
 
 PROFILES = {
-    "quick": Profile({1: 4, 2: 2, 3: 2, 4: 2, 5: 1, 6: 2}, shrunk=6, budget=60),
-    "ci": Profile({1: 24, 2: 24, 3: 16, 4: 8, 5: 5, 6: 8}, shrunk=12, budget=120),
-    "thorough": Profile({1: 300, 2: 200, 3: 150, 4: 150, 5: 100, 6: 60}, shrunk=99, budget=500),
+    "quick": Profile({1: 4, 2: 2, 3: 2, 4: 2, 5: 1, 6: 2, "trainable": 0}, shrunk=6, budget=60),
+    "ci": Profile({1: 24, 2: 24, 3: 16, 4: 8, 5: 5, 6: 8, "trainable": 2}, shrunk=12, budget=120),
+    "thorough": Profile(
+        {1: 300, 2: 200, 3: 150, 4: 150, 5: 100, 6: 60, "trainable": 60},
+        shrunk=99,
+        budget=500,
+    ),
 }
 
 
@@ -173,16 +177,16 @@ class Session:
 
     def _jobs(self, dtypes: Sequence[str], case: str | None) -> Iterator[Job]:
         """One a case; the dearest levels first, so that workers end together."""
-        order = sorted({check.level for check in self.checks}, key=lambda n: (n not in (5, 3), n))
-        for level in order:
-            here = [check for check in self.checks if check.level == level]
+        kinds = {check.cases: check.level for check in self.checks}
+        for kind in sorted(kinds, key=lambda kind: (kinds[kind] not in (5, 3), kinds[kind])):
+            here = [check for check in self.checks if check.cases == kind]
             drawn = tuple(check.name for check in here if not check.golden)
             for dtype in dtypes:
                 if case is not None:
                     yield Job(dtype, tuple(check.name for check in here), case, 0)
                     continue
-                count = self.profile.cases[level] if drawn else 0
-                cases = draw(level, dtype, self.report.seed, count) if drawn else []
+                count = self.profile.cases[kind] if drawn else 0
+                cases = draw(kind, dtype, self.report.seed, count) if drawn else []
                 for number, drawn_case in enumerate(cases):
                     yield Job(dtype, drawn, readable(drawn_case), number)
                 for check in here:

@@ -5,6 +5,7 @@ model that shows it; the numbers in tensors come from a drawn seed. A configurat
 raw Hugging Face object, in either spelling, and parsed as a user's would be.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import strategies as st
@@ -178,3 +179,16 @@ def train_cases(draw) -> TrainCase:
     trainable = draw(st.sampled_from([tuple(bridge), tuple(tensor_shapes(config))]))
     objective = draw(st.sampled_from([SFT(), GRPO(0.2, 0.28), GRPO(0.2, 0.28, 0.1, 0.7)]))
     return TrainCase(rows, objective, trainable, draw(SEEDS))
+
+
+@st.composite
+def trainable_cases(draw) -> TrainCase:
+    """A batch to learn from by some of the tensors: one, the norms alone, or any."""
+    case = draw(train_cases())
+    names = list(tensor_shapes(case.rows.model.config))
+    norms = {name for name in names if name.endswith("norm.weight")}
+    one = st.sampled_from(names)
+    some = draw(
+        st.one_of(st.sets(one, min_size=1, max_size=1), st.just(norms), st.sets(one, min_size=1))
+    )
+    return replace(case, trainable=tuple(name for name in names if name in some))

@@ -11,7 +11,9 @@ from mutations import (
     faults_fused,
     faults_model,
     faults_sampling,
+    faults_stored,
     faults_train,
+    faults_trainable,
 )
 from mutations.fault import Fault
 
@@ -22,7 +24,9 @@ MODULES = (
     faults_fused,
     faults_sampling,
     faults_train,
+    faults_trainable,
     faults_advantages,
+    faults_stored,
     faults_files,
 )
 

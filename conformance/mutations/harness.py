@@ -6,11 +6,12 @@ catches it there. The results stand in `conformance/README.md`, between markers.
 """
 
 import re
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ from mutations.fault import Fault, standing_in
 
 README = Path(__file__).parent.parent / "README.md"
 PROFILE, SEED = "ci", 0
+BACKENDS = {
+    "bridge_torch": "TorchBackend",
+    "bridge_jax": "JaxBackend",
+    "bridge_mlx": "MlxBackend",
+}
 
 
 @dataclass(frozen=True)
@@ -47,17 +53,17 @@ class Catch:
 
 
 @cache
-def cases_of(level: int, dtype: str) -> Sequence[Any]:
-    """The cases that the profile draws for a level's checks."""
-    return draw(level, dtype, SEED, PROFILES[PROFILE].cases[level])
+def cases_of(kind: int | str, dtype: str) -> Sequence[Any]:
+    """The cases of a kind that the profile draws."""
+    return draw(kind, dtype, SEED, PROFILES[PROFILE].cases[kind])
 
 
 def catches(fault: Fault) -> list[Catch]:
-    """The checks of the fault's level that a backend with this fault fails."""
+    """The checks on the named one's kind of cases that a backend with this fault fails."""
     if fault.check not in CHECKS:
         return list(_of(fault, []))
-    level = CHECKS[fault.check].level
-    return list(_of(fault, [check for check in CHECKS.values() if check.level == level]))
+    kind = CHECKS[fault.check].cases
+    return list(_of(fault, [check for check in CHECKS.values() if check.cases == kind]))
 
 
 def first_catch(fault: Fault) -> Catch | None:
@@ -69,24 +75,28 @@ def first_catch(fault: Fault) -> Catch | None:
 
 def _of(fault: Fault, checks: Sequence[Check]) -> Generator[Catch]:
     if fault.package == "bridge":
-        from bridge_torch.backend import TorchBackend
-
         with standing_in(fault.edits):
-            yield from failing(TorchBackend(), fault.dtype, checks)
+            yield from failing(backend_of("bridge_torch"), fault.dtype, checks)
         return
     modules = fault.plant()
     if fault.package == "bridge_ref":
         yield from of_advantages(modules["losses"].group_advantages)
     else:
-        yield from failing(modules["backend"].TorchBackend(), fault.dtype, checks)
+        yield from failing(backend_of(fault.package, modules), fault.dtype, checks)
+
+
+def backend_of(package: str, modules: Mapping[str, Any] | None = None) -> Backend:
+    """The backend of a package: of these modules of it, or else as it is."""
+    module = import_module(f"{package}.backend") if modules is None else modules["backend"]
+    return getattr(module, BACKENDS[package])()
 
 
 def failing(backend: Backend, dtype: str, checks: Sequence[Check]) -> Iterator[Catch]:
     """Each check that fails on a case of the profile, with the first on which it does."""
     target = Target(backend, "cpu", dtype)
-    for level in sorted({check.level for check in checks}):
-        left = [check for check in checks if check.level == level and not check.golden]
-        for number, case in enumerate(cases_of(level, dtype) if left else (), 1):
+    for kind in dict.fromkeys(check.cases for check in checks):
+        left = [check for check in checks if check.cases == kind and not check.golden]
+        for number, case in enumerate(cases_of(kind, dtype) if left else (), 1):
             failed = [f for f in examine(target, left, case) if f.status == "fail"]
             yield from (Catch(finding.check, number, finding.message) for finding in failed)
             left = [check for check in left if check.name not in {f.check for f in failed}]
@@ -130,9 +140,7 @@ def _of_fault(name: str) -> tuple[str, list[Catch]]:
 
 
 def _of_seed(seed: int) -> tuple[int, dict[str, Any]]:
-    from bridge_torch.backend import TorchBackend
-
-    report = run(TorchBackend(), device="cpu", profile=PROFILE, seed=seed, workers=1)
+    report = run(backend_of("bridge_torch"), device="cpu", profile=PROFILE, seed=seed, workers=1)
     return seed, {
         "checks": sum(outcome.status == "pass" for outcome in report.outcomes),
         "cases": sum(outcome.cases for outcome in report.outcomes),
@@ -164,8 +172,8 @@ def run_seeds(count: int, say: Callable[[int, dict[str, Any]], None]) -> dict:
 def fault_table(results: dict[str, list[Catch]]) -> str:
     """Markdown: a line a fault."""
     lines = [
-        "| fault | what goes wrong | level | clause | dtype | caught by, on its n-th case |",
-        "|---|---|---|---|---|---|",
+        "| fault | what goes wrong | in | level | clause | dtype | caught by, on its n-th case |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, caught in results.items():
         fault = FAULTS[name]
@@ -177,7 +185,8 @@ def fault_table(results: dict[str, list[Catch]]) -> str:
         )
         more = len(caught) - len(named + others[:1])
         by += f" and {more} more" if more > 0 else ""
-        cells = (name, fault.harm, level, fault.clause, fault.dtype, by or "**nothing**")
+        package = fault.package.removeprefix("bridge_")
+        cells = (name, fault.harm, package, level, fault.clause, fault.dtype, by or "**nothing**")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
