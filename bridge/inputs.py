@@ -27,8 +27,8 @@ def take_tensor(
     dtype: str | None = None,
 ) -> np.ndarray:
     """One tensor of a model being loaded to compute in `dtype`: rounded to it, once, or in a
-    narrower dtype that it was stored in and that `dtype` holds (None: as it was stored). Refuses one that is missing, has
-    another shape, or holds a number that is too large for `dtype`."""
+    narrower dtype that it was stored in and that `dtype` holds; None: as it was stored. Refuses one
+    that is missing, has another shape, or holds a number that is too large for `dtype`."""
     if name not in tensors:
         raise BridgeError(f"tensor {name} is missing")
     tensor = np.asarray(tensors[name])

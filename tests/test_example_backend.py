@@ -16,7 +16,7 @@ import pytest
 import typer
 
 from bridge_cli.main import app
-from bridge_conformance.checks import CASES, CHECKS
+from bridge_conformance.checks import CHECKS
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "bridge_example_backend"

@@ -12,7 +12,7 @@ from bridge.contract import GRPO, SFT, AdamW, Batch, Sampling
 from bridge.errors import BridgeError
 from bridge_conformance import checks_model, checks_train, strategies
 from bridge_conformance.cases import ModelCase, TrainCase, random_tensors, rows_of
-from bridge_conformance.checks import CHECKS
+from bridge_conformance.checks import CASES, CHECKS
 from bridge_conformance.trial import Target
 from bridge_jax import backend, decode, train
 from bridge_jax import model as transformer
