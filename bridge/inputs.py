@@ -13,6 +13,7 @@ from bridge.config import ModelConfig, tensor_shapes
 from bridge.contract import GRPO, AdamW, Batch, Objective
 from bridge.errors import BridgeError
 from bridge.ranges import take
+from bridge.rounding import rounded
 
 
 def default_positions(active: Bool[np.ndarray, "B S"]) -> Int[np.ndarray, "B S"]:
@@ -20,14 +21,22 @@ def default_positions(active: Bool[np.ndarray, "B S"]) -> Int[np.ndarray, "B S"]
     return np.maximum(np.cumsum(active, axis=1, dtype=np.int64) - 1, 0)
 
 
-def take_tensor(tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """One tensor of a model being loaded. Refuses one that is missing or has another shape."""
+def take_tensor(
+    tensors: Mapping[str, np.ndarray],
+    name: str,
+    shape: tuple[int, ...],
+    dtype: str | None = None,
+) -> np.ndarray:
+    """One tensor of a model being loaded to compute in `dtype`: rounded to it, once, or in a
+    narrower dtype that it was stored in and that `dtype` holds; None: as it was stored. Refuses one
+    that is missing, has another shape, or holds a number that is too large for `dtype`."""
     if name not in tensors:
         raise BridgeError(f"tensor {name} is missing")
     tensor = np.asarray(tensors[name])
     if tensor.shape != shape:
         raise BridgeError(f"tensor {name} is {list(tensor.shape)}, need {list(shape)}")
-    return tensor
+    wanted = tensor.dtype if dtype is None else np.dtype(dtype)
+    return rounded(tensor, wanted, name) if wanted.itemsize <= tensor.itemsize else tensor
 
 
 def check_prompts(
@@ -169,6 +178,12 @@ def check_batch(batch: Batch, objective: Objective, vocab_size: int) -> None:
         check_temperature(objective.temperature)
         if batch.advantages is None:
             raise BridgeError("batch.advantages is missing; GRPO needs one a row (clause 7.6)")
+        learnt = np.where(batch.target_mask.any(axis=1), batch.advantages, 0.0)
+        for row in np.flatnonzero(~(np.abs(learnt) <= np.finfo(np.float32).max)):
+            raise BridgeError(
+                f"batch.advantages holds {learnt[row]:g} in row {row}, which is not finite in "
+                "float32; mend the rewards (clause 7.6)"
+            )
         if objective.beta and batch.ref_logprobs is None:
             raise BridgeError("batch.ref_logprobs is missing; GRPO needs them unless beta is 0")
 

@@ -43,8 +43,10 @@ class Reference:
             raise BridgeError(f"backend numpy: no device {device!r}; use cpu")
         if dtype not in DTYPES:
             raise BridgeError(f"backend numpy: no dtype {dtype!r}; use one of {', '.join(DTYPES)}")
-        shapes = tensor_shapes(config).items()
-        own = {n: take_tensor(tensors, n, shape).astype(DTYPES[dtype]) for n, shape in shapes}
+        own = {
+            name: take_tensor(tensors, name, shape, dtype).astype(DTYPES[dtype])
+            for name, shape in tensor_shapes(config).items()
+        }
         return ReferenceModel(config, own, dtype)
 
 

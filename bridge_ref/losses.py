@@ -9,9 +9,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from bridge.contract import GRPO, SFT, Batch, Objective
+from bridge.errors import BridgeError
 from bridge_ref.ops import log_softmax, log_softmax_backward
 
 Metrics = dict[str, float]
+EQUAL = 2.0**-46  # 64 times the distance from 1 to the next float64 (clauses 7.6 and 11.7)
 
 
 def loss(
@@ -72,9 +74,9 @@ def grpo(
     }
     if batch.ref_logprobs is not None:
         difference = np.where(mask, only(mask, batch.ref_logprobs, lp.dtype) - lp, 0)
-        kl = np.exp(difference) - difference - 1
+        kl = np.expm1(difference) - difference  # of a small difference, exp is 1 and no more
         gain = gain - objective.beta * kl
-        dlogprob = dlogprob - objective.beta * (1 - np.exp(difference))
+        dlogprob = dlogprob - objective.beta * -np.expm1(difference)
         metrics["kl"] = np.sum(kl, where=mask).item() / count
     dlogprob = np.where(mask, -dlogprob / count, 0)
     value = -np.sum(gain, where=mask) / count
@@ -117,16 +119,26 @@ def group_advantages(
 ) -> Float[np.ndarray, " B"]:
     """Clause 7.6: `A = (r - mean r) / std r` over each group, std of the population.
 
-    A group of equal rewards gets exactly 0. No epsilon is added to std: a group's advantages do not
-    depend on the scale of its rewards. `normalise_std=False` leaves the division out (Dr. GRPO).
+    A group of equal rewards, `max r - min r <= EQUAL max |r|`, gets exactly 0. No epsilon is added
+    to std: a group's advantages do not depend on the scale of its rewards. `normalise_std=False`
+    leaves the division out (Dr. GRPO). Rewards are taken to be near 1 by a power of two, which
+    rounds nothing, and their differences to [0, 1] before any is squared: so rewards and spreads of
+    any size have right advantages. Raises BridgeError for a reward that is not finite.
     """
     rewards = np.asarray(rewards, np.float64)
+    for row in np.flatnonzero(~np.isfinite(rewards)):
+        raise BridgeError(f"reward {rewards[row]} of row {row} is not finite (clause 7.6)")
     advantages = np.zeros_like(rewards)
     for group in np.unique(groups):
         rows = groups == group
-        r = rewards[rows]
-        if r.min() == r.max():
+        _, exponent = np.frexp(np.abs(rewards[rows]).max())
+        r = np.ldexp(rewards[rows], -exponent)
+        spread = r.max() - r.min()
+        if spread <= EQUAL * np.abs(r).max():
             continue
-        centred = r - r.mean()
-        advantages[rows] = centred / r.std() if normalise_std else centred
+        apart = (r - r.min()) / spread
+        centred = apart - apart.mean()
+        with np.errstate(over="ignore"):  # of rewards near its end
+            unscaled = np.ldexp(centred * spread, exponent)
+        advantages[rows] = centred / apart.std() if normalise_std else unscaled
     return advantages

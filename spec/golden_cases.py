@@ -230,9 +230,24 @@ def loss(attempt: int, objective: dict[str, float] | None) -> Case:
     return {"objective": objective}, {"logits": 2 * numbers(*BATCH_ACTIVE.shape, 11), **batch}
 
 
-def advantages(attempt: int) -> Case:
-    rewards = np.array([1.0, 0.0, 0.0, 1.0, 0.5, 0.5, 0.25, -2.0])
-    return {}, {"rewards": rewards, "groups": np.array([0, 0, 0, 0, 1, 1, 2, 2])}
+REWARDS: dict[str, list[list[float]]] = {
+    "": [[1.0, 0.0, 0.0, 1.0], [0.5, 0.5], [0.25, -2.0]],
+    # Equal are the first, and the one at the border; the others are not.
+    "-rounding": [
+        [0.3, 0.1 + 0.2, 0.3],
+        [-1.0, -1.0 - 2.0**-46],
+        [1.0, 1.0 + 2.0**-45, 1.0],
+        [0.7, 0.7 + 1e-9, 0.7 + 4e-9],
+    ],
+    "-tiny": [[0.0, 1e-200, 3e-200], [3e-200, 3e-200], [-1e-200, 0.0]],
+    "-huge": [[1e300, -1e300, 0.0, 0.0], [1.5e308, -1.5e308], [1e300, 1.0, 0.0]],
+}
+
+
+def advantages(attempt: int, kind: str) -> Case:
+    groups = REWARDS[kind]
+    numbers = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    return {}, {"rewards": np.concatenate(groups), "groups": numbers}
 
 
 def clip(attempt: int) -> Case:
@@ -284,7 +299,7 @@ CASES: dict[str, Callable[[int], Case]] = {
     "7.5-loss-grpo": partial(
         loss, objective={"eps_low": 0.2, "eps_high": 0.28, "beta": 0.1, "temperature": 0.75}
     ),
-    "7.6-advantages": advantages,
+    **{f"7.6-advantages{kind}": partial(advantages, kind=kind) for kind in REWARDS},
     "7.7-clip": clip,
     "7.8-adamw": adamw,
     "7.9-training": partial(training, updates=2, optimizer={**OPTIMIZER, "eps": 0.01}),

@@ -1,6 +1,7 @@
 """What every backend refuses of those who call it directly, and what it survives."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -140,3 +141,13 @@ def test_without_a_limit_a_norm_past_float32_leaves_gradients_as_they_are(model)
     huge = batch(model, advantages=np.array([1e25, -1e25, 1e25, -1e25], np.float32))
     trainer.step(huge)
     assert all(np.isfinite(a).all() for k, a in trainer.state().items() if k.startswith("master"))
+
+
+def test_the_kl_of_a_policy_near_its_reference_is_above_0_and_right(model):
+    """exp(d) - d - 1 of 1e-4 is all rounding in float32, and below 0 as often as not."""
+    learnt = batch(model, advantages=np.ones(4))
+    lp = np.asarray(model.logprobs(learnt), np.float64)
+    for apart in (1e-4, -1e-4, 1e-3):
+        near = replace(learnt, ref_logprobs=lp + apart)
+        metrics, _ = model.loss_and_grads(near, GRPO(beta=0.1), ["model.norm.weight"])
+        assert metrics["kl"] == pytest.approx(np.expm1(apart) - apart, rel=0.05)

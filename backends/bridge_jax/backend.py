@@ -61,7 +61,7 @@ class JaxBackend:
         shapes = tensor_shapes(config)
 
         def get(name: str) -> np.ndarray:
-            return take_tensor(tensors, name, shapes[name])
+            return take_tensor(tensors, name, shapes[name], dtype)
 
         def put(array: np.ndarray) -> jax.Array:
             return jax.device_put(array, devices[device], may_alias=False)

@@ -97,7 +97,7 @@ def loss(
     }
     if targets.ref_logprobs is not None:
         difference = targets.ref_logprobs - lp
-        kl = jnp.exp(difference) - difference - 1
+        kl = jnp.expm1(difference) - difference  # of a small difference, exp is 1 and no more
         gain = gain - objective.beta * kl
         metrics["kl"] = mean(kl)
     value = -mean(gain)

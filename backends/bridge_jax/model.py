@@ -53,8 +53,14 @@ class Transformer:
         through `put`, one stack of layers at a time."""
         self.config, self.put, self.dtype = config, put, dtype
         self.params: dict[str, Array] = {}
+
+        def own(
+            name: str,
+        ) -> np.ndarray:  # layers that are stored in other dtypes stack all the same
+            return get(name).astype(dtype, copy=False)
+
         for key, names in stacked_names(config).items():
-            self.params[key] = put(_stack(config, names, get).astype(dtype, copy=False))
+            self.params[key] = put(_stack(config, names, own))
         small = sum(array.size for array in self.params.values()) < SMALL
         self.floor = 4 if small else 1  # of groups in a batch and of rows in a group
         on_cpu = next(iter(self.params["model.norm.weight"].devices())).platform == "cpu"
@@ -301,5 +307,8 @@ def head(params: Params, h: Float[Array, "... D"], config: ModelConfig) -> Float
     h = rms_norm(h, params["model.norm.weight"], config.rms_norm_eps)
     name = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
     z = named(params, name, h)
-    bits = jnp.finfo(z.dtype)  # XLA may leave out a rounding that is undone at once, but not this
-    return jax.lax.reduce_precision(z.astype(jnp.float32), bits.nexp, bits.nmant)
+    bits, wide = jnp.finfo(z.dtype), z.astype(jnp.float32)
+    # XLA may leave out a rounding that is undone at once, but not this. Of float16 it leaves no
+    # number below 6e-5, which a gradient has more of than others: that goes by.
+    rounded = jax.lax.reduce_precision(wide, bits.nexp, bits.nmant)
+    return wide + jax.lax.stop_gradient(rounded - wide)

@@ -56,7 +56,8 @@ class MlxBackend:
         def get(name: str) -> mx.array | Quantised:
             packed = take_packed(tensors, name, shapes[name])
             if packed is None:
-                return from_numpy(take_tensor(tensors, name, shapes[name]), DTYPES[dtype])
+                tensor = take_tensor(tensors, name, shapes[name], dtype)
+                return from_numpy(tensor, DTYPES[dtype])
             return Quantised(
                 from_numpy(packed.weight, mx.uint32),
                 from_numpy(packed.scales, DTYPES[dtype]),

@@ -132,7 +132,7 @@ def loss(
     }
     if batch.ref_logprobs is not None:
         difference = _at_targets(batch.ref_logprobs, batch) - lp
-        kl = mx.exp(difference) - difference - 1
+        kl = mx.expm1(difference) - difference  # of a small difference, exp is 1 and no more
         gain = gain - objective.beta * kl
         metrics["kl"] = mx.sum(kl) / count
     value = -mx.sum(gain) / count

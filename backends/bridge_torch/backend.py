@@ -56,7 +56,7 @@ class TorchBackend:
         shapes = tensor_shapes(config)
 
         def get(name: str) -> Tensor:
-            tensor = from_numpy(take_tensor(tensors, name, shapes[name]))
+            tensor = from_numpy(take_tensor(tensors, name, shapes[name], dtype))
             return tensor.to(device, DTYPES[dtype])
 
         return TorchModel(Transformer(config, get), device, dtype)

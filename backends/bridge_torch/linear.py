@@ -8,10 +8,11 @@ every weight once, and for a few rows that layout is two to three times as fast 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 ROWS = 16  # what the blocked layout is tuned for; it serves any number
@@ -79,6 +80,27 @@ class Linear:
         return Linear.stack(
             self.names, lambda name: tensors.get(name, mine[name]), self.bias is not None
         )
+
+
+class _Embed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.outputs = len(weight)
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,), (tokens,) = gradients, ctx.saved_tensors
+        add_up = torch.ops.aten.embedding_dense_backward
+        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        return add_up(wide, tokens, ctx.outputs, -1, False).to(gradient.dtype), None
+
+
+def embed(weight: Float[Tensor, "V D"], tokens: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
+    """`weight[tokens]` (clause 5.2). Its gradient adds up in float32: a common token has many
+    cells, which torch's own backward would add in the dtype of the weight."""
+    return _Embed.apply(weight, tokens)
 
 
 def packed(weight: Float[Tensor, "out in"]) -> Tensor:

@@ -19,7 +19,7 @@ from bridge.config import ModelConfig
 from bridge.rope import inverse_frequencies
 from bridge_torch.block import Block, Grid, rms_norm, wide
 from bridge_torch.fused import serves
-from bridge_torch.linear import Linear
+from bridge_torch.linear import Linear, embed
 
 
 class Rope:
@@ -226,7 +226,7 @@ class Transformer:
 
         `recompute`: the backward pass computes each layer again from its input (clause 7.11).
         """
-        h = F.embedding(tokens, self.embed)
+        h = embed(self.embed, tokens)
         for i, layer in enumerate(self.layers):
             if recompute:
                 h = checkpoint(self._layer, i, layer, h, cells, keep, use_reentrant=False)

@@ -122,7 +122,7 @@ def loss(
     }
     if batch.ref_logprobs is not None:
         difference = _at_targets(batch.ref_logprobs, batch, logits, lp.dtype) - lp
-        kl = difference.exp() - difference - 1
+        kl = difference.expm1() - difference  # of a small difference, exp is 1 and no more
         gain = gain - objective.beta * kl
         metrics["kl"] = kl.sum().detach() / count
     value = -gain.sum() / count

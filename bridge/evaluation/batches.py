@@ -15,6 +15,7 @@ from bridge.generation import Done, Finished, ResponseSet, Token
 from bridge.model import Model
 from bridge.reading import show
 from bridge.tasks.calls import calling
+from bridge.tasks.rewards import reaches
 
 if TYPE_CHECKING:
     from bridge.tasks import Problem, Scores, Task
@@ -175,7 +176,7 @@ class Run:
         self.done += len(groups)
         scores = [row.score for group in groups for row in group.rows]
         self.rows += len(scores)
-        self.correct += sum(score >= self.plan.threshold for score in scores)
+        self.correct += int(reaches(scores, self.plan.threshold).sum())
 
     def _tell(self, width: int, running: int) -> None:
         if self.progress is not None:

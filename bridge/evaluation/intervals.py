@@ -5,6 +5,7 @@ again: the rows of a group, and groups of one problem, depend on each other and 
 metrics are drawn with the same problems, and the draws are a function of the seed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
 from statistics import NormalDist
@@ -14,6 +15,7 @@ from jaxtyping import Float
 
 RESAMPLES = 10_000
 AT_ONCE = 2_000_000  # numbers of a piece of the resampling matrix
+NEAR = 1e-12  # of the numbers compared: how far apart those may be that are equal but for rounding
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ def bootstrap(
     resamples: int = RESAMPLES,
     seed: int = 0,
     bounds: tuple[float, float] | None = (0.0, 1.0),
+    of: Sequence[Float[np.ndarray, "M P"]] = (),
 ) -> list[Interval]:
     """The mean of each of M metrics over P problems, with its bias-corrected and accelerated (BCa)
     interval: Efron 1987, "Better bootstrap confidence intervals".
@@ -47,24 +50,34 @@ def bootstrap(
     what a value may be, the interval is then an exact one: at this confidence no more than Clopper
     and Pearson's share of all problems differs, each by no more than the bounds allow; where every
     value is one of the bounds, it is Clopper and Pearson's own. `bounds` None: the bootstrap's, and
-    of equal values the point. Raises ValueError without a problem.
+    of equal values the point. Values are equal up to rounding: that of their bounds, or else of the
+    largest of them and of those that they are differences of (`of`). Values of any size have right
+    intervals. Raises ValueError without a problem.
     """
     M, P = values.shape
     if P == 0:
         raise ValueError("no problem to take an interval over")
+    if bounds is None:  # by a power of two, which rounds nothing: the cube of 1e-200 is 0
+        units = np.frexp(np.abs(values).max(axis=1))[1]
+        near = NEAR * np.ldexp(np.abs([values, *of]).max(axis=(0, 2)), -units)
+    else:
+        units = np.zeros(M, np.int64)
+        near = np.full(M, NEAR * max(1.0, *np.abs(bounds)))
+    values = np.ldexp(values, -units[:, None])
     means = values.mean(axis=1)
     sums = _resampled(values, resamples, seed)
     alpha = 1 - confidence
     found = []
     for m in range(M):
-        common, differ = _commonest(values[m])
+        common, differ = _commonest(values[m], near[m])
         if differ == 0 and bounds is None:
             low = high = common
         elif bounds is not None and (1 - differ / P) ** P > alpha / 2:
-            low, high = _unseen(values[m], common, differ, alpha, bounds)
+            low, high = _unseen(values[m], common, differ, alpha, bounds, near[m])
         else:
-            low, high = _bca(values[m], float(means[m]), sums[m], alpha)
-        found.append(Interval(common if differ == 0 else float(means[m]), low, high))
+            low, high = _bca(values[m], float(means[m]), sums[m], alpha, near[m])
+        mean = common if differ == 0 else float(means[m])
+        found.append(Interval(*(float(np.ldexp(x, units[m])) for x in (mean, low, high))))
     return found
 
 
@@ -82,7 +95,12 @@ def paired(
     Differences are taken within a problem, so that how hard it is drops out.
     """
     return bootstrap(
-        values - baseline, confidence=confidence, resamples=resamples, seed=seed, bounds=bounds
+        values - baseline,
+        confidence=confidence,
+        resamples=resamples,
+        seed=seed,
+        bounds=bounds,
+        of=[values, baseline],
     )
 
 
@@ -103,11 +121,14 @@ def _resampled(
 
 
 def _bca(
-    values: Float[np.ndarray, " P"], mean: float, means: Float[np.ndarray, " R"], alpha: float
+    values: Float[np.ndarray, " P"],
+    mean: float,
+    means: Float[np.ndarray, " R"],
+    alpha: float,
+    near: float,
 ) -> tuple[float, float]:
     """Quantiles of the resampled means, moved for bias and skewness."""
     normal = NormalDist()
-    near = _near(values)
     below = float(np.mean(means < mean - near) + np.mean(np.abs(means - mean) <= near) / 2)
     half = 0.5 / len(means)
     bias = normal.inv_cdf(min(max(below, half), 1 - half))
@@ -121,16 +142,11 @@ def _bca(
     return float(low), float(high)
 
 
-def _near(values: Float[np.ndarray, " P"]) -> float:
-    """How far apart values and means may be that are equal but for rounding."""
-    return 1e-12 * max(1.0, float(np.abs(values).max()))
-
-
-def _commonest(values: Float[np.ndarray, " P"]) -> tuple[float, int]:
+def _commonest(values: Float[np.ndarray, " P"], near: float) -> tuple[float, int]:
     """The value of most problems, and how many have another."""
     found, counts = np.unique(values, return_counts=True)
     common = float(found[counts.argmax()])
-    return common, int(np.sum(np.abs(values - common) > _near(values)))
+    return common, int(np.sum(np.abs(values - common) > near))
 
 
 def _unseen(
@@ -139,13 +155,15 @@ def _unseen(
     differ: int,
     alpha: float,
     bounds: tuple[float, float],
+    near: float,
 ) -> tuple[float, float]:
     """Where the mean may lie though only a few of P problems, or none, have another value."""
     P, (low, high) = len(values), bounds
     most = _share(differ, P, alpha / 2)
-    least = _share(differ - 1, P, 1 - alpha / 2) if differ and np.isin(values, bounds).all() else 0
+    at_bounds = np.abs(np.subtract.outer(values, bounds)).min(axis=1) <= near
+    least = _share(differ - 1, P, 1 - alpha / 2) if differ and at_bounds.all() else 0
     down, up = most * (common - low), most * (high - common)
-    if least and common == low:
+    if least and abs(common - low) <= near:
         return low + least * (high - low), common + up
     if least:
         return common - down, high - least * (high - low)

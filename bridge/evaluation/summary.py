@@ -25,6 +25,7 @@ from bridge.evaluation.metrics import (
     pass_at_k,
 )
 from bridge.evaluation.records import Group, Row
+from bridge.tasks.rewards import EQUAL, reaches
 from bridge.vote import together
 
 TAUS = ("0.25", "0.5", "0.75", "1.0")
@@ -65,9 +66,10 @@ class Evaluation:
 
     @property
     def scores_are_shares(self) -> bool:
-        """Whether every score is in [0, 1], as far as was seen."""
+        """Whether every score is in [0, 1] up to rounding, as far as was seen."""
         pools = (pool for width in self.decoded for p in self.pools(width) for pool in p)
-        return all(0 <= row.score <= 1 for pool in pools for row in pool)
+        scores = (row.score for pool in pools for row in pool)
+        return all(-EQUAL <= score <= 1 + EQUAL for score in scores)
 
     def troubles(self) -> list[str]:
         """Why responses could not be scored, one a response."""
@@ -145,7 +147,7 @@ def values(evaluation: Evaluation, width: int) -> dict[str, Float[np.ndarray, "*
     flat = [pool for problem in pools for pool in problem]
     n, k = len(flat[0]), width
     scores = np.array([[row.score for row in pool] for pool in flat])
-    right = scores >= evaluation.threshold
+    right = reaches(scores, evaluation.threshold)
     counts = right.sum(axis=1)
     answers = [together([row.answer for row in pool]) for pool in flat]
     found = {
@@ -198,7 +200,7 @@ def compare(
     for width in sorted(set(evaluation.widths) & set(baseline.widths)):
         one, other = values(evaluation, width), values(baseline, width)
         apart = {name: one[name] - other[name] for name in one}
-        found.append(_figures(width, apart, (-1.0, 1.0), shares, resamples, seed))
+        found.append(_figures(width, apart, (-1.0, 1.0), shares, resamples, seed, (one, other)))
     return found
 
 
@@ -217,13 +219,16 @@ def _figures(
     scores_are_shares: bool,
     resamples: int,
     seed: int,
+    of: Sequence[dict[str, Float[np.ndarray, "*curve P"]]] = (),
 ) -> Figures:
-    """Intervals of all metrics, from the same draws of problems."""
+    """Intervals of all metrics, from the same draws of problems. `of`: what they are differences
+    of, if they are."""
     shares = SHARES + SCORES * scores_are_shares
     amounts = SCORES * (not scores_are_shares) + AMOUNTS
     options: dict[str, Any] = {"confidence": CONFIDENCE, "resamples": resamples, "seed": seed}
     bounded = np.stack([*(found[name] for name in shares), *found["curve"]])
     inside = bootstrap(bounded, bounds=bounds, **options)
-    outside = bootstrap(np.stack([found[name] for name in amounts]), bounds=None, **options)
+    rows = [np.stack([values[name] for name in amounts]) for values in (found, *of)]
+    outside = bootstrap(rows[0], bounds=None, of=rows[1:], **options)
     metrics = dict(zip((*shares, *amounts), inside[: len(shares)] + outside, strict=True))
     return Figures(width, metrics, inside[len(shares) :])

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from bridge.contract import Batch
 from bridge.errors import BridgeError
@@ -23,6 +23,7 @@ class Group:
     responses: Sequence[Sequence[int]]  # of each row, with the token that ended it
     advantages: Float[np.ndarray, " N"] | None = None
     name: str = "a group"
+    learnt: Bool[np.ndarray, " N"] | None = None  # rows that have targets; None: all (clause 7.13)
 
     @property
     def rows(self) -> int:
@@ -52,12 +53,16 @@ def make_batch(groups: Sequence[Group], numbers: Sequence[int] | None = None) ->
     B, S = sum(group.rows for group in groups), max(group.length for group in groups)
     tokens, targets = np.zeros((B, S), np.int64), np.zeros((B, S), np.int64)
     active, mask = np.zeros((B, S), bool), np.zeros((B, S), bool)
-    rows = ((group.prompt, response) for group in groups for response in group.responses)
-    for b, (prompt, response) in enumerate(rows):
+    rows = (
+        (group.prompt, response, group.learnt is None or group.learnt[row])
+        for group in groups
+        for row, response in enumerate(group.responses)
+    )
+    for b, (prompt, response, learnt) in enumerate(rows):
         said = np.asarray([*prompt, *response])
         first, end = len(prompt) - 1, len(said) - 1
         tokens[b, :end], active[b, :end] = said[:end], True
-        targets[b, first:end], mask[b, first:end] = said[first + 1 :], True
+        targets[b, first:end], mask[b, first:end] = said[first + 1 :], learnt
     widths = [group.rows for group in groups]
     number = np.arange(len(groups)) if numbers is None else np.asarray(numbers)
     given = [group.advantages for group in groups if group.advantages is not None]

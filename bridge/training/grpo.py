@@ -3,7 +3,8 @@
 This variant, in short: one group a problem; advantages within the group, divided by its std or not
 (Dr. GRPO); clipping by token, asymmetric; one mean over all targets of an update (DAPO);
 log-probabilities at the sampling temperature; no dynamic sampling, but groups of equal rewards may
-be left out. `old` comes from the training forward, once a step has more than one update.
+be left out, and so may rows that were cut off. `old` comes from the training forward, once a step
+has more than one update.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from bridge.contract import GRPO, Batch
+from bridge.errors import BridgeError
 from bridge.model import Model
 from bridge.tasks.calls import take_problems
 from bridge.training.advantages import group_advantages
@@ -67,7 +69,7 @@ class PolicySteps:
             run.phases("gap")
             figures |= self._gap(groups[0])
         figures |= run.norms(step, groups)
-        kept = [g for g in groups if not settings.drop_equal or np.any(g.advantages)]
+        kept = [g for g in groups if self._kept(g)]
         minibatches = self._minibatches(kept, step)
         run.phases("update")
         lr = learning_rate(
@@ -81,6 +83,7 @@ class PolicySteps:
         learnt = sum(update["tokens"] for update in updates)
         return {
             **figures,
+            **({"idle_groups": sum(map(_idle, groups))} if settings.mask_truncated else {}),
             **_average(updates),
             "updates": len(updates),
             "dropped_groups": len(groups) - len(kept),
@@ -110,10 +113,33 @@ class PolicySteps:
         rewards = np.concatenate([rollout.rewards for rollout in rollouts])
         numbers = np.repeat(np.arange(len(rollouts)), [len(r.rewards) for r in rollouts])
         advantages = group_advantages(rewards, numbers, self.settings.normalise_std)
+        for row in np.flatnonzero(np.abs(advantages) > np.finfo(np.float32).max):
+            raise BridgeError(
+                f"problem {rollouts[numbers[row]].problem.number}: its rewards, such as "
+                f"{rewards[row]:g}, are too far apart for advantages in float32 without "
+                "normalise_std; scale the reward down, or leave normalise_std true"
+            )
         return [
-            Group(r.prompt, r.tokens, advantages[numbers == i], f"problem {r.problem.number}")
+            Group(
+                r.prompt,
+                r.tokens,
+                advantages[numbers == i],
+                f"problem {r.problem.number}",
+                self._learnt(r),
+            )
             for i, r in enumerate(rollouts)
         ]
+
+    def _learnt(self, rollout: Rollout) -> np.ndarray | None:
+        """The rows that were not cut off, where those that were are left out (clause 7.13)."""
+        if not self.settings.mask_truncated:
+            return None
+        return np.array([response.finish_reason != "length" for response in rollout.responses])
+
+    def _kept(self, group: Group) -> bool:
+        """Whether a group is in the batch: one without a target cannot be."""
+        has_target = group.learnt is None or group.learnt.any()
+        return bool(has_target and (not self.settings.drop_equal or np.any(group.advantages)))
 
     def _minibatches(self, groups: list[Group], step: int) -> list[list[Batch]]:
         """The micro-batches of each update of an epoch, with `old` and `ref` where needed."""
@@ -139,7 +165,7 @@ class PolicySteps:
         """How far the decoder's log-probabilities of a group are from those that are trained: mean
         and largest difference over its tokens."""
         model, temperature = self.run.model, self.settings.temperature
-        batch = make_batch([group])
+        batch = make_batch([replace(group, learnt=None)])
         trained = model.logprobs(batch, temperature)[batch.target_mask]
         decoded = decoder_logprobs(model, group.prompt, group.responses, temperature)
         gap = np.abs(np.concatenate(decoded) - trained)
@@ -149,6 +175,12 @@ class PolicySteps:
 def objective(settings: GRPOSettings) -> GRPO:
     """What a step's updates improve."""
     return GRPO(settings.eps_low, settings.eps_high, settings.beta, settings.temperature)
+
+
+def _idle(group: Group) -> bool:
+    """Whether no row of a group teaches: equal rewards, or cut off."""
+    assert group.advantages is not None
+    return not np.any(group.advantages if group.learnt is None else group.advantages[group.learnt])
 
 
 def _average(updates: Sequence[dict[str, float]]) -> dict[str, float]:

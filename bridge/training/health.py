@@ -46,7 +46,7 @@ class Health:
         """`note` hears what the user should see."""
         self.settings, self.uniform, self.note = settings, math.log(vocab_size), note
         self.loss, self.entropy = Lowest(), Lowest()
-        self.steps = self.equal = 0
+        self.steps = self.equal = self.cut = 0
         self.accuracies: set[float] = set()
         self.failed: list[str] = []  # of steps whose rewards all failed, the commonest reason
         for record in records:
@@ -100,13 +100,21 @@ class Health:
                 lowest.add(value)
         if isinstance(self.settings, GRPOSettings):
             self.steps += 1
-            self.equal += record["equal_groups"] == self.settings.problems
+            self.equal += (
+                record.get("idle_groups", record["equal_groups"]) == self.settings.problems
+            )
+            self.cut += self.settings.mask_truncated and record["cut_off"] == 1
             self.accuracies.add(record["accuracy"])
             if record["bad_rewards"] == record["rows"]:
                 self.failed.append(record.get("bad_reward", "a reward failed"))
 
     def _why(self) -> str:
         """Of steps without a group whose rewards differ."""
+        if self.cut == self.steps:
+            return (
+                "every row was cut off at max_new_tokens, and mask_truncated leaves those out; "
+                "raise max_new_tokens, or leave mask_truncated false"
+            )
         said = "no group has rewards that differ, and so no gradient"
         if len(self.failed) == self.steps:
             return f"every reward failed and counts as 0 ({self.failed[0]}); mend the task"

@@ -18,6 +18,7 @@ from bridge.generation import Response, ResponseSet
 from bridge.model import Model
 from bridge.tasks import Problem, Scores, Task
 from bridge.tasks.calls import take_problems, take_size
+from bridge.tasks.rewards import equal, mean, reaches, std
 from bridge.training.settings import Settings
 
 
@@ -96,21 +97,21 @@ def summary(rollouts: Sequence[Rollout], threshold: float) -> dict[str, Any]:
     """Figures of scored responses: all rows count alike.
 
     `accuracy`: the fraction of rewards at `threshold` or above. `equal_groups`: those whose rewards
-    are all equal, which teach nothing. `bad_rewards`: rows whose reward failed and counts as 0,
-    with the commonest failure as `bad_reward`.
+    are all equal up to rounding, which teach nothing. `bad_rewards`: rows whose reward failed and
+    counts as 0, with the commonest failure as `bad_reward`.
     """
     rewards = np.concatenate([rollout.rewards for rollout in rollouts])
     lengths = np.array([len(tokens) for rollout in rollouts for tokens in rollout.tokens])
     cut = [r.finish_reason == "length" for rollout in rollouts for r in rollout.responses]
     troubles = Counter(trouble for rollout in rollouts for trouble in rollout.troubles)
     found = {
-        "reward_mean": float(rewards.mean()),
-        "reward_std": float(rewards.std()),
-        "accuracy": float((rewards >= threshold).mean()),
+        "reward_mean": mean(rewards),
+        "reward_std": std(rewards),
+        "accuracy": float(reaches(rewards, threshold).mean()),
         "length_mean": float(lengths.mean()),
         "length_max": int(lengths.max()),
         "cut_off": float(np.mean(cut)),
-        "equal_groups": sum(bool(np.ptp(rollout.rewards) == 0) for rollout in rollouts),
+        "equal_groups": sum(equal(rollout.rewards) for rollout in rollouts),
         "bad_rewards": troubles.total(),
     }
     if troubles:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bridge.contract import Batch, Trainer
 from bridge.errors import BridgeError
 from bridge.model import Model
@@ -19,6 +21,8 @@ from bridge.training.run_directory import RunDirectory
 from bridge.training.saving import ModelWriter
 from bridge.training.settings import Settings
 from bridge.training.watch import Phases, Watcher
+
+LARGE = 1000.0  # advantages above it are those of a reward's scale: std would divide it out
 
 
 @dataclass
@@ -97,7 +101,11 @@ class Run:
         if step not in {0, *steps}:
             last += " (the same command with save_every 1 keeps the one before this step)"
         go_on = f", or raise {bound} to go on with this one" if bound else ""
+        mend = "lower lr or max_grad_norm in a new run"
+        given = [np.abs(b.advantages).max() for b in batches if b.advantages is not None]
+        if (largest := max(given, default=0.0)) > LARGE:
+            mend = f"advantages reach {largest:.3g}: scale the reward down, or set normalise_std"
+            mend += ", in a new run"
         raise BridgeError(
-            f"step {step + 1}: {what}; its batch is {kept}, and {last}; lower lr or "
-            f"max_grad_norm in a new run{start}{go_on}"
+            f"step {step + 1}: {what}; its batch is {kept}, and {last}; {mend}{start}{go_on}"
         )

@@ -20,6 +20,7 @@ from bridge.model import Model
 from bridge.prompts import check_range, read_prompt
 from bridge.tasks import Scores, Task
 from bridge.tasks.calls import take_problems
+from bridge.tasks.rewards import reaches
 from bridge.training.interrupt import Interrupt
 from bridge.training.lines import MEND, Lines
 from bridge.training.order import SAMPLES, problem_number, stream_seed
@@ -87,7 +88,8 @@ def make_samples(
 
 def _line(rollout: Rollout, threshold: float) -> dict[str, Any]:
     """What the file says of a problem: its correct responses, and the rewards of all."""
-    right = [r for r, v in zip(rollout.responses, rollout.rewards, strict=True) if v >= threshold]
+    scored = zip(rollout.responses, reaches(rollout.rewards, threshold), strict=True)
+    right = [response for response, correct in scored if correct]
     return {
         "problem": rollout.problem.number,
         "prompt": rollout.problem.prompt,

@@ -194,6 +194,12 @@ class GRPOSettings(Settings):
     drop_equal: bool = setting(
         False, "Leave groups of equal rewards out of the batch.", "Objective"
     )
+    mask_truncated: bool = setting(
+        False,
+        "Leave rows that max_new_tokens cut off out of the loss; their rewards still count in the "
+        "group.",
+        "Objective",
+    )
     stop_loss: float = setting(
         100.0,
         "A loss above so many times the largest advantage, or 1, ends the run, its batch saved.",

@@ -36,6 +36,7 @@ KINDS: dict[int | str, type] = {
     "long": DecodeCase,
     "ends": EndsCase,
     "life": LifeCase,
+    "trainable": TrainCase,
 }
 NAMES = {
     BlockCase: "block",

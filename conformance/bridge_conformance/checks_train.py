@@ -130,18 +130,23 @@ def take_rows(batch: Batch, rows: np.ndarray) -> Batch:
 
 
 def same_updates(
-    trial: Trial, case: TrainCase, batch: Batch, batches: Sequence[Batch], **options: bool
+    trial: Trial,
+    case: TrainCase,
+    batch: Batch,
+    batches: Sequence[Batch],
+    optimizer: AdamW = OPTIMIZER,
+    **options: bool,
 ) -> None:
     """Two updates of the backend by `batches` against two exact ones by `batch`: the first one's
     metrics, the state, and the model's tensors, which are the masters rounded."""
     model = trial.load()
-    trainer = model.trainer(case.objective, OPTIMIZER, case.trainable, **options)
+    trainer = model.trainer(case.objective, optimizer, case.trainable, **options)
     for update, lr in enumerate(RATES):
         metrics = trainer.step(batches if len(batches) > 1 else batches[0], lr=lr)
         if update == 0:
             same_first_metrics(trial, case, batch, metrics)
     got = trainer.state()
-    exact, rounded, *nudged = reference_updates(trial, case, batch)
+    exact, rounded, *nudged = reference_updates(trial, case, batch, optimizer)
     if set(got) != set(exact):
         raise trial.failure(f"state has {sorted(set(got) ^ set(exact))[0]}, or lacks it", case)
     for kind in ("step", "master.", "exp_avg.", "exp_avg_sq."):
@@ -177,19 +182,21 @@ def fits(tensors: Named, dtype: str) -> bool:
     return all(np.array_equal(array, array.astype(DTYPES[dtype])) for array in tensors.values())
 
 
-def reference_updates(trial: Trial, case: TrainCase, batch: Batch) -> list[Named]:
+def reference_updates(
+    trial: Trial, case: TrainCase, batch: Batch, optimizer: AdamW = OPTIMIZER
+) -> list[Named]:
     """The states after the same updates: of the exact, the rounded and the nudged references."""
 
     def states() -> list[Named]:
         trainers = [
-            model.trainer(case.objective, OPTIMIZER, case.trainable) for model in trial.references()
+            model.trainer(case.objective, optimizer, case.trainable) for model in trial.references()
         ]
         with np.errstate(invalid="ignore", over="ignore"):  # where a dtype is too narrow
             for trainer, lr in product(trainers, RATES):
                 trainer.step(batch, lr=lr)
         return [trainer.state() for trainer in trainers]
 
-    return trial.memory.once(("updates", id(case)), states)
+    return trial.memory.once(("updates", id(case), optimizer), states)
 
 
 def in_range(trial: Trial, case: TrainCase, batch: Batch) -> None:

@@ -228,6 +228,19 @@ def train_cases(draw) -> TrainCase:
     return TrainCase(rows, objective, trainable, draw(SEEDS))
 
 
+@st.composite
+def trainable_cases(draw) -> TrainCase:
+    """A batch to learn from by some of the tensors: one, the norms alone, or any."""
+    case = draw(train_cases())
+    names = list(tensor_shapes(case.rows.model.config))
+    norms = {name for name in names if name.endswith("norm.weight")}
+    one = st.sampled_from(names)
+    some = draw(
+        st.one_of(st.sets(one, min_size=1, max_size=1), st.just(norms), st.sets(one, min_size=1))
+    )
+    return replace(case, trainable=tuple(name for name in names if name in some))
+
+
 class Lives(Life):
     """Programs for models of any kind."""
 

@@ -4,6 +4,7 @@ Not shipped. `python -m mutations`, from `conformance/`, runs them all; `fault.p
 """
 
 from mutations import (
+    faults_advantages,
     faults_block,
     faults_decode,
     faults_ends,
@@ -15,7 +16,9 @@ from mutations import (
     faults_mlx,
     faults_model,
     faults_sampling,
+    faults_stored,
     faults_train,
+    faults_trainable,
 )
 from mutations.fault import Fault
 
@@ -28,9 +31,12 @@ MODULES = (
     faults_long,
     faults_ends,
     faults_train,
+    faults_trainable,
     faults_life,
     faults_jax,
     faults_mlx,
+    faults_advantages,
+    faults_stored,
     faults_files,
 )
 

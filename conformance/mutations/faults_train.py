@@ -9,7 +9,6 @@ ACCUMULATED = "accumulated_batches_are_one_update"
 RECOMPUTED = "computing_layers_again_changes_no_update"
 LEARNT = "a_model_computes_with_what_it_learnt"
 RESTORED = "a_restored_trainer_goes_on_as_if_never_stopped"
-ADVANTAGES = "golden vector 7.6-advantages"
 GAIN = "gain = torch.where(rho * A <= clipped * A, rho * A, clipped.detach() * A)"
 CLIP = "            torch.nn.utils.clip_grads_with_norm_(self.master.values(), limit, norm)\n"
 
@@ -76,7 +75,7 @@ FAULTS = (
         "The KL penalty is noisy, and negative as often as not.",
         "7.5",
         GRADIENTS,
-        train("kl = difference.exp() - difference - 1", "kl = -difference"),
+        train("kl = difference.expm1() - difference", "kl = -difference"),
     ),
     Fault(
         "the KL term has the wrong sign",
@@ -359,29 +358,5 @@ FAULTS = (
         "7.9",
         RESTORED,
         train("**moments}\n        self._publish()", "**moments}"),
-    ),
-    Fault(
-        "advantages without std",
-        "Groups with large rewards outweigh all others.",
-        "7.6",
-        ADVANTAGES,
-        Edit("losses", "centred / r.std() if normalise_std else centred", "centred"),
-        package="bridge_ref",
-    ),
-    Fault(
-        "advantages by the sample's std",
-        "Small groups get smaller advantages.",
-        "7.6",
-        ADVANTAGES,
-        Edit("losses", "r.std()", "r.std(ddof=1)"),
-        package="bridge_ref",
-    ),
-    Fault(
-        "advantages with an eps",
-        "Advantages depend on the scale of rewards.",
-        "7.6",
-        ADVANTAGES,
-        Edit("losses", "r.std()", "(r.std() + 1e-4)"),
-        package="bridge_ref",
     ),
 )

@@ -41,7 +41,7 @@ class ExampleBackend:
         if dtype not in self.dtypes(device):
             raise BridgeError(f"backend example: no dtype {dtype!r}; use float32")
         weights = {
-            name: Var(np.array(take_tensor(tensors, name, shape), np.float32))
+            name: Var(np.array(take_tensor(tensors, name, shape, dtype), np.float32))
             for name, shape in tensor_shapes(config).items()
         }
         return ExampleModel(Transformer(config, weights), device, dtype)
