@@ -1,18 +1,20 @@
 """Everything to be known of Bridge on an accelerator, by one command from a plain checkout.
 
-    python benchmarks/accelerator.py --budget 540          # on the machine that has one
-    python benchmarks/accelerator.py --size tiny           # the same on a CPU: a rehearsal
+    python benchmarks/accelerator.py --budget 540 --out FOLDER   # on the machine that has one
+    python benchmarks/accelerator.py --size tiny                 # on a CPU: a rehearsal
 
 Nothing is installed or downloaded: what the stages need is looked for first, and a stage that lacks
 something says so and is left out. Each stage is a process of its own with a time of its own; it is
 stopped at the end of that, and what it had measured by then is kept. After every stage the results
 are written to `--out`, as JSON, as a table, and what the stages printed: figures of a machine that
-is lent for minutes must outlive whatever goes wrong in it.
+is lent for minutes must outlive whatever goes wrong in it. Stages come in the order that they are
+worth their time; another run, with `--stages` of what is left, adds to the same files.
 """
 
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -53,15 +55,15 @@ class Stage:
 
 def stages(backends: tuple[str, ...]) -> list[Stage]:
     """All stages in the order that they are worth their time."""
-    found = [Stage("machine", "devices, versions, bandwidth, GEMM rate", 60, ("numpy",))]
+    found = [Stage("machine", "devices, versions, bandwidth, GEMM rate", 90, ("numpy",))]
     kinds = {
         "quick": ("conformance quick in float32, bfloat16, float16", 150, ("hypothesis",)),
-        "decode": ("decoding at 1, 8 and 64 rows, blocks on and off", 100, ()),
-        "train": ("training steps, blocks on and off", 80, ()),
+        "decode": ("decoding at 1, 8 and 64 rows, blocks on and off", 120, ()),
+        "train": ("training steps, blocks on and off", 90, ()),
         "ci": ("conformance ci in the same dtypes", 300, ("hypothesis",)),
     }
-    order = [(kind, backend) for kind in ("quick", "decode", "train", "ci") for backend in backends]
-    for kind, backend in order:
+    order = [(kind, backend) for backend in backends for kind in ("quick", "decode", "train")]
+    for kind, backend in [*order, *(("ci", backend) for backend in backends)]:
         what, seconds, needs = kinds[kind]
         needs = (*OURS, backend, *needs, *(("optax",) if backend == "jax" else ()))
         found.append(Stage(f"{backend}-{kind}", f"{backend}: {what}", seconds, needs))
@@ -69,7 +71,8 @@ def stages(backends: tuple[str, ...]) -> list[Stage]:
 
 
 def main() -> int:
-    """See the module. 0 where every stage that could run came to its end and passed."""
+    """See the module. 0 where no stage that could run failed or died."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stage is ended with us
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -91,7 +94,14 @@ def main() -> int:
         return 2
     with plain_checkout() as environment:
         results = run(chosen, options, environment)
-    return int(any(stage["status"] in ("failed", "died") for stage in results["stages"].values()))
+    ran = [results["stages"][stage.name] for stage in chosen]
+    return int(any(stage["status"] == "died" or failed(stage) for stage in ran))
+
+
+def failed(stage: dict[str, Any]) -> bool:
+    """Whether anything that a stage measured is a failure, its end aside."""
+    figures = stage.get("figures", {}).values()
+    return any(isinstance(figure, dict) and figure.get("failed") for figure in figures)
 
 
 def choose(known: list[Stage], asked: str | None) -> list[Stage] | str:
@@ -166,10 +176,20 @@ def run(
         results["stages"][stage.name] = found
         if stage.name == "machine" and found.get("figures"):
             results["machine"] |= found["figures"]
+            results["stages"] = earlier(results, options.out) | results["stages"]
         print(f"{stage.name}: {found['status']} {found.get('why', '')}".rstrip(), flush=True)
         write(results, log, options.out)
     print(f"written to {options.out}")
     return results
+
+
+def earlier(results: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The stages that an earlier run on this device left in the same files."""
+    try:
+        before = json.loads(place(results, out).with_suffix(".json").read_text(encoding="utf-8"))
+        return before["stages"] if before["size"] == results["size"] else {}
+    except (OSError, ValueError, KeyError, TypeError):  # none, or not ours
+        return {}
 
 
 def packages(chosen: list[Stage]) -> dict[str, str | None]:
@@ -203,6 +223,7 @@ def carry_out(
                 command,
                 env=environment,
                 cwd=directory,  # `python -m` would find in the checkout what is found by path
+                stdin=subprocess.PIPE,  # which ends with us, and the stage with it
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -210,10 +231,13 @@ def carry_out(
             status = wait(child, seconds)
         found = json.loads(figures.read_text(encoding="utf-8")) if figures.exists() else {}
         text = said.read_text(encoding="utf-8", errors="replace")[-20_000:]
-    found |= {"status": found.get("status", status) if status == "done" else status}
+    found["status"] = status
+    if failed(found):
+        found |= {"status": "failed"} | ({"why": status} if status != "done" else {})
     if status == "died":
         found["why"] = (text.strip().splitlines() or [f"exit code {child.returncode}"])[-1][:300]
-    found["seconds"] = round(time.monotonic() - start, 1)
+    found |= {"seconds": round(time.monotonic() - start, 1)}
+    found |= {"ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     return found, text
 
 
@@ -223,7 +247,7 @@ def wait(child: subprocess.Popen, seconds: float) -> str:
         return "done" if child.wait(seconds) == 0 else "died"
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGINT)
-    except KeyboardInterrupt:
+    except BaseException:
         os.killpg(child.pid, signal.SIGKILL)
         raise
     try:
@@ -237,13 +261,18 @@ def wait(child: subprocess.Popen, seconds: float) -> str:
 def write(results: dict[str, Any], log: str, out: Path) -> None:
     """The results as `accelerator-DEVICE.json`, `.txt` and `.log`."""
     out.mkdir(parents=True, exist_ok=True)
-    place = "-".join(results["machine"]["device"].lower().split())
     texts = {"json": json.dumps(results, indent=2) + "\n", "txt": table(results), "log": log}
     for kind, text in texts.items():
-        target = out / f"accelerator-{place}.{kind}"
+        target = place(results, out).with_suffix(f".{kind}")
         partial = target.with_suffix(f".{kind}.partial")
         partial.write_text(text, encoding="utf-8")
         partial.replace(target)
+
+
+def place(results: dict[str, Any], out: Path) -> Path:
+    """Where the results of this device are, without a suffix."""
+    device = re.sub("[^a-z0-9]+", "-", results["machine"]["device"].lower()).strip("-")
+    return out / f"accelerator-{device}"
 
 
 def table(results: dict[str, Any]) -> str:

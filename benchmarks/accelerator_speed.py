@@ -162,6 +162,7 @@ def train(backend: Backend, device: str, size: str, machine: dict[str, Any]) -> 
     ):
         config = configs(size)[blocks]
         trained = trainable_names(config, what)
+        model = trainer = None  # what the last one held, even one that ran out of memory
         _forget_peak(backend.name)
         try:
             model = backend.load(config, RandomTensors(config), device=device, dtype=dtype)
@@ -181,7 +182,6 @@ def train(backend: Backend, device: str, size: str, machine: dict[str, Any]) -> 
                 done = _multiplications(config, trained, rows, timesteps)
                 figures["share_of_gemm"] = done / machine["gemm"] / step
             yield name, figures, _train_line(name, figures)
-            del model, trainer
         except Exception as error:  # out of memory differs by framework; the next may fit
             reason = f"{type(error).__name__}: {error}".partition("\n")[0][:500]
             yield name, {"failed": True, "why": reason}, f"{name}: {reason}"

@@ -7,9 +7,11 @@ the JSON, what stands there, and how a person would read it.
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,24 +24,32 @@ TINY_LEVEL = 1  # of conformance, in a rehearsal
 
 def main() -> None:
     """Measure, and keep what there is after each figure; Ctrl-C ends it with that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs us may ignore it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     asked = json.loads(sys.argv[1])
     backend, _, kind = asked["stage"].rpartition("-")
     kinds: dict[str, Callable[..., Iterator[Found]]] = {
         "machine": lambda _, asked: machine(asked),
-        "quick": lambda backend, asked: conformance(backend, "quick", asked),
-        "ci": lambda backend, asked: conformance(backend, "ci", asked),
+        "quick": lambda backend, asked: conformance(backend, "quick", asked, note),
+        "ci": lambda backend, asked: conformance(backend, "ci", asked, note),
         "decode": lambda backend, asked: speed(backend, asked, "decode"),
         "train": lambda backend, asked: speed(backend, asked, "train"),
     }
-    kept: dict[str, Any] = {"status": "running", "lines": [], "figures": {}}
-    for key, figures, line in kinds[kind](backend, asked):
+    kept: dict[str, Any] = {"lines": [], "figures": {}}
+
+    def note(key: str, figures: Any) -> None:
         kept["figures"][key] = figures
+        _keep(kept, asked["out"])
+
+    for key, figures, line in kinds[kind](backend, asked):
         kept["lines"].append(line)
         print(line)
-        _keep(kept, asked["out"])
-    failed = [f for f in kept["figures"].values() if isinstance(f, dict) and f.get("failed")]
-    kept["status"] = "failed" if failed else "done"
-    _keep(kept, asked["out"])
+        note(key, figures)
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
 
 
 def _keep(kept: dict[str, Any], out: str) -> None:
@@ -64,8 +74,8 @@ def machine(asked: dict[str, Any]) -> Iterator[Found]:
     for framework in (_torch_machine, _jax_machine):
         try:
             yield from framework(asked)
-        except ImportError as error:
-            yield framework.__name__, str(error), f"not there: {error}"
+        except Exception as error:  # a driver can cause any; the other framework may work
+            yield framework.__name__, str(error), f"{type(error).__name__}: {error}"
 
 
 def _torch_machine(asked: dict[str, Any]) -> Iterator[Found]:
@@ -116,8 +126,14 @@ def _median(run: Callable[[], Any], device: str, rounds: int = 20) -> float:
     return statistics.median(seconds)
 
 
-def conformance(backend: str, profile: str, asked: dict[str, Any]) -> Iterator[Found]:
-    """A run in each dtype, by itself; stopped in the middle, it says what it had found."""
+def conformance(
+    backend: str, profile: str, asked: dict[str, Any], note: Callable[[str, Any], None]
+) -> Iterator[Found]:
+    """A run in each dtype, by itself; stopped in the middle, it says what it had found. `note`
+    keeps how far it is, for when it cannot even be stopped."""
+    # Thousands of tiny functions are compiled, none of which is worth a search for its best kernel.
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".strip()
     from bridge.registry import find_backend, resolve_device
     from bridge_conformance.checks import LEVELS
     from bridge_conformance.runner import run
@@ -129,7 +145,16 @@ def conformance(backend: str, profile: str, asked: dict[str, Any]) -> Iterator[F
         if dtype not in found.dtypes(device):
             yield dtype, {"skipped": True}, f"{dtype}: not offered on {device}"
             continue
-        report = run(found, device=device, dtypes=[dtype], profile=profile, level=level)
+        report = run(
+            found,
+            device=device,
+            dtypes=[dtype],
+            profile=profile,
+            level=level,
+            progress=lambda p, dtype=dtype: note(
+                dtype, {"cases": p.done, "of": p.total, "failed": p.failed}
+            ),
+        )
         ran = [outcome for outcome in report.outcomes if outcome.status != "skip"]
         passed = [outcome for outcome in ran if outcome.status == "pass"]
         failures = [
