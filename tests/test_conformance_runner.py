@@ -404,7 +404,7 @@ def test_cases_travel_as_text(kind):
         text = to_text(case)
         again = from_text(text)
         assert readable(again) == readable(case) and "\n" not in text
-        assert len(text) <= 1500
+        assert len(text) <= (2000 if kind == "trainable" else 1500)  # to be pasted
         arrays = getattr(case, "rows", case), getattr(again, "rows", again)
         for one, other in zip(*(a.model.tensors("float16").items() for a in arrays), strict=True):
             assert one[0] == other[0] and one[1].tobytes() == other[1].tobytes()

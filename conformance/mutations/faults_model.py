@@ -179,8 +179,8 @@ FAULTS = (
         "5.2",
         LOGITS,
         model(
-            "h = F.embedding(tokens, self.embed)",
-            "h = F.embedding(tokens, self.embed) * self.config.hidden_size**0.5",
+            "h = embed(self.embed, tokens)",
+            "h = embed(self.embed, tokens) * self.config.hidden_size**0.5",
         ),
     ),
     Fault(
