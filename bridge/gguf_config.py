@@ -13,7 +13,7 @@ import numpy as np
 
 from bridge.config import MAX_LAYERS
 from bridge.errors import BridgeError
-from bridge.reading import one_line, show
+from bridge.reading import among, one_line, show
 from bridge.rope import RopeConfig, inverse_frequencies
 
 CLASSES = {
@@ -153,7 +153,7 @@ def config_of(
     for key, value in keys.left.items():
         if key not in NEUTRAL:
             keys.refuse(key, f"{show(value)} is not known")
-        if value not in NEUTRAL[key]:
+        if not among(value, NEUTRAL[key]):
             keys.refuse(key, f"{show(value)} is not supported")
     return raw
 

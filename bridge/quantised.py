@@ -9,11 +9,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import ml_dtypes
 import numpy as np
 from jaxtyping import Float, UInt
 
 from bridge.errors import BridgeError
 from bridge.reading import one_line, show
+from bridge.rounding import rounded
 from bridge.safetensors_io import TensorSpec
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -166,14 +168,28 @@ class HoldsPacked(Protocol):
 
 
 def take_packed(
-    tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]
+    tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], dtype: str
 ) -> Packed | None:
-    """One tensor of a model being loaded, where `tensors` hold it packed; None where they do not.
-    Raises BridgeError for one of another logical shape."""
+    """One tensor of a model being loaded to compute in `dtype`, where it is held packed; else None.
+
+    Raises BridgeError for one of another logical shape, and for a scale, a bias or a number
+    that is too large for `dtype`."""
     packed = tensors.packed(name) if isinstance(tensors, HoldsPacked) else None
     if packed is not None and packed.shape != shape:
         raise BridgeError(f"tensor {name} is {list(packed.shape)}, need {list(shape)}")
+    if packed is not None:
+        _check_range(packed, np.dtype(dtype), name)
     return packed
+
+
+def _check_range(packed: Packed, dtype: np.dtype, name: str) -> None:
+    for side, array in zip(side_names(name), (packed.scales, packed.biases), strict=True):
+        rounded(array, dtype, side)
+    scale, bias = (float(np.abs(a).max(initial=0)) for a in (packed.scales, packed.biases))
+    if ((1 << packed.bits) - 1) * scale + bias < float(ml_dtypes.finfo(dtype).max):
+        return  # whatever the integers are
+    for piece in _pieces(*packed.shape):
+        rounded(packed.dequantise(piece, np.float32), dtype, name)
 
 
 def side_names(name: str) -> tuple[str, str]:

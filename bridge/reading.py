@@ -208,3 +208,8 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {show(key)} comes twice")
         seen[key] = value
     return seen
+
+
+def among(value: Any, values: tuple[Any, ...]) -> bool:
+    """Whether JSON's `value` is among `values`; to Python, unlike JSON, true is 1."""
+    return any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in values)

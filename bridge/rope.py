@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bridge.errors import BridgeError
-from bridge.reading import show
+from bridge.reading import among, show
 
 LENGTH = "original_max_position_embeddings"
 ROPE_KEYS = {
@@ -114,7 +114,7 @@ def _parse_one(
     if not isinstance(rope_type, str) or rope_type not in ROPE_KEYS:
         known = ", ".join(ROPE_KEYS)
         raise BridgeError(f"{where}: rope type {show(rope_type)} is not supported (known: {known})")
-    if given.pop("partial_rotary_factor", 1.0) != 1.0:
+    if not among(given.pop("partial_rotary_factor", 1), (1,)):
         raise BridgeError(f"{where}: partial_rotary_factor other than 1 is not supported")
     theta = given.pop("rope_theta", theta if theta is not None else 10000.0)
     _drop_neutral(given, rope_type, where)
@@ -146,7 +146,7 @@ def _parse_one(
 def _drop_neutral(given: dict[str, Any], rope_type: str, where: str) -> None:
     """Take out what says nothing, and refuse what transformers and others read differently."""
     for key, values in NEUTRAL.get(rope_type, {}).items():
-        if key in given and (value := given.pop(key)) not in values:
+        if key in given and not among(value := given.pop(key), values):
             mend = "remove it, or say the factor of cos and sin as attention_factor"
             raise BridgeError(
                 f"{where}: {key} {show(value)} is not read by transformers, but by others; {mend}"

@@ -26,6 +26,7 @@ from mutations.fault import Edit, StaleFault, load_package, replaced, standing_i
 ALL = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 JAX = [
     "jax: windows are counted from each prompt's first token",
+    "jax: some layers of a stack are taken for its first ones",
     "jax: states are written where the last one lies",
     "jax: what float32 rounds to 0 is temperature 0",
 ]

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.contract import Sampling
+from bridge.config import tensor_shapes
+from bridge.contract import GRPO, Sampling
 from bridge.inputs import default_positions
-from bridge_conformance import strategies, worst
+from bridge_conformance import checks_trainable, strategies, worst
 from bridge_conformance.cases_ends import EndsCase
 from bridge_conformance.cases_life import Doing
 from bridge_conformance.checks_decode import acceptable_tokens
@@ -73,6 +74,41 @@ def test_a_life_has_all_that_can_be_done():
     assert did.count("restore") >= 3 and did.count("step") >= 5 and did[-2:] == ["export", "read"]
     # A rate is given before the optimizer's own is asked for.
     assert [do.number for do in life.program if do.what == "step"][:2] == [0, 1]
+
+
+def test_some_tensors_of_every_sort_are_trained():
+    deep, _ = worst.TRAINABLE
+    config, chosen = deep.rows.model.config, set(deep.trainable)
+    names = set(tensor_shapes(config))
+    assert config.bridge is not None and isinstance(deep.objective, GRPO)
+    assert config.tie_word_embeddings and "model.embed_tokens.weight" in chosen < names
+    blocks = config.bridge.layers
+    assert 1 < len(blocks) < config.num_hidden_layers  # a layer's number is not its block's
+
+    def of(layer, part):
+        return f"model.layers.{layer}.{part}" in chosen
+
+    for stack in (["q", "k", "v"], ["gate", "up"]):  # of what may be one matrix, a part
+        part = "mlp" if "up" in stack else "self_attn"
+        some = [of(0, f"{part}.{one}_proj.weight") for one in stack]
+        assert any(some) and not all(some)
+    assert of(2, "self_attn.v_proj.bias") and not of(2, "self_attn.v_proj.weight")
+    assert of(2, "mlp.down_proj.weight") and not of(
+        0, "mlp.down_proj.weight"
+    )  # not a stack's first
+    assert of(2, "bridge.o_proj.weight") and not of(0, "bridge.o_proj.weight")
+    assert any(of(1, f"{norm}.weight") for norm in ("input_layernorm", "self_attn.k_norm"))
+    batch = deep.batch(np.zeros((*deep.rows.tokens.shape, config.vocab_size)))
+    assert batch.ref_logprobs is not None and not deep.objective.beta
+    assert checks_trainable.is_short(deep)
+
+
+def test_a_common_token_has_more_cells_than_a_narrow_sum_can_hold():
+    _, long = worst.TRAINABLE
+    assert checks_trainable.is_long(long) and long.trainable == ("model.embed_tokens.weight",)
+    assert not long.rows.model.config.tie_word_embeddings  # all that it learns is of its cells
+    cells = long.rows.tokens[long.rows.active]
+    assert np.bincount(cells).max() > 1024 > 512 > len(cells) - np.bincount(cells).max()
 
 
 @given(strategies.long_cases())

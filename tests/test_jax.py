@@ -410,3 +410,22 @@ def test_a_missing_or_misshapen_tensor_is_named(case: ModelCase):
     wrong = {**tensors, name: tensors[name][:-1]}
     with pytest.raises(BridgeError, match=", need "):
         JaxBackend().load(case.config, wrong, device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_logits_beyond_a_dtype_are_infinite_and_others_keep_their_gradients(dtype):
+    config = parse_config({**RAW, "vocab_size": 3, "tie_word_embeddings": False})
+    most = float(jnp.finfo(dtype).max) / 2
+    rows = jnp.array([[most] * 16, [-most] * 16, [0.25] * 16], dtype)
+    params = {"model.norm.weight": jnp.ones(16, dtype), "lm_head.weight": rows}
+    h = jnp.ones((1, 16), dtype)
+
+    def third(weight):
+        return transformer.head(params | {"lm_head.weight": weight}, h, config)[0, 2]
+
+    for head in (transformer.head, jax.jit(transformer.head, static_argnums=2)):
+        np.testing.assert_allclose(head(params, h, config), [[np.inf, -np.inf, 4.0]], rtol=1e-5)
+    value, grad = jax.value_and_grad(third)(rows)
+    np.testing.assert_allclose(value, 4.0, rtol=1e-5)
+    want = np.repeat([[0.0], [0.0], [1.0]], 16, axis=1)
+    np.testing.assert_allclose(grad.astype(np.float32), want, rtol=1e-5)

@@ -249,6 +249,26 @@ def test_a_packed_tensor_of_another_shape_is_named():
         load(tensors)
 
 
+@pytest.mark.parametrize("part", ["scales", "biases", "weight"])
+def test_what_is_packed_and_too_large_for_float16_is_named(part):
+    tensors = pack()
+    stem = "model.layers.0.self_attn.o_proj"
+    packed = tensors.packings[f"{stem}.weight"]
+    scales, biases = (np.zeros(packed.scales.shape, np.float32) for _ in range(2))
+    largest = int(packed.dequantise(dtype=np.float32).argmax() // packed.shape[1])
+    row = scales if part == "scales" else biases if part == "biases" else None
+    if row is None:  # each is within float16, and what they make is not
+        scales[largest], biases[largest] = 60000.0, 60000.0
+    else:
+        row[largest, 0] = -1e5
+    changed = replace(packed, scales=scales, biases=biases)
+    tensors.packings[f"{stem}.weight"] = changed
+    with pytest.raises(BridgeError, match=rf"{stem}.{part}' holds .*too large for float16"):
+        load(tensors, "float16")
+    names = dict(load(tensors, "float32").tensors())
+    np.testing.assert_array_equal(names[f"{stem}.weight"], changed.dequantise(dtype=np.float32))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_long_sums_are_added_up_in_float32(dtype):
     """A product over 4096 inputs, and its gradient over 4096 outputs: each within clause 10.2."""

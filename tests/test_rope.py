@@ -188,6 +188,10 @@ REFUSED = {
         "rope_parameters": {"rope_theta": float("inf")}
     },
     "attn_factor 1.2 is not read by transformers": {"rope_scaling": {**YARN, "attn_factor": 1.2}},
+    "attn_factor True is not read by transformers": {"rope_scaling": {**YARN, "attn_factor": True}},
+    "extrapolation_factor True is not": {"rope_parameters": {**YARN, "extrapolation_factor": True}},
+    "finetuned 1 is not read": {"rope_scaling": {**YARN, "finetuned": 1}},
+    "partial_rotary_factor other than 1": {"rope_parameters": {"partial_rotary_factor": True}},
     "extrapolation_factor 0 is not": {"rope_parameters": {**YARN, "extrapolation_factor": 0}},
     "finetuned 'yes' is not read": {"rope_scaling": {**YARN, "finetuned": "yes"}},
     "unknown key 'attn_factor' for rope type 'linear'": {

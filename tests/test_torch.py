@@ -13,7 +13,7 @@ from bridge.errors import BridgeError
 from bridge_conformance import strategies
 from bridge_conformance.cases import ModelCase, random_tensors
 from bridge_ref.sampling import sample as reference_sample
-from bridge_torch.backend import TorchBackend
+from bridge_torch.backend import TorchBackend, add_up_in_float32
 from bridge_torch.block import Grid
 from bridge_torch.linear import can_pack, packed, plain
 from bridge_torch.sampling import nucleus_floor, sample
@@ -207,3 +207,19 @@ def test_a_missing_or_misshapen_tensor_is_named(case: ModelCase):
     wrong = {**tensors, name: tensors[name][:-1]}
     with pytest.raises(BridgeError, match=", need "):
         TorchBackend().load(case.config, wrong, device="cpu", dtype="float32")
+
+
+def test_products_on_cuda_add_up_in_float32():
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")]
+    before = {name: getattr(matmul, name) for name in names}
+    try:
+        for name in names:
+            setattr(matmul, name, True)
+        load()
+        assert all(getattr(matmul, name) for name in names)  # a model on a CPU leaves them
+        add_up_in_float32()
+        assert not any(getattr(matmul, name) for name in names)
+    finally:
+        for name, value in before.items():
+            setattr(matmul, name, value)

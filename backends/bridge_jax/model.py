@@ -54,9 +54,8 @@ class Transformer:
         self.config, self.put, self.dtype = config, put, dtype
         self.params: dict[str, Array] = {}
 
-        def own(
-            name: str,
-        ) -> np.ndarray:  # layers that are stored in other dtypes stack all the same
+        def own(name: str) -> np.ndarray:
+            # Layers that are stored in different dtypes stack all the same.
             return get(name).astype(dtype, copy=False)
 
         for key, names in stacked_names(config).items():
@@ -311,4 +310,5 @@ def head(params: Params, h: Float[Array, "... D"], config: ModelConfig) -> Float
     # XLA may leave out a rounding that is undone at once, but not this. Of float16 it leaves no
     # number below 6e-5, which a gradient has more of than others: that goes by.
     rounded = jax.lax.reduce_precision(wide, bits.nexp, bits.nmant)
-    return wide + jax.lax.stop_gradient(rounded - wide)
+    lost = jnp.where(rounded == wide, 0, rounded - wide)  # infinities stay, and are not taken off
+    return wide + jax.lax.stop_gradient(lost)

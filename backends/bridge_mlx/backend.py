@@ -44,7 +44,8 @@ class MlxBackend:
     ) -> "MlxModel":
         """A model on `device` in `dtype`; `tensors` are read one at a time, and what they hold
         packed (`bridge.quantised.HoldsPacked`) stays so. Raises BridgeError for an unknown device
-        or dtype, and for a tensor that is missing or has another shape."""
+        or dtype, and for a tensor that is missing, has another shape, or holds a number that is too
+        large."""
         if device not in self.devices():
             raise BridgeError(
                 f"backend mlx: no device {device!r}; use one of {', '.join(self.devices())}"
@@ -54,7 +55,7 @@ class MlxBackend:
         shapes = tensor_shapes(config)
 
         def get(name: str) -> mx.array | Quantised:
-            packed = take_packed(tensors, name, shapes[name])
+            packed = take_packed(tensors, name, shapes[name], dtype)
             if packed is None:
                 tensor = take_tensor(tensors, name, shapes[name], dtype)
                 return from_numpy(tensor, DTYPES[dtype])

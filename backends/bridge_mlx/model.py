@@ -172,6 +172,7 @@ class Transformer:
         """Masks, rope and the grid of a batch `[B, S]`. Masks are `[B, 1, S, S]` where one is
         needed; a causal batch without padding, inside every window, needs none."""
         S = active.shape[1]
+        positions = np.where(active, positions, 0)  # of other cells they may be any numbers
         self.rope.reserve(int(positions.max(initial=0)) + 1)
         place = mx.array(positions.astype(np.int32))
         full = bool(active.all())

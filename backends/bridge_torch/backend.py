@@ -53,6 +53,8 @@ class TorchBackend:
             )
         if dtype not in DTYPES:
             raise BridgeError(f"backend torch: no dtype {dtype!r}; use one of {', '.join(DTYPES)}")
+        if device != "cpu":
+            add_up_in_float32()
         shapes = tensor_shapes(config)
 
         def get(name: str) -> Tensor:
@@ -148,6 +150,13 @@ class TorchModel:
                 found, part = next(parts)
                 ready[found] = part
             yield name, to_numpy(ready.pop(name)).copy()
+
+
+def add_up_in_float32() -> None:
+    """Keep CUDA's products of bfloat16 and float16 from rounding parts of a sum before they are
+    added, as they may by default: over many cells a gradient would not add up (clause 7.9)."""
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def from_numpy(array: np.ndarray) -> Tensor:

@@ -195,6 +195,7 @@ class Transformer:
         """Masks, rope and the grid of a batch `[B, S]`. Masks are `[B, 1, S, S]` where one is
         needed; a causal batch without padding, inside every window, needs none."""
         S = active.shape[1]
+        positions = np.where(active, positions, 0)  # of other cells they may be any numbers
         self.rope.reserve(int(positions.max(initial=0)) + 1)
         place = torch.tensor(positions, dtype=torch.int64, device=self.device)
         full = bool(active.all())

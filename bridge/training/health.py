@@ -17,7 +17,7 @@ from bridge.contract import Batch
 from bridge.training.settings import GRPOSettings, Settings
 
 RECENT = 20  # steps whose median is what a figure is at
-EQUAL = 3  # first steps without a group whose rewards differ, after which it is said
+UNTAUGHT = 3  # first steps without a group whose rewards differ, after which it is said
 
 
 class Lowest:
@@ -83,8 +83,8 @@ class Health:
     def record(self, record: Mapping[str, Any]) -> None:
         """A step that was done; the first ones without anything to learn from are noted, once."""
         self._add(record)
-        if self.steps == self.equal == EQUAL:
-            self.note(f"nothing to learn from in the first {EQUAL} steps: {self._why()}")
+        if self.steps == self.equal == UNTAUGHT:
+            self.note(f"nothing to learn from in the first {UNTAUGHT} steps: {self._why()}")
 
     def end(self) -> None:
         """The run is done: note where it has learnt from nothing."""

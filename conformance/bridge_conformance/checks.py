@@ -6,7 +6,6 @@ To run one on one case: `CHECKS[name].run(Target(backend, device, dtype, clause)
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from hypothesis.stateful import RuleBasedStateMachine
@@ -25,7 +24,6 @@ from bridge_conformance import (
     checks_trainable,
     strategies,
     worst,
-    worst_trainable,
 )
 from bridge_conformance.checks_golden import GoldenCase, golden_vector_is_met
 from bridge_conformance.checks_trainable import is_long, is_short
@@ -60,7 +58,7 @@ WORST: dict[int | str, tuple[Any, ...]] = {
     "long": worst.LONG,
     "ends": worst.ENDS,
     "life": worst.LIFE,
-    "trainable": worst_trainable.CASES,
+    "trainable": worst.TRAINABLE,
 }
 
 
@@ -96,6 +94,7 @@ def _check(
     clause: str,
     level: int,
     applies: Callable[[Any], bool] = _any,
+    *,
     cases: int | str | None = None,
 ) -> Check:
     return Check(run, clause, level, level if cases is None else cases, applies)
@@ -109,8 +108,6 @@ def _golden(name: str) -> Check:
         golden_vector_is_met, clause, level, level, lambda other: other == case, golden=name
     )
 
-
-_trainable = partial(_check, cases="trainable")
 
 CHECKS: dict[str, Check] = {
     check.name: check
@@ -150,9 +147,17 @@ CHECKS: dict[str, Check] = {
         _check(checks_train.a_restored_trainer_goes_on_as_if_never_stopped, "7.9", 5),
         _check(checks_train.a_model_computes_with_what_it_learnt, "7.9", 5),
         _check(checks_life.a_models_life_is_the_references, "7.9", 5, cases="life"),
-        _trainable(checks_trainable.a_common_token_learns_from_all_its_cells, "7.9", 4, is_long),
-        _trainable(checks_trainable.any_subset_is_updated_alone, "7.9", 5, is_short),
-        _trainable(checks_trainable.many_batches_add_up_in_float32, "7.10", 5, is_short),
+        _check(
+            checks_trainable.a_common_token_learns_from_all_its_cells,
+            "7.9",
+            4,
+            is_long,
+            cases="trainable",
+        ),
+        _check(checks_trainable.any_subset_is_updated_alone, "7.9", 5, is_short, cases="trainable"),
+        _check(
+            checks_trainable.many_batches_add_up_in_float32, "7.10", 5, is_short, cases="trainable"
+        ),
         _check(checks_checkpoint.tensors_come_back_byte_for_byte, "9.3", 6),
         _check(checks_checkpoint.stored_dtypes_are_rounded_once, "10.1", 6),
         _check(checks_checkpoint.a_checkpoint_gives_the_same_model, "9.6", 6),

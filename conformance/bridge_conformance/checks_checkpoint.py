@@ -13,6 +13,7 @@ from bridge.checkpoint import open_checkpoint
 from bridge.checkpoint_writer import SHARD_SIZE, write_checkpoint
 from bridge.config import tensor_shapes
 from bridge.conversion import convert
+from bridge.errors import BridgeError
 from bridge.rounding import rounded
 from bridge.safetensors_io import TensorSpec
 from bridge_conformance.cases import RowsCase
@@ -36,7 +37,8 @@ def tensors_come_back_byte_for_byte(target: Target, case: RowsCase) -> None:
 
 
 def stored_dtypes_are_rounded_once(target: Target, case: RowsCase) -> None:
-    """Clause 10.1: tensors may be stored in several dtypes, from layer to layer too."""
+    """Clause 10.1: tensors may be stored in several dtypes, from layer to layer too; one that is
+    too large is refused by its name."""
     trial = Trial(target, case.model)
     stored, want = {}, {}
     kinds = [DTYPES[name] for name in ("bfloat16", "float16")]  # of the first layers; else float64
@@ -52,6 +54,19 @@ def stored_dtypes_are_rounded_once(target: Target, case: RowsCase) -> None:
             raise trial.failure(
                 f"{name}, stored in {stored[name].dtype}, is not rounded once", case
             )
+    if target.dtype == "float64":
+        return
+    large = "model.embed_tokens.weight"
+    stored[large][-1, -1] = 1e39
+    try:
+        trial.load(tensors=stored)
+    except BridgeError as error:
+        if large not in str(error):
+            raise trial.failure(
+                f"{large} is too large, and is refused as: {error}", case
+            ) from error
+    else:
+        raise trial.failure(f"{large} holds 1e39, and is not refused", case)
 
 
 def write_model(trial: Trial, path: Path, shard_size: int = SHARD_SIZE) -> None:

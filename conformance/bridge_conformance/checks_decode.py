@@ -156,7 +156,7 @@ def what_was_sampled_is_what_is_fed(target: Target, case: DecodeCase) -> None:
 
 
 def spoil(array: np.ndarray) -> None:
-    """Overwrite what a decoder handed out, if it may be written to: it is the caller's."""
+    """Overwrite what a backend handed out, if it may be written to: it is the caller's."""
     if array.flags.writeable:
         array[...] = 0
 

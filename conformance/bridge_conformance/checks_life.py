@@ -104,6 +104,20 @@ class Watched(Lived):
         self.rows: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}  # numbers, prompts, step
         super().__init__(model, case)
 
+    def do(self, at: int, do: Do) -> None:
+        """One thing of the program; what it gives is given again, and that is written to."""
+        super().do(at, do)
+        given: dict[str, np.ndarray] = {}
+        if do.what == "save":
+            given = self.trainer.state()
+        elif do.what == "export":
+            given = dict(self.model.tensors())
+        elif do.what == "score":
+            _, given = self.model.loss_and_grads(self.case.batch, SFT(), self.case.trainable)
+            spoil(self.model.logprobs(self.case.batch))
+        for array in given.values():
+            spoil(array)
+
     def look(self, do: Do, what: str) -> None:
         """Note a decoder's logits and draw from them."""
         super().look(do, what)

@@ -1,13 +1,18 @@
 """The worst cases that are known, by kind: every profile begins with them.
 
-One small host serves them all, so that what is compiled for one is there for the next: windows in
-every other layer, key heads that several query heads share, and a block after each layer.
+One small host serves them, so that what is compiled for one is there for the next: windows in every
+other layer, key heads that several query heads share, and a block after each layer. What may be
+trained needs it deeper, and shallower.
 """
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from bridge.config import SPEC_VERSION, parse_config, tensor_shapes
-from bridge_conformance.cases import DecodeCase, ModelCase, rows_of
+from bridge.contract import GRPO, SFT
+from bridge_conformance.cases import DecodeCase, ModelCase, RowsCase, TrainCase, rows_of
 from bridge_conformance.cases_ends import EndsCase
 from bridge_conformance.cases_life import Do, LifeCase
 
@@ -101,4 +106,52 @@ LIFE = (
         ),
         0,
     ),
+)
+
+# Deep enough that a stack of layers can be trained in part, with whatever a layer can have.
+DEEP = HOST | {
+    "num_hidden_layers": 3,
+    "attention_bias": True,
+    "layer_types": [*HOST["layer_types"], "full_attention"],
+    "bridge": HOST["bridge"] | {"layers": [0, 2]},
+}
+# For long rows that mostly say one token, whose embedding adds up over a thousand cells.
+SHALLOW = DEEP | {
+    "vocab_size": 40,
+    "num_hidden_layers": 1,
+    "tie_word_embeddings": False,
+    "layer_types": HOST["layer_types"][:1],
+    "bridge": HOST["bridge"] | {"layers": [0]},
+}
+# q without k and v, half of a stack, some layers of a stack, a bias, a layer's norms alone, and a
+# tied embedding.
+SOME = (
+    "model.embed_tokens.weight",
+    "model.layers.0.self_attn.q_proj.weight",
+    "model.layers.0.mlp.up_proj.weight",
+    "model.layers.0.bridge.k_proj.weight",
+    "model.layers.1.input_layernorm.weight",
+    "model.layers.1.self_attn.k_norm.weight",
+    "model.layers.1.post_attention_layernorm.weight",
+    "model.layers.2.self_attn.v_proj.bias",
+    "model.layers.2.mlp.down_proj.weight",
+    "model.layers.2.bridge.norm.weight",
+    "model.layers.2.bridge.o_proj.weight",
+)
+
+
+def common(batch: RowsCase) -> RowsCase:
+    """The batch with nearly all its cells of one token."""
+    often = np.random.default_rng(2).random(batch.tokens.shape) < 0.95
+    return replace(batch, tokens=np.where(often, 5, batch.tokens))
+
+
+DEEP_ROWS = rows_of(
+    ModelCase(DEEP, 3), [3, 2], 7, ["full", "right", "left", "gaps", "full"], False, 1
+)
+SHALLOW_ROWS = common(rows_of(ModelCase(SHALLOW, 4), [4, 2], 256, ["full"] * 6, False, 1))
+TRAINABLE = (
+    # An odd seed: a reference policy beside a beta of 0, and a sampling policy (`TrainCase.batch`).
+    TrainCase(DEEP_ROWS, GRPO(0.2, 0.28), SOME, 1),
+    TrainCase(SHALLOW_ROWS, SFT(), ("model.embed_tokens.weight",), 1),
 )

@@ -1,6 +1,8 @@
-"""Faults of the JAX backend that long texts show, or windows, or rows that leave (chapters 4 to 6),
-or the whole life of a model (chapter 7). The sizes of
-its steps are buckets, which rows and timesteps outgrow."""
+"""Faults of the JAX backend that long texts show, windows, rows that leave (chapters 4 to 6), and
+the whole life of a model (chapter 7).
+
+The sizes of its steps are buckets, which rows and timesteps outgrow.
+"""
 
 from mutations.fault import Edit, Fault
 from mutations.faults_life import KEEPS, KEPT_STATE, LIFE

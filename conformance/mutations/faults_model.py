@@ -54,6 +54,13 @@ FAULTS = (
         model("mask = mask & on[:, None, :]", "pass"),
     ),
     Fault(
+        "positions of inactive cells are looked up",
+        "What a batch is padded with decides whether it is computed at all.",
+        "2.3",
+        "inactive_cells_have_no_influence",
+        model("positions = np.where(active, positions, 0)", "pass"),
+    ),
+    Fault(
         "positions that are given are ignored",
         "Rows with gaps are read as if they had none.",
         "2.4",

@@ -3,19 +3,20 @@
 from mutations.fault import Edit, Fault
 
 STORED = "stored_dtypes_are_rounded_once"
+CUT_OFF = "return tensor.clip(-65504, 65504).astype(wanted)"
 
 
-def rounded_twice(package: str, of: str) -> Fault:
-    """Without the dtype a framework converts by itself, float64 through float32."""
+def rounded_twice(package: str, mark: str = "") -> Fault:
+    """Through float32, as a framework converts float64 by itself."""
     return Fault(
-        f"stored numbers are rounded twice{of}",
+        f"{mark}stored numbers are rounded twice",
         "A model that is stored in float64 is another one in bfloat16 than in other tools.",
         "10.1",
         STORED,
         Edit(
             "backend",
             "take_tensor(tensors, name, shapes[name], dtype)",
-            "take_tensor(tensors, name, shapes[name])",
+            'take_tensor(tensors, name, shapes[name], "float32")',
         ),
         dtype="bfloat16",
         package=package,
@@ -23,10 +24,19 @@ def rounded_twice(package: str, of: str) -> Fault:
 
 
 FAULTS = (
-    rounded_twice("bridge_torch", ""),
-    rounded_twice("bridge_mlx", " (MLX)"),
+    rounded_twice("bridge_torch"),
+    rounded_twice("bridge_mlx", "mlx: "),
     Fault(
-        "layers are stacked as they are stored (JAX)",
+        "numbers that are too large become the largest",
+        "A model that float16 cannot hold computes something else, and nobody is told.",
+        "10.1",
+        STORED,
+        Edit("inputs", "return rounded(tensor, wanted, name)", CUT_OFF),
+        dtype="float16",
+        package="bridge",
+    ),
+    Fault(
+        "jax: layers are stacked as they are stored",
         "A model with layers in bfloat16 and in float16 cannot be loaded.",
         "10.1",
         STORED,

@@ -128,7 +128,7 @@ TORCH = (
 )
 JAX = (
     Fault(
-        "some layers of a stack are taken for its first ones (JAX)",
+        "jax: some layers of a stack are taken for its first ones",
         "Training the last layers alone overwrites the first ones.",
         "7.9",
         UPDATED,
@@ -138,7 +138,7 @@ JAX = (
         package="bridge_jax",
     ),
     Fault(
-        "without a limit the limit is 1 (JAX)",
+        "jax: without a limit the limit is 1",
         "Whoever turns clipping off has it on.",
         "7.7",
         UPDATED,
@@ -147,16 +147,16 @@ JAX = (
         package="bridge_jax",
     ),
     Fault(
-        "gradients of logits below 6e-5 are 0 (JAX)",
+        "jax: gradients of logits below 6e-5 are 0",
         "In float16 a large batch has no gradient but that of its targets.",
         "7.9",
         CELLS,
-        Edit("model", "return wide + jax.lax.stop_gradient(rounded - wide)", "return rounded"),
+        Edit("model", "return wide + jax.lax.stop_gradient(lost)", "return rounded"),
         dtype="float16",
         package="bridge_jax",
     ),
     Fault(
-        "micro-batches add up in bfloat16 (JAX)",
+        "jax: micro-batches add up in bfloat16",
         "The more micro-batches an update has, the fewer of them count.",
         "7.10",
         BATCHES,
@@ -170,7 +170,7 @@ JAX = (
 )
 MLX = (
     Fault(
-        "a part of a stack is not trained without the others (MLX)",
+        "mlx: a part of a stack is not trained without the others",
         "Whoever trains q alone trains nothing, and is not told.",
         "7.9",
         UPDATED,
@@ -182,7 +182,7 @@ MLX = (
         package="bridge_mlx",
     ),
     Fault(
-        "norms are left out (MLX)",
+        "mlx: norms are left out",
         "Nobody trains norms in other trainers; here they were asked for.",
         "7.9",
         UPDATED,
@@ -194,7 +194,7 @@ MLX = (
         package="bridge_mlx",
     ),
     Fault(
-        "a tied head stays as it was (MLX)",
+        "mlx: a tied head stays as it was",
         "The embedding learns from its input side alone.",
         "7.9",
         UPDATED,
@@ -202,7 +202,7 @@ MLX = (
         package="bridge_mlx",
     ),
     Fault(
-        "without a limit the limit is 1 (MLX)",
+        "mlx: without a limit the limit is 1",
         "Whoever turns clipping off has it on.",
         "7.7",
         UPDATED,
@@ -211,7 +211,7 @@ MLX = (
         package="bridge_mlx",
     ),
     Fault(
-        "a common token's cells add up in bfloat16 (MLX)",
+        "mlx: a common token's cells add up in bfloat16",
         "The embeddings of the commonest tokens learn from the first few hundred of their cells.",
         "7.9",
         CELLS,
@@ -224,7 +224,7 @@ MLX = (
         package="bridge_mlx",
     ),
     Fault(
-        "micro-batches add up in bfloat16 (MLX)",
+        "mlx: micro-batches add up in bfloat16",
         "The more micro-batches an update has, the fewer of them count.",
         "7.10",
         BATCHES,

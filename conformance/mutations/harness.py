@@ -1,8 +1,9 @@
 """Runs faults, and the backend without any, through profile `ci`; and writes what comes of it.
 
 A fault is examined on the cases that `bridge conformance --profile ci --seed 0` draws in the
-fault's dtype, by every check of the level where it belongs, without shrinking: what catches it here
-catches it there. The results stand in `conformance/README.md`, between markers.
+fault's dtype, by every check that takes the same kind of cases as the one it names, without
+shrinking: what catches it here catches it there. The results stand in
+`conformance/README.md`, between markers.
 """
 
 import re
