@@ -76,8 +76,9 @@ def first_catch(fault: Fault) -> Catch | None:
 
 def _of(fault: Fault, checks: Sequence[Check]) -> Generator[Catch]:
     if fault.package == "bridge":
+        backend = backend_of("bridge_torch")  # first: what is imported within would keep the fault
         with standing_in(fault.edits):
-            yield from failing(backend_of("bridge_torch"), fault.dtype, checks)
+            yield from failing(backend, fault.dtype, checks)
         return
     modules = fault.plant()
     if fault.package == "bridge_ref":
