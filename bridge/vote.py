@@ -6,27 +6,18 @@ and so do `1/2`, `\frac{1}{2}` and `0.5`. It reads answers and does not judge th
 right is a task's business.
 """
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bridge.answers.choices import read_choice
 from bridge.answers.numbers import agree, read_bare, read_quantity, write_number
 from bridge.answers.places import find_answer, last_boxed
-from bridge.answers.trimming import plain, without_looks
+from bridge.answers.trimming import respell
 
 __all__ = ["Vote", "extract_answer", "last_boxed", "majority", "normalise", "together"]
 
 LONGEST = 1000  # characters of a number that is written out
-# What LaTeX says about looks, and spaces that say nothing.
-SPELLINGS = [
-    (re.compile(r"\\[dtc]frac(?![a-z])"), r"\\frac"),
-    (re.compile(r"\\(?:left|right|displaystyle)(?![a-z])|\\[!,;: ]|\\(?=[%$])|(?<!\\)\$"), ""),
-    (re.compile(r"\\boxed\s*\{([^{}]*)\}"), r"\1"),
-    (re.compile(r"(?<=[([{])\s+|\s+(?=[)\]}])"), ""),
-    (re.compile(r"\s*,\s*"), ", "),
-    (re.compile(r"\s*([+=])\s*"), r" \1 "),
-]
 
 
 @dataclass(frozen=True)
@@ -70,17 +61,17 @@ def extract_answer(text: str, complete: bool = True) -> str | None:
 
 def normalise(answer: str) -> str:
     """Numbers in plain decimal form, or as fractions in lowest terms, without their units, and
-    percentages with their sign; other answers in lower case, without outer punctuation."""
+    percentages with their sign; of a choice its letter; other answers in lower case, without
+    outer punctuation."""
+    if (choice := read_choice(answer)) is not None:
+        return choice.lower()
     number = read_quantity(answer)
     if number is not None:
         text = write_number(100 * number.value) + "%" if number.percent else None
         text = text or write_number(number.value)
         if len(text) <= LONGEST:
             return text
-    text = without_looks(plain(answer))
-    for spelling, instead in SPELLINGS:
-        text = spelling.sub(instead, text)
-    return " ".join(plain(text).lower().split())
+    return respell(answer).lower()
 
 
 def together(answers: Sequence[str | None]) -> list[str | None]:

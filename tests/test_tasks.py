@@ -386,6 +386,8 @@ def test_bad_options_of_a_file(write, tmp_path):
     path = write(GOOD, {"prompt": "b?", "answer": "one"})
     assert "tolerance is for match=numeric" in refusal(path, match="exact", tolerance=0.1)
     assert "extract 'box'" in refusal(path, extract="box")
+    assert "extract [1] is not known" in refusal(path, extract=[1])
+    assert "tolerance must be" in refusal(path, match="numeric", tolerance=True)
     said = refusal(path, wrong=1)
     assert "'wrong'" in said and "options: match, tolerance, extract" in said
     assert "leave match and tolerance out" in refusal(path, match="exact", reward="json:loads")

@@ -11,7 +11,7 @@ import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
-from bridge.answers.trimming import EQUALS, right_side, trim, without_looks
+from bridge.answers.trimming import CHANGES, EQUALS, right_side, trim, without_looks
 
 LONGEST = 2000  # characters of what may be a number; longer ones would take their time
 # Thousands are apart by commas or by spaces; 1,20 is no number, and 3,4 are two.
@@ -33,15 +33,16 @@ SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 1
 SCALE = re.compile(rf"\s*-?({'|'.join(SCALES)})s?\b", re.IGNORECASE)
 # Words that make a number another one, or a bound: those before it, and those after it.
 BEFORE = re.compile(
-    r"\b(?:half|third|quarter|dozen|sqrt|root|power|plus|minus|negative|times|divided|over|than|"
-    r"least|most|up|under|above|below|beyond|between|not|never|zero|one|two|three|four|five|six|"
-    r"seven|eight|nine|ten)\b",
+    rf"\b(?:{CHANGES}|third|quarter|dozen|root|power|plus|times|divided|over|than|different\s+from|"
+    r"except|least|most|up|under|above|below|beyond|between|not|never|zero|one|two|three|four|five|"
+    r"six|seven|eight|nine|ten)\b|\b(?:product|sum|difference|quotient)\s+of\s*$",
     re.IGNORECASE,
 )
 AFTER = re.compile(
     r"\b(?:half|halves|quarters?|dozens?|(?:third|fourth|fifth|sixth|eighth|tenth|hundredth|"
     r"thousandth)s?|bn|mn|mio|mrd|tn|pi|sqrt|root|squared|cubed|factorial|plus|minus|divided|"
-    r"multiplied|infinity|(?:or|and)\s+(?:more|less|fewer|greater|above|below|higher|lower|up))\b",
+    r"multiplied|doubled|tripled|halved|infinity|itself|below\s+(?:zero|freezing)|per\s?mille?|"
+    r"basis\s+points?|(?:or|and)\s+(?:more|less|fewer|greater|above|below|higher|lower|up))\b",
     re.IGNORECASE,
 )
 # Words, also of units. A lone letter is a variable, unless it is a unit; so are two or three right
@@ -52,7 +53,8 @@ UNITS = (
 )
 ATTACHED = re.compile(rf"(?!(?:(?i:{UNITS})|[mgshlLV])(?![A-Za-z]))[A-Za-z]{{1,3}}(?![A-Za-z])")
 WORDS = re.compile(
-    r"(?:[\s,:;.'\u2019/-]|[^\W\d_\u0370-\u03ff]{2,}+|[aAI]\b|[^\W\d_A-Za-z\u0370-\u03ff]"
+    r"(?:[\s,:;.'\u2019/-]|[^\W\d_\u0370-\u03ff\u2070-\u209f]{2,}+|[aAI]\b"
+    r"|[^\W\d_A-Za-z\u0370-\u03ff\u2070-\u209f]"
     r"|(?<![A-Za-z])[mgshlLV](?![A-Za-z]))*+"
 )
 UNIT_POWER = re.compile(
@@ -66,6 +68,13 @@ CLAUSE = re.compile(
 )
 REMARK = re.compile(
     r"\s\((?!\s*(?:or|and)\b)(?=[^()]*[A-Za-z]{2})[^()]*\)|\s*\\pmod\s*\{?\s*\w+\}?"
+)
+# Twelve (12): a number in words says the same.
+IN_WORDS = re.compile(
+    r"\b(?:(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|"
+    r"six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|million|"
+    r"dozen|half|halves|thirds?|quarters?|and)\b[\s-]*)+\(([^()A-Za-z]*[0-9][^()A-Za-z]*)\)",
+    re.IGNORECASE,
 )
 EQUAL = re.compile(r"\bis\s+equal\s+to\b|\bequals\b|(?<=\b[A-Za-z])\s+is\b(?:\s+equal\s+to\b)?")
 OR = re.compile(r"\s*[,(]?\s*\bor\s+(?:about\s+)?")
@@ -126,7 +135,7 @@ def read_quantity(text: str) -> Quantity | None:
     clean = _clean(text)
     if clean is None or RELATIONS.search(clean):
         return None
-    clean = EQUAL.sub(" = ", REMARK.sub("", clean))
+    clean = EQUAL.sub(" = ", IN_WORDS.sub(r"\1", REMARK.sub("", clean)))
     for part in ABOUT.split(clean):  # what is exact comes first: 1/3, about 0.33
         found = _stated(part)
         if found is not None:

@@ -17,6 +17,12 @@ STATED = re.compile(
     r"|^[ \t]*[#*][#* \t]*(?:the[ \t]+)?(?:final[ \t]+)?answer[* \t]*\n\s*(?=\S)",
     re.IGNORECASE | re.MULTILINE,
 )
+# What is said of an answer that stands elsewhere.
+REMARK = re.compile(
+    r"(?:(?:not|now|also|indeed|given|shown|\w+ly)\s+)?"
+    r"(?:right|correct|wrong|incorrect|clear|above|below|as\s+follows|see\s.*)",
+    re.IGNORECASE,
+)
 # Braces that open and close, those of boxes apart; a box of a bare number needs none.
 BRACES = re.compile(r"\\[{}]|(\\(?:boxed|fbox)\s*)?\{|\}|\\(?:boxed|fbox)\s*(-?[0-9][0-9.,/]*)")
 BETWEEN_BOXES = re.compile(r"[ $]*(?:[,;]|(?:,\s*)?(?:\\text\{\s*)?\b(?:and|or)\b\s*\}?)[ $]*")
@@ -35,10 +41,11 @@ RAISED = r"[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+"
 POWER = rf"(?:\^\s*(?:\{{[^{{}}]*\}}|[-\u2212]?[0-9]+)|{RAISED})"
 TIMES_POWER = rf"(?:\s*(?:\\times|\\cdot|[\u00d7*x])\s*10)?{POWER}"
 ROOT = r"\\(?:sqrt|pi)(?![A-Za-z])(?:\s*\{[^{}]*\})?"
+BASE = r"(?:_(?:\{\w+\}|[0-9]+)|[\u2080-\u2089]+)"
 TAIL = r"(?:\s?\\?%|\s+(?:percent|hundred|thousand|million|billion|trillion)\b)?"
 NUMERAL = (
     rf"(?>{SIGN}(?:(?:\$?{COUNT}\s*)?(?:{FRACTION}|{ROOT})|[0-9]+[ ][0-9]+/[0-9]+(?![0-9/])"
-    rf"|\\?[$\u00a3\u20ac]?{VALUE}(?:[eE][-+]?[0-9]+(?!\w)|/{VALUE}|{TIMES_POWER})?){TAIL})"
+    rf"|\\?[$\u00a3\u20ac]?{VALUE}(?:[eE][-+]?[0-9]+(?!\w)|/{VALUE}|{TIMES_POWER}|{BASE})?){TAIL})"
 )
 DATE = (
     r"(?:[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}|[0-9]{1,2}/[0-9]{1,2}/[0-9]{2,4}"
@@ -58,11 +65,14 @@ def find_answer(response: str, complete: bool = True) -> str | None:
     last, and else its last number.
 
     A response that is not `complete`, since it was cut off, had not come to its last number.
+    "The answer is correct" and the like are remarks, and answers only where there is no other.
     """
     for place in (tagged, last_boxed, _said):
         if (found := place(response)) is not None:
             return found
-    return last_number(response) if complete else None
+    if (number := last_number(response)) is not None:
+        return number if complete else None
+    return _said(response, remarks=True)
 
 
 def tagged(response: str) -> str | None:
@@ -109,10 +119,11 @@ def last_number(response: str) -> str | None:
     return number[1:] if formula else number
 
 
-def _said(response: str) -> str | None:
-    """What is stated, or follows `####` after it."""
+def _said(response: str, remarks: bool = False) -> str | None:
+    """What is stated, or follows `####` after it; what is a remark only where `remarks` count."""
     for stated in reversed(list(STATED.finditer(response))):
-        if answer := trim(_sentence(response, stated.end())):
+        answer = trim(_sentence(response, stated.end()))
+        if answer and (remarks or not REMARK.fullmatch(answer)):
             hashes = after_hashes(response[stated.end() :])
             return answer if hashes is None else hashes
     return after_hashes(response)

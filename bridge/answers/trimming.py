@@ -1,7 +1,7 @@
 r"""What stands around an answer and is none of it: Markdown, `$`, `\text{}`, a full stop.
 
 Texts in, texts out. What is left keeps its own spelling: `$\frac{1}{2}$.` is `\frac{1}{2}`, and
-`$5` stays `$5`, since that dollar is money.
+`$5` stays `$5`, since that dollar is money. Only `respell` gives what has several spellings one.
 """
 
 import re
@@ -18,6 +18,36 @@ LETTER = re.compile(r"\(([A-Za-z])\)")
 BRACKETS = re.compile(r"\([^()]*\)|\[[^][]*\]")
 EQUALS = re.compile(r"(?<![<>!=])=(?!=)")
 SEVERAL = re.compile(r"[,;]|\b(?:and|or)\b")
+# What LaTeX says about looks, and spaces that say nothing.
+SPELLINGS = [
+    (re.compile(r"\\[dtc]frac(?![a-z])"), r"\\frac"),
+    (re.compile(r"\\(?:left|right|displaystyle)(?![a-z])|\\[!,;: ]|\\(?=[%$])|(?<!\\)\$"), ""),
+    (re.compile(r"\\boxed\s*\{([^{}]*)\}"), r"\1"),
+    (re.compile(r"(?<=[([{])\s+|\s+(?=[)\]}])"), ""),
+    (re.compile(r"\s*,\s*"), ", "),
+    (re.compile(r"\s*([+=])\s*"), r" \1 "),
+]
+# A name, maybe with words before it: x, x_1, f(2), that x, y-intercept, total cost. So is xy.
+ALPHA = r"[^\W\d_\u00b2\u00b3\u00b9\u2070-\u209f]"
+NAME = re.compile(
+    rf"(?:(?:\\?{ALPHA}{{2,}}|[aAI]|{ALPHA}-{ALPHA}{{2,}})[\s:]+)*"
+    rf"\\?{ALPHA}+(?:['\u2019-]{ALPHA}{{2,}})*"
+    r"(?:_\{[^{}]*\}|_\w|[\u2080-\u2089'])*(?:\(\s*-?[^-+*/^()]*\))?"
+)
+# What makes of a number, or of what a name stands for, another one.
+CHANGES = (
+    r"twice|thrice|double|triple|half|minus|negative|sqrt|square\s+root|log|ln|lg|exp|sin|cos|tan|"
+    r"(?:square|cube|reciprocal|inverse|opposite)\s+of"
+)
+CHANGED = re.compile(rf"\b(?:{CHANGES}|squared|cubed|doubled|tripled|halved)\b", re.IGNORECASE)
+# Letters in arithmetic: functions, an x that is a sign between numbers, units in a sum.
+ARITHMETIC = re.compile(
+    r"\\?\b(?:frac|sqrt|binom|gcd|lcm|log|ln|sin|cos|tan)(?![A-Za-z])"
+    r"|\\(?:times|cdot|div|pi|circ|[lr]floor|[lr]ceil)(?![A-Za-z])"
+    r"|(?<=[0-9)%])\s*(?:x|of)\s*(?=[0-9(])"
+)
+SUM = re.compile(r"\S\s*[-+*/\u00d7\u00f7]\s*\(*[0-9]")
+UNIT = re.compile(rf"(?<=[0-9])\s+{ALPHA}{{2,}}")
 
 
 def trim(text: str) -> str:
@@ -29,7 +59,7 @@ def trim(text: str) -> str:
             return text
 
 
-def plain(text: str) -> str:
+def unwrap(text: str) -> str:
     r"""A trimmed text without a `\text{}` around all of it; of a lone letter in brackets, as in
     (B), the letter."""
     text = trim(text)
@@ -46,11 +76,46 @@ def without_looks(text: str) -> str:
     return text
 
 
+def respell(text: str) -> str:
+    r"""An unwrapped text with one spelling for looks and spaces: `(3,4)` as `(3, 4)`."""
+    text = without_looks(unwrap(text))
+    for spelling, instead in SPELLINGS:
+        text = spelling.sub(instead, text)
+    return " ".join(unwrap(text).split())
+
+
 def right_side(text: str) -> str:
-    """Of an equation or a chain of them its last side; of several, and of other texts, all."""
-    left, equals, right = EQUALS.sub("\0", text).rpartition("\0")
-    several = SEVERAL.search(BRACKETS.sub("", left))
-    return right.strip() if equals and not several and right.strip() else text
+    """Of an equation or a chain of them that says what a name or a sum is, its last side; of
+    several, of others, as 2x = 5 is, and of other texts, all."""
+    left, right = _sides(text)
+    return right if right and _is_value(left) else text
+
+
+def is_unsolved(text: str) -> bool:
+    """Whether a text is one equation that does not say what a name or a sum is: 2x = 5."""
+    left, right = _sides(text)
+    return bool(right) and not _is_value(left)
+
+
+def has_variable(text: str) -> bool:
+    """Whether anything but numbers and what is done with them is in it."""
+    text = ARITHMETIC.sub(" ", respell(text))
+    return bool(re.search(ALPHA, UNIT.sub("", text) if SUM.search(text) else text))
+
+
+def _sides(text: str) -> tuple[str, str]:
+    """The first and the last side of an equation; nothing where there is none, or several."""
+    left, _, right = EQUALS.sub("\0", text).rpartition("\0")
+    if not left or SEVERAL.search(BRACKETS.sub("", left)):
+        return "", ""
+    return left.split("\0")[0], right.strip()
+
+
+def _is_value(left: str) -> bool:
+    """Whether what equals it is its value: it is a lone name, or has no variable in it."""
+    if NAME.fullmatch(respell(left)):
+        return not CHANGED.search(left)
+    return not has_variable(left)
 
 
 def _trim_once(text: str) -> str:

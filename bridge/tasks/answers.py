@@ -6,7 +6,8 @@ r"""Where in a response its answer stands: five places, each with a rule, or the
     number    the last number: 1,200.50, -3, 1/2, 25%; a minus after a value is a difference
     text      the whole response, without white space around it
     auto      tag, else boxed, else hashes or what follows "answer is" or "answer:" to the end of
-              the sentence, whichever comes last, else number
+              the sentence, whichever comes last, else number; what only
+              says that "the answer is correct", or "below", is passed over
 
 An answer is the whole expression in its own spelling, never empty, and says nothing about whether
 it is right. Votes (`bridge.vote`) read as `auto` does.
@@ -26,9 +27,9 @@ def read_answer(response: str, where: str) -> str | None:
 
 def check_place(where: object) -> str:
     """Raise BridgeError unless it is a place to read answers from."""
-    if where not in PLACES:
+    if not isinstance(where, str) or where not in PLACES:
         raise BridgeError(f"extract {where!r} is not known; use one of {', '.join(PLACES)}")
-    return str(where)
+    return where
 
 
 PLACES: dict[str, Callable[[str], str | None]] = {

@@ -1,7 +1,8 @@
 r"""Whether an answer is the right one: exactly, as a number, or as mathematics.
 
-    exact     the same characters, runs of white space counting as one space, apart from Markdown,
-              `$`, `\text{}` and a full stop around them; x = 5 is also 5, and (B) is B
+    exact     the same characters, also in case, apart from Markdown, `$`, `\text{}` and a full
+              stop around them, and from looks: (3,4) is (3, 4), \dfrac is \frac; x = 5 is also 5,
+              (B) is B, and "(B) 12" and "B because ..." are B where the right answer is a letter
     numeric   the same number, compared as fractions (`bridge.answers.numbers`): 1,200.0, \$1200,
               2400/2 and 1200 apples agree, and so do \frac{1}{2} and 0.5. 5% agrees with 0.05 and,
               as percentages of 1 and more do, with 5; within `tolerance` times the right one,
@@ -21,10 +22,19 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
+from bridge.answers.choices import read_choice
 from bridge.answers.numbers import agree, read_bare, read_number, read_quantity
 from bridge.answers.places import DATE, INLINE
-from bridge.answers.trimming import plain, right_side, trim
+from bridge.answers.trimming import (
+    has_variable,
+    is_unsolved,
+    respell,
+    right_side,
+    trim,
+    unwrap,
+)
 from bridge.errors import BridgeError
+from bridge.ranges import take
 
 __all__ = ["MATCHES", "check_match", "read_number"]
 
@@ -41,8 +51,7 @@ def check_match(match: object, tolerance: object) -> Callable[[str, str], bool]:
     Raises BridgeError for an unknown name, for a tolerance that is none or has no use, and where
     math-verify is not installed.
     """
-    if not isinstance(tolerance, int | float) or not 0 <= tolerance < 1:
-        raise BridgeError(f"tolerance must be a number from 0 to below 1, not {tolerance!r}")
+    tolerance = take("tolerance", tolerance)
     if tolerance and match not in (None, "numeric"):
         raise BridgeError(f"tolerance is for match=numeric, not for match={match}; leave it out")
     if match is None:
@@ -61,8 +70,10 @@ def check_match(match: object, tolerance: object) -> Callable[[str, str], bool]:
 
 
 def _exact(right: str, given: str) -> bool:
-    right, given = plain(right), plain(given)
-    return right.split() in (given.split(), plain(right_side(given)).split())
+    expected, given = respell(right), unwrap(given)
+    if expected in (respell(given), respell(right_side(given))):
+        return True
+    return expected == read_choice(given)
 
 
 class _Numeric:
@@ -91,8 +102,10 @@ def _math(right: str, given: str) -> bool:
         raise ValueError(f"math-verify cannot read the right answer {right!r}")
     if _exact(right, given) or _same(right, given):
         return True
-    if IS_DATE.fullmatch(plain(right)) or IS_DATE.fullmatch(plain(given)):
+    if IS_DATE.fullmatch(unwrap(right)) or IS_DATE.fullmatch(unwrap(given)):
         return False  # no difference of numbers
+    if is_unsolved(given) and not has_variable(right):
+        return False  # math-verify would take the right side of 2x = 5
     # A scorer keeps the time, also within C code, which math-verify's own alarm does not.
     return verify(expected, _formula(given), timeout_seconds=0)
 
