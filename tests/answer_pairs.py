@@ -219,6 +219,7 @@ PAIRS = [
     ("5", "The answer is 5 x 1 = 5.", NUMERIC, 1, "chat: what a name or a sum is"),
     ("5", "The answer is x\u2081 = 5.", NUMERIC, 1, "chat: what a name or a sum is"),
     ("5", "The answer is 3 + 2 = 5.", EXACT, 1, "chat: what a name or a sum is"),
+    ("5", "The answer is sqrt(25) = 5.", NUMERIC, 1, "chat: what a name or a sum is"),
     ("5", "The answer is f(x) = 5.", EXACT, 1, "chat: what a name or a sum is"),
     # Boxes.
     ("204", r"Thus $m+n=\boxed{204}$.", NUMERIC, 1, "AIME"),

@@ -113,9 +113,9 @@ def _sides(text: str) -> tuple[str, str]:
 
 def _is_value(left: str) -> bool:
     """Whether what equals it is its value: it is a lone name, or has no variable in it."""
-    if NAME.fullmatch(respell(left)):
-        return not CHANGED.search(left)
-    return not has_variable(left)
+    if not has_variable(left):
+        return True
+    return bool(NAME.fullmatch(respell(left))) and not CHANGED.search(left)
 
 
 def _trim_once(text: str) -> str:
