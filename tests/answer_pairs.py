@@ -223,6 +223,10 @@ PAIRS = [
     ("5", "The answer is f(x) = 5.", EXACT, 1, "chat: what a name or a sum is"),
     # Boxes.
     ("204", r"Thus $m+n=\boxed{204}$.", NUMERIC, 1, "AIME"),
+    ("204", r"The answer is $m + n = 204$.", NUMERIC, 1, "AIME"),
+    ("10", r"The answer is $\sum_{k=1}^4 k = 10$.", NUMERIC, 1, "MATH"),
+    ("5", "The answer is |x| = 5.", NUMERIC, 1, "MATH"),
+    ("5", "The answer is x + 1 = 5.", NUMERIC, 0, "trap: an equation to be solved"),
     ("025", r"\boxed{25}", NUMERIC, 1, "AIME: three digits"),
     ("5", r"\boxed{\boxed{5}}", NUMERIC, 1, "field report"),
     ("5", r"\boxed{x = \boxed{5}}", NUMERIC, 1, "MATH"),

@@ -46,6 +46,8 @@ ARITHMETIC = re.compile(
     r"|\\(?:times|cdot|div|pi|circ|[lr]floor|[lr]ceil)(?![A-Za-z])"
     r"|(?<=[0-9)%])\s*(?:x|of)\s*(?=[0-9(])"
 )
+VARIABLE = re.compile(rf"(?<![\\\w]){ALPHA}(?!{ALPHA})")  # of one letter
+QUANTITY = re.compile(r"\\(?:sum|prod|int|lim)(?![a-z])|\|")
 SUM = re.compile(r"\S\s*[-+*/\u00d7\u00f7]\s*\(*[0-9]")
 UNIT = re.compile(rf"(?<=[0-9])\s+{ALPHA}{{2,}}")
 
@@ -112,8 +114,11 @@ def _sides(text: str) -> tuple[str, str]:
 
 
 def _is_value(left: str) -> bool:
-    """Whether what equals it is its value: it is a lone name, or has no variable in it."""
-    if not has_variable(left):
+    """Whether what equals it is its value: it has no variable or several, as m + n, is a lone name,
+    or is what is asked for and never solved, as a sum is. Of one unknown, as in 2x, it is not."""
+    if not has_variable(left) or QUANTITY.search(left):
+        return True
+    if len(set(VARIABLE.findall(respell(left)))) > 1 and not CHANGED.search(left):
         return True
     return bool(NAME.fullmatch(respell(left))) and not CHANGED.search(left)
 
