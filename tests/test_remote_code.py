@@ -98,6 +98,12 @@ def load(path: Path, dtype=torch.float64):
     return model.eval()
 
 
+def whole(groups: torch.Tensor) -> dict[str, torch.Tensor]:
+    """`groups`, and the `widths` of them when none is parted."""
+    _, group, counts = groups.unique(return_inverse=True, return_counts=True)
+    return {"groups": groups, "widths": counts[group]}
+
+
 def reference(case: ModelCase, dtype="float64"):
     return Reference().load(case.config, case.tensors("float32"), device="cpu", dtype=dtype)
 
@@ -136,14 +142,9 @@ def test_logits_are_the_references(family, data, tmp_path_factory):
     with true_float64(), torch.no_grad():
         model = load(write(tmp_path_factory.mktemp("model") / "it", case))
         tokens, groups, active, positions = map(torch.from_numpy, rows.arguments)
-        got = model(tokens, attention_mask=active.long(), position_ids=positions, groups=groups)
-        again = model(
-            tokens,
-            attention_mask=active.long(),
-            position_ids=positions,
-            groups=groups,
-            active=active,
-        )
+        said = {"attention_mask": active.long(), "position_ids": positions, **whole(groups)}
+        got = model(tokens, **said)
+        again = model(tokens, **said, active=active)
     assert_conforms(got.logits.numpy()[rows.active], case, rows.arguments, rows.active)
     assert torch.equal(got.logits, again.logits)
 
@@ -422,7 +423,8 @@ def test_what_transformers_saves_bridge_loads(family, tied, dtype, kind, tmp_pat
     tokens = torch.tensor([[3, 4, 5], [6, 7, 8]])
     groups = torch.tensor([0, 0])
     with torch.no_grad():
-        assert torch.equal(model(tokens, groups=groups).logits, again(tokens, groups=groups).logits)
+        said = whole(groups)
+        assert torch.equal(model(tokens, **said).logits, again(tokens, **said).logits)
     ours = bridge.load(tmp_path / "saved", backend="numpy", dtype="float32")
     got = ours.logits(tokens.numpy(), groups=groups.numpy())
     ones = np.ones((2, 3), bool)
@@ -454,7 +456,8 @@ def test_fresh_blocks_change_nothing(tmp_path):
     assert not lacking and all(".bridge." in name for name in left_over)
     tokens = torch.tensor([[3, 4, 5], [6, 7, 8]])
     with torch.no_grad():
-        got, want = model(tokens, groups=torch.tensor([0, 0])).logits, host(tokens).logits
+        got = model(tokens, **whole(torch.tensor([0, 0]))).logits
+        want = host(tokens).logits
     assert torch.equal(got, want)
 
 

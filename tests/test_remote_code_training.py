@@ -10,10 +10,12 @@ import torch
 import transformers
 from test_remote_code import (
     KINDS,
+    assert_conforms,
     load,
     own_cache,  # noqa: F401
     raw_config,
     reference,
+    whole,
     write,
 )
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
@@ -24,6 +26,7 @@ from bridge.checkpoint import open_checkpoint
 from bridge.config import FAMILIES, tensor_shapes
 from bridge.contract import SFT, Batch
 from bridge.errors import BridgeError
+from bridge.inputs import default_positions
 from bridge_conformance.cases import ModelCase
 from bridge_conformance.tolerance import allowance, error
 
@@ -182,9 +185,65 @@ def test_a_group_that_is_parted_is_refused(tmp_path):
             model(**shard)
         with pytest.raises(ValueError, match=r"widths is \[2\], not one number a row: \[4\]"):
             model(**{**batch, "widths": batch["widths"][:2]})
-        shard.pop("labels", None)  # widths are held to wherever they are given
+        shard.pop("labels", None)  # whatever rows are read for
+        for part in (shard, batch):
+            with pytest.raises(ValueError, match=r"give also widths \[B\]"):
+                model(part["input_ids"], part["attention_mask"], groups=part["groups"])
+    with pytest.raises(ValueError, match=r"give also widths \[B\]"):
+        evaluation(model, tmp_path / "out", 2).predict([without_labels(row) for row in rows])
+    with pytest.raises(ValueError, match="of a group of 4 rows 2 came"):
+        evaluation(model, tmp_path / "out", 2).predict([without_labels(row) for row in wide])
     alone = {name: value for name, value in shard.items() if name not in ("groups", "widths")}
     model.train()(**alone)
+
+
+def without_labels(example):
+    return {name: value for name, value in example.items() if name != "labels"}
+
+
+def evaluation(model, out, batch, **options):
+    settings = TrainingArguments(
+        output_dir=str(out),
+        per_device_eval_batch_size=batch,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    return Trainer(model, settings, **options)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_trainer_evaluates_all_rows_where_its_batch_divides_the_groups(batch, tmp_path):
+    """With labels and without, what it gives is the reference's of whole groups. Else transformers
+    keeps, of the last batch, as many rows as there are groups in it, as the code's head says."""
+    case, rng = ModelCase(raw_config(), 11), np.random.default_rng(11)
+    groups = [group_of(rng, 4) for _ in range(3)]
+    rows = [row for group in groups for row in group["input_ids"]]
+    seen = []
+    with true_float64():
+        model = load(write(tmp_path / "it", case))
+        it = evaluation(
+            model,
+            tmp_path / "out",
+            batch,
+            data_collator=model.collate_groups,
+            compute_metrics=lambda said: seen.append(said) or {},
+        )
+        loss = it.evaluate(groups)["eval_loss"]
+        said = it.predict([without_labels(group) for group in groups]).predictions
+    kept = 9 if batch == 2 else 12
+    [metrics] = seen
+    assert len(metrics.predictions) == len(metrics.label_ids) == len(said) == kept
+    drawn = [groups[i : i + batch] for i in range(0, 3, batch)]
+    exact, own = np.average([losses_of(case, each) for each in drawn], 0, [len(d) for d in drawn])
+    assert error(np.array(loss), exact) <= allowance(exact, own, "float64")
+    T, lengths = max(map(len, rows)), np.array([len(row) for row in rows])[:, None]
+    tokens = np.array([row + [0] * (T - len(row)) for row in rows])
+    for got, fed_to in ((metrics.predictions, lengths - 1), (said, lengths)):
+        fed = np.arange(T) < fed_to
+        arguments = (tokens, np.repeat(np.arange(3), 4), fed, default_positions(fed))
+        cells = fed & (np.arange(12) < kept)[:, None]
+        assert_conforms(got[cells[:kept]], case, arguments, cells)
 
 
 def test_the_layers_without_the_head_are_told_of_groups_too(tmp_path):
@@ -192,15 +251,17 @@ def test_the_layers_without_the_head_are_told_of_groups_too(tmp_path):
     with true_float64(), torch.no_grad():
         model = load(write(tmp_path / "it", ModelCase(raw_config(), 9)))
         tokens = torch.tensor([[3, 4, 5], [6, 7, 8], [3, 4, 9]])
-        groups = {"groups": torch.tensor([0, 1, 0]), "active": torch.ones(3, 3)}
+        groups = {**whole(torch.tensor([0, 1, 0])), "active": torch.ones(3, 3)}
         assert torch.equal(model.lm_head(model.model(tokens)[0]), model(tokens).logits)
         together = model.lm_head(model.model(input_ids=tokens, **groups)[0])
         assert torch.equal(together, model(tokens, **groups).logits)
         assert not torch.equal(together, model(tokens).logits)
         with pytest.raises(ValueError, match="say with active"):
-            model.model(tokens, groups=groups["groups"])
-        with pytest.raises(ValueError, match="give also widths"):
-            model.train().model(tokens, **groups)
+            model.model(tokens, **whole(groups["groups"]))
+        del groups["widths"]
+        for mode in (model.train, model.eval):
+            with pytest.raises(ValueError, match="give also widths"):
+                mode().model(tokens, **groups)
 
 
 def test_who_loads_a_class_by_name_gets_the_blocks(tmp_path):

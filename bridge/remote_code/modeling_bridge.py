@@ -12,9 +12,13 @@ Which rows read each other: every row of the input is a prompt of its own, and t
 numbers are a group. So a batch of unrelated rows, without `groups`, stays unrelated.
 
 Trainers shuffle rows and shard them, and a group that is parted would be read as if it had fewer
-rows. So in training, and with `labels`, `groups` comes with `widths [B]`, how many rows the group
-of each row has, and a group that is not all there is refused. `collate_groups` makes such batches
-of examples that are whole groups, which a trainer may shuffle as it likes.
+rows. So `groups` comes with `widths [B]`, how many rows the group of each row has, and a group that
+is not all there is refused; `generate` alone, which sees all rows, needs no `widths`.
+`collate_groups` makes such batches of examples that are whole groups, which a trainer may shuffle
+as it likes. A Trainer takes a row for an example where it gathers what `predict` gives and what
+`compute_metrics` gets, and cuts the last batch to as many rows as it has examples: there
+`per_device_eval_batch_size` is 1, or divides the number of groups, on one device. Its loss is not
+cut.
 
 Which cells are read: those where `attention_mask` is 1. In `generate` a row that has ended, by EOS
 or another stopping criterion, is read no more, its last token included; with `labels`, each row's
@@ -64,14 +68,14 @@ class Layout(NamedTuple):
         return cls(rows, filled, filled.flatten().nonzero()[:, 0][order.argsort()])
 
 
-def layout_of(groups: Any, widths: Any, B: int, device: Any, learning: bool) -> Layout:
+def layout_of(groups: Any, widths: Any, B: int, device: Any, whole: bool = False) -> Layout:
     """The layout of `groups [B]`; None: each row is one. Raises ValueError where one is not as wide
-    as `widths [B]` says, or nothing says it of rows that are for `learning`."""
+    as `widths [B]` says, or nothing says it and they are not known to be `whole`."""
     if isinstance(groups, Layout):
         return groups
     if groups is None:
         groups = torch.arange(B)
-    elif learning and widths is None:
+    elif widths is None and not whole:
         raise ValueError(
             "groups: a shuffle or a shard may have parted them; give also widths [B], how many "
             "rows the group of each row has, as collate_groups does"
@@ -101,7 +105,7 @@ def tell_layers(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
             raise ValueError("groups, without the head: say with active [B, S] what is fed")
         active = torch.ones(fed.shape[:2])  # rows alone: what is masked is not read anyway
     widths, B = kwargs.pop("widths", None), len(fed)
-    kwargs["layout"] = layout_of(groups, widths, B, fed.device, model.training)
+    kwargs["layout"] = layout_of(groups, widths, B, fed.device)
     kwargs["active"] = active.to(fed.device, torch.bool)
     return args, kwargs
 
@@ -236,8 +240,7 @@ class BridgeForCausalLM:
         """The family's own; `groups`, `widths` and `active` are as the head of this file says."""
         fed = input_ids if inputs_embeds is None else inputs_embeds
         B, S = fed.shape[:2]
-        learning = self.training or labels is not None
-        kwargs["groups"] = layout_of(groups, widths, B, fed.device, learning)
+        kwargs["groups"] = layout_of(groups, widths, B, fed.device)
         if active is None:
             active = active_cells(B, S, attention_mask, labels is not None)
         kwargs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds, "labels": labels}
@@ -291,7 +294,7 @@ class BridgeForCausalLM:
             groups = torch.arange(len(input_ids)) // generation_config.num_return_sequences
         responses = Responses(stopping_criteria)
         widths = kwargs.pop("widths", None)
-        layout = layout_of(groups, widths, len(input_ids), input_ids.device, False)
+        layout = layout_of(groups, widths, len(input_ids), input_ids.device, whole=True)
         kwargs |= {"groups": layout, "responses": responses}
         kwargs |= {"stopping_criteria": responses, "generation_config": generation_config}
         return super()._sample(input_ids, **kwargs)
