@@ -219,21 +219,27 @@ def answers(model, tokenizer, prompts, caches, **options):
         ).token_ids
 
 
+def assert_greedy(case, prompt, row):
+    """Each token of a row that stands alone is the reference's best."""
+    tokens = np.array([[*prompt, *row]])
+    ones, positions = np.ones(tokens.shape, bool), np.arange(tokens.shape[1])[None]
+    model = Reference().load(case.config, case.tensors("float32"), device="cpu", dtype="float64")
+    logits = model.logits(tokens, np.zeros(1, int), ones, positions)
+    assert logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == row
+
+
 def test_more_rows_than_mlx_lm_starts_at_a_time_are_refused_or_in_step(checkpoint):
     case, path = checkpoint
     model, tokenizer = mlx_lm.load(str(path), trust_remote_code=True)
     prompt = [5, 6, 7]
-    mend = "of a group of 12 rows mlx-lm starts 8 together, .* give prefill_batch_size"
+    mend = "of a group of 12 rows mlx-lm starts 8 together, .* give prefill_batch_size and comple"
     for caches in (model.make_group(12), model.make_group(12)[:8]):
         with pytest.raises(ValueError, match=mend):
             answers(model, tokenizer, [prompt] * len(caches), caches)
     said = answers(model, tokenizer, [prompt] * 12, model.make_group(12), prefill_batch_size=12)
     [row] = answers(model, tokenizer, [prompt], model.make_group(1))
     assert said == [row] * 12 and len(row) == 6  # equal rows say what one says (clause 4.2)
-    tokens, ones = np.array([prompt + row]), np.ones((1, 9), bool)
-    logits = Reference().load(case.config, case.tensors("float32"), device="cpu", dtype="float64")
-    best = logits.logits(tokens, np.zeros(1, int), ones, np.arange(9)[None])[0, 2:-1].argmax(-1)
-    assert best.tolist() == row
+    assert_greedy(case, prompt, row)
 
     caches = [row for _ in range(3) for row in model.make_group(4)]  # whole groups, 8 rows a time
     assert answers(model, tokenizer, [prompt] * 12, caches) == [row] * 12
@@ -249,11 +255,82 @@ def test_more_rows_than_mlx_lm_starts_at_a_time_are_refused_or_in_step(checkpoin
 
 def test_rows_of_a_group_have_prompts_of_one_length(loaded):
     _, model = loaded
+    for prompts, why in (
+        ([[5, 6, 7], [5, 6]], "different prompts"),
+        ([[5, 0, 7], [5, 6]], "out of step, or their prompts differ in length"),  # 0 is padding
+    ):
+        with mx.stream(mx.cpu):
+            batches = generator(model)
+            batches.insert(prompts, caches=model.make_group(2))
+            with pytest.raises(ValueError, match=why):
+                steps(batches)
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        [[5, 6, 7], [9, 10, 11]],
+        [[5, 6, 7], [9, 6, 7]],
+        [[5, 6, 7], [5, 6, 8]],
+        [[5], [6]],
+        [[2, 3, 4, 5], [2, 3, 6, 5]],
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"prefill_step_size": 1}, {"prefill_step_size": 2}])
+def test_rows_of_a_group_have_one_prompt(loaded, prompts, options):
+    """Wherever the prompts differ, and however mlx-lm parts them; beside a group that is right, and
+    after one that says what it likes."""
+    case, model = loaded
+    rows = rows_of_length(np.random.default_rng(7), 9, 9)
     with mx.stream(mx.cpu):
-        batches = generator(model)
-        batches.insert([[5, 6, 7], [5, 6]], caches=model.make_group(2))
-        with pytest.raises(ValueError, match="out of step, or their prompts differ in length"):
+        batches = generator(model, **options)
+        insert(batches, [12, 13, 14, 15, 16], rows, model.make_group(2))
+        steps(batches, 7)
+        others = rows_of_length(np.random.default_rng(8), 3, 3)
+        insert(batches, [20, 21, 22], others, model.make_group(2))
+        batches.insert(prompts, caches=model.make_group(2))
+        with pytest.raises(ValueError, match=r"^rows of a group have different prompts; [^\n]*$"):
             steps(batches)
+
+        rows = rows_of_length(np.random.default_rng(7), 9, 9)  # and a right one is no less right
+        batches = generator(model, **options)
+        insert(batches, prompts[0], rows, model.make_group(2))
+        steps(batches)
+    assert_a_group(case, prompts[0], rows)
+
+
+def test_groups_are_whole_as_rows_end_where_all_have_a_place(checkpoint):
+    """mlx-lm starts rows as others end, and with fewer places than a group is wide would part it:
+    refused, with both numbers that mend it."""
+    case, path = checkpoint
+    model, tokenizer = mlx_lm.load(str(path), trust_remote_code=True)
+    prompts = [[g + 1, g + 2] for g in range(9) for _ in range(8)]
+    ends = [4 + 2 * (row % 8) for row in range(72)]
+
+    def said(**options):
+        caches = [row for _ in range(9) for row in model.make_group(8)]
+        with mx.stream(mx.cpu):
+            return mlx_lm.batch_generate(
+                model,
+                tokenizer,
+                prompts,
+                prompt_caches=caches,
+                max_tokens=ends,
+                return_token_ids=True,
+                **options,
+            ).token_ids
+
+    mend = "starts [1-7] together, .* give prefill_batch_size and completion_batch_size, both the"
+    for options in ({}, {"prefill_batch_size": 16}, {"prefill_batch_size": 60}):
+        with pytest.raises(ValueError, match=mend):
+            said(**options)
+    got = said(prefill_batch_size=72, completion_batch_size=72)
+    for g in range(9):
+        group = range(8 * g, 8 * g + 8)
+        longest = max((got[row] for row in group), key=len)
+        assert_greedy(case, prompts[8 * g], longest + [EOS] * (len(longest) < max(ends)))
+        assert [got[row] for row in group] == [longest[: ends[row]] for row in group]
+    assert said(prefill_batch_size=16, completion_batch_size=72) == got
 
 
 def test_a_declared_group_beside_rows_that_stand_alone_is_refused(loaded):

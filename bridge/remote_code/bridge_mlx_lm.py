@@ -13,8 +13,11 @@ unrelated: the requests of its server, the examples that `lora` learns from. `ma
 the prompt caches of N rows of one prompt, which remain a group while rows join their batch, end or
 are removed. `groups`, a number a row, says so for one call, as a loss of one's own needs it.
 
-The rows of a group are fed in step, or refused. mlx-lm starts 8 rows at a time, so where that
-would part a group give `prefill_batch_size`, the number of all rows.
+The rows of a group are fed in step, and have one prompt, or are refused. mlx-lm, of which this
+needs 0.31.2, starts 8 rows at a time and has 32 under way; as rows end it starts others, one at a
+time if need be, and so may part a group in the middle of a run, whose answers are then lost. So for
+more than 8 rows give both `prefill_batch_size` and `completion_batch_size` the number of all rows,
+or run groups after one another where memory does not hold them all.
 
 Which cells are read: all, or those where `active [B, S]` is true; without a cache, host attention
 leaves the others out too. While decoding, a row that says an EOS of the config is read no more,
@@ -191,7 +194,8 @@ class Row(Declared):
             if (found := groups.count(group)) != group.width:
                 raise ValueError(
                     f"of a group of {group.width} rows mlx-lm starts {found} together, and the "
-                    "others out of step; give prefill_batch_size, the number of all rows"
+                    "others out of step; give prefill_batch_size and completion_batch_size, "
+                    "both the number of all rows"
                 )
         begun = {group: Group(group.width, group.fed) for group in groups}
         kept = KVCache.merge([cache.kept for cache in caches])
@@ -204,6 +208,23 @@ class Batch(Declared):
     def __init__(self, kept: Any, rows: list[tuple[Group, int]]) -> None:
         self.kept, self.rows = kept, rows  # of each row its group, and what it has been fed itself
         self.padding: Sequence[int] = ()
+        self.reading = True  # whether what is fed may be of prompts
+        self.differ = False  # whether rows of a group were fed different tokens of it
+        self.split = False  # whether the next that is fed is the last of prompts
+
+    def __deepcopy__(self, memo: Any) -> "Batch":
+        """mlx-lm splits off so those rows of whose prompts only the last token is left: all that
+        was fed before was of prompts."""
+        self.refuse_different_prompts()
+        copied = Batch(deepcopy(self.kept, memo), self.rows)
+        copied.split = True
+        return copied
+
+    def refuse_different_prompts(self) -> None:
+        if self.differ:
+            raise ValueError(
+                "rows of a group have different prompts; each prompt needs a make_group of its own"
+            )
 
     def step(self, S: int) -> Rows:
         """The rows that are fed S timesteps. Raises ValueError for a group that is not in step."""
@@ -211,6 +232,16 @@ class Batch(Declared):
             raise ValueError("rows of a group are out of step, or their prompts differ in length")
         self.advance([S] * len(self.rows))
         return Rows([id(group) for group, _ in self.rows])
+
+    def compare(self, tokens: mx.array, rows: Rows) -> None:
+        """Note whether rows of a group are fed the same `tokens [B, S]`, as long as they may be of
+        prompts. Raises ValueError where they are and differ."""
+        if self.reading:
+            said = tokens[rows.grid]
+            self.differ |= not mx.array_equal(said, mx.broadcast_to(said[:, :1], said.shape))
+        if self.split:
+            self.refuse_different_prompts()
+            self.reading = self.split = False
 
     def advance(self, steps: Sequence[int]) -> None:
         """Note what each row has been fed."""
@@ -328,6 +359,7 @@ class Model(nn.Module):
         if rows.count != B:
             raise ValueError(f"groups of {rows.count} rows, but the batch has {B}")
         if declared is not None:
+            declared.compare(inputs, rows)
             cache = [declared.kept, *cache[1:]]
         if cache is None:
             cache = [None] * len(self.layers)
