@@ -21,6 +21,7 @@ from bridge.evaluation.records import RESULTS, SETTINGS, Group, Journal, Row, ke
 from bridge.fields import read_as
 from bridge.tasks import find_task
 from bridge.training import read_settings
+from bridge.training.health import Health
 from bridge.training.log import Log, LoggedStep, PolicyStep, read_log
 from bridge.training.progress import Progress, read_best_step, read_progress
 from bridge.training.run_directory import read_run
@@ -206,16 +207,23 @@ STEP = {
     "accuracy": 0.5,
     "bad_rewards": 1,
     "rows": 8,
+    "cut_off": 0.5,
+    "idle_groups": 0,
     "bad_reward": "late",
 }
 NUMBERS = {"missing", "null", "negative", "fraction", "huge"}
 FREE_OF_STEP = {"loss": NUMBERS, "entropy": NUMBERS, "accuracy": NUMBERS - {"missing", "null"}}
+FREE_OF_STEP["cut_off"] = FREE_OF_STEP["accuracy"]
+FREE_OF_STEP["idle_groups"] = {"missing"}
 FREE_OF_STEP["bad_reward"] = {"missing", *TEXTS}
 
 
 @pytest.mark.parametrize("name", STEP)
 def test_every_field_of_a_log_that_is_read_again(tmp_path, name):
+    """What is taken is what a run that goes on judges by, with mask_truncated too."""
     path = tmp_path / "log.jsonl"
+    given = {"checkpoint": "c", "out": "o", "task": "t", "mask_truncated": True}
+    settings = read_settings("grpo", given)
     for value in VALUES:
         text = (
             json.dumps(STEP) + "\n" + with_field({**STEP, "step": 2}, (name,), VALUES[value]) + "\n"
@@ -224,6 +232,10 @@ def test_every_field_of_a_log_that_is_read_again(tmp_path, name):
         said = refusal(lambda: Log(path, 1, [], True, PolicyStep).close())
         if value in FREE_OF_STEP.get(name, set()):
             assert said is None and path.read_text() == json.dumps(STEP) + "\n"
+            path.write_text(text, encoding="utf-8")
+            log = Log(path, 2, [], True, PolicyStep)
+            log.close()
+            assert len(log.before) == Health(settings, 10, log.before).steps == 2
             continue
         assert said is not None and said.startswith(f"{path}, line 2: is damaged (")
         assert "cut the file off before it" in said and path.read_text(encoding="utf-8") == text

@@ -48,6 +48,8 @@ class PolicyStep(LoggedStep):
     accuracy: Number
     bad_rewards: Count
     rows: Count
+    cut_off: Number
+    idle_groups: NotRequired[Count]  # with mask_truncated alone
     bad_reward: NotRequired[str]
 
 
