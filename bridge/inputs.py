@@ -5,6 +5,7 @@ a BridgeError of one line that names the field and the mend.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -12,13 +13,21 @@ from jaxtyping import Bool, Int
 from bridge.config import ModelConfig, tensor_shapes
 from bridge.contract import GRPO, AdamW, Batch, Objective
 from bridge.errors import BridgeError
-from bridge.ranges import take
+from bridge.ranges import RANGES, take
+from bridge.reading import show
 from bridge.rounding import rounded
 
 
 def default_positions(active: Bool[np.ndarray, "B S"]) -> Int[np.ndarray, "B S"]:
     """Clause 2.4: how many active cells a row has before this one, int64."""
     return np.maximum(np.cumsum(active, axis=1, dtype=np.int64) - 1, 0)
+
+
+def outside(
+    ids: Int[np.ndarray, "*axes"], end: int, where: Bool[np.ndarray, "*axes"] | bool = True
+) -> Int[np.ndarray, " N"]:
+    """Those of the ids that are outside 0..end-1; of the ones that are read, if `where` says."""
+    return ids[where & ((ids < 0) | (ids >= end))]
 
 
 def take_tensor(
@@ -58,7 +67,7 @@ def check_prompts(
         if width < 1:
             raise BridgeError(f"prompt {number}: width must be 1 or above, not {width}")
         ids = np.asarray(prompt)
-        if _outside(ids, np.ones(ids.shape, bool), config.vocab_size):
+        if outside(ids, config.vocab_size).size:
             raise BridgeError(f"prompt {number} has an id outside 0..{config.vocab_size - 1}")
         check_context(f"prompt {number}", len(prompt), max_new_tokens, context)
 
@@ -91,7 +100,7 @@ def check_advance(
             )
     if kept.dtype != bool:
         raise BridgeError(f"advance: keep must be bool, not {kept.dtype}")
-    if fed is not None and _outside(fed, kept, vocab_size):
+    if fed is not None and outside(fed, vocab_size, kept).size:
         raise BridgeError(f"advance: tokens has an id outside 0..{vocab_size - 1}")
     if left < 1 and kept.any():
         raise BridgeError(
@@ -148,7 +157,10 @@ def check_optimizer(optimizer: AdamW) -> None:
         given["max_grad_norm"] = optimizer.max_grad_norm
     for name, value in given.items():
         take(name, value)
-    for beta in optimizer.betas:
+    betas: Any = optimizer.betas
+    if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
+        raise BridgeError(f"betas must be two numbers {RANGES['betas'].says}, not {show(betas)}")
+    for beta in betas:
         take("betas", beta)
 
 
@@ -172,7 +184,7 @@ def check_batch(batch: Batch, objective: Objective, vocab_size: int) -> None:
     if (batch.target_mask & ~batch.active).any():
         raise BridgeError("batch.target_mask has a target where active is false (clause 7.1)")
     for name, where in (("tokens", batch.active), ("targets", batch.target_mask)):
-        if _outside(getattr(batch, name), where, vocab_size):
+        if outside(getattr(batch, name), vocab_size, where).size:
             raise BridgeError(f"batch.{name} has an id outside 0..{vocab_size - 1}")
     if isinstance(objective, GRPO):
         check_temperature(objective.temperature)
@@ -220,8 +232,3 @@ def add_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     divided by the number of targets in all of them (clause 7.10)."""
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
-
-
-def _outside(ids: Int[np.ndarray, "..."], where: Bool[np.ndarray, "..."], vocab_size: int) -> bool:
-    """Whether an id that is read is no token of the vocabulary."""
-    return bool((where & ((ids < 0) | (ids >= vocab_size))).any())

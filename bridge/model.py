@@ -4,7 +4,7 @@ Checks what users pass, turns text into ids, and hands NumPy arrays to the backe
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ from bridge.prompts import (
     list_prompt_ids,
     list_prompts,
     list_widths,
-    plain,
     read_prompt,
+    to_python,
 )
 from bridge.ranges import take
 from bridge.reading import show
@@ -159,7 +159,10 @@ class Model:
         groups = integers(groups, "groups", 1)
         if len(groups) != B:
             raise BridgeError(f"groups must have one number a row: {B}, not {len(groups)}")
-        active = np.ones((B, S), bool) if active is None else np.asarray(plain(active))
+        try:
+            active = np.ones((B, S), bool) if active is None else np.asarray(to_python(active))
+        except ValueError:
+            raise BridgeError(f"active must be bool [{B}, {S}], in a regular array") from None
         if active.dtype != bool or active.shape != (B, S):
             raise BridgeError(f"active must be bool [{B}, {S}], not {active.dtype} {active.shape}")
         if positions is None:
@@ -325,8 +328,9 @@ def trainable_names(config: ModelConfig, trainable: str | Sequence[str]) -> list
         if not chosen:
             raise BridgeError("trainable 'bridge': the model has no Bridge blocks; run bridge init")
         return chosen
-    if isinstance(trainable, str):
-        raise BridgeError(f"trainable must be 'bridge', 'all' or names, not {trainable!r}")
+    listed = isinstance(trainable, Collection) and all(isinstance(n, str) for n in trainable)
+    if isinstance(trainable, str) or not listed:
+        raise BridgeError(f"trainable must be 'bridge', 'all' or names, not {show(trainable)}")
     if unknown := sorted(set(trainable) - set(names)):
         raise BridgeError(f"trainable: no tensor is named {unknown[0]!r}")
     return [name for name in names if name in set(trainable)]

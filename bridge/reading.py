@@ -187,6 +187,16 @@ def one_line(text: object) -> str:
     return shorten(line)
 
 
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8. Bytes of a command line or a path that are none reach us
+    as lone surrogates, which no tokenizer and no file of ours takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def show_path(path: Path) -> str:
     """A path that may not be one, such as with a NUL in it."""
     text = str(path)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bridge.errors import BridgeError
-from bridge.prompts import plain
-from bridge.reading import show
+from bridge.prompts import to_python
+from bridge.reading import is_text, show
 from bridge.streaming import TextStream
 from bridge.tokenizer import Tokenizer
 
@@ -33,13 +33,15 @@ def read_stops(stop: Any, tokenizer: Tokenizer | None) -> Stops:
     row's text, and also where the row spells it. Raises BridgeError for what is no text or empty,
     where there is no tokenizer, and for a special token amid other text, which no row could say.
     """
-    stop = plain(stop)
+    stop = to_python(stop)
     given = () if stop is None else (stop,) if isinstance(stop, str) else stop
     if not isinstance(given, Iterable):
         raise BridgeError(f"stop must be a text or a list of texts, not {show(stop)}")
     texts = tuple(given)
     if not all(isinstance(text, str) and text for text in texts):
         raise BridgeError("stop must hold texts that are not empty")
+    if strange := [text for text in texts if not is_text(text)]:
+        raise BridgeError(f"stop must be text in UTF-8, not {show(strange[0])}")
     if not texts:
         return NO_STOPS
     if tokenizer is None:

@@ -122,15 +122,19 @@ def _flow(steps: Sequence[Step], pieces: Iterable[str], *, ending: bool) -> str:
     return "".join(pieces)
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether the tokenizers library failed, by a panic of its Rust code too, which is no Exception
+    and has no public name; what else is none, such as Ctrl-C, is not for us."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def _decode(decoder: decoders.Decoder, pieces: list[str]) -> str:
     """The library's own decoding; where it fails, the pieces as they are: text is for reading, and
     must not end what it tells of."""
     try:
         return decoder.decode(pieces)
-    except Exception:
-        return "".join(pieces)
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of its Rust code; it has no public name
+        if not is_failure(error):
             raise
         return "".join(pieces)
 

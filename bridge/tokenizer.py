@@ -17,7 +17,7 @@ from bridge.chat import Message, render_chat
 from bridge.continuation import Continuation
 from bridge.errors import BridgeError
 from bridge.reading import exists, one_line, read_object, read_text, show
-from bridge.streaming import Step, TextStream, step_maker
+from bridge.streaming import Step, TextStream, is_failure, step_maker
 
 MAX_TOKEN = 1000  # characters of a special token
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -179,10 +179,8 @@ def _refusing(what: str) -> Iterator[None]:
         yield
     except BridgeError:
         raise
-    except Exception as error:  # the library raises plain Exception
-        raise BridgeError(f"{what} ({one_line(error)})") from None
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # which has no public name
+        if not is_failure(error):
             raise
         raise BridgeError(f"{what} ({one_line(error)})") from None
 

@@ -344,6 +344,7 @@ def test_hostile_words_of_a_prompt_do_not_reach_the_terminal(model):
         (["hi", "--min-p", "2"], None, "min_p"),
         (["hi", "--seed", "-1"], None, "seed"),
         (["hi", "--stop", ""], None, "stop"),
+        (["hi", "--stop", "\udcff"], None, "stop must be text in UTF-8"),
         (["hi", "--base", "."], None, "no adapter"),
         (["hi", "--raw", "--system", "x"], None, "--raw"),
         (["--file", "nowhere.txt"], None, "nowhere.txt"),

@@ -84,12 +84,28 @@ def test_logits_take_tensors():
         assert one.dtype == other.dtype and np.array_equal(one, other)
 
 
+def test_logits_take_only_what_is_regular():
+    model, backend = scripted("ab")
+    backend.logits = lambda *given: given
+    for active in ([[True], [True, False]], [[True, "x"]]):
+        with pytest.raises(BridgeError, match=r"^active must be bool \[1, 2\], [^\n]+$"):
+            model.logits([[1, 2]], groups=[0], active=active)
+    with pytest.raises(BridgeError, match=r"^groups: 18446744073709551615 is beyond int64$"):
+        model.logits([[1, 2]], groups=[2**64 - 1])
+    assert model.logits([[1, 2]], groups=[-1])[1].tolist() == [-1]
+
+
 REFUSED = {
     "prompts must be a list or a text, not 5": ({}, 5),
     "prompts must be a list or a text, not None": ({}, None),
     "prompts must be a list or a text, not {'role'": ({}, {"role": "user", "content": "a"}),
     "prompts must be a list or a text, not b'go'": ({}, b"go"),
-    "prompt 0 must be a text, ids or messages, not 1.5": ({}, [1.5]),
+    "prompt 0 must be integers with 1 axes, none empty; not float64 [2]": ({}, [4.0, 5.0]),
+    "prompt 0 must be integers with 1 axes, none empty; not float64 [1]": ({}, [1.5]),
+    "prompt 0: 18446744073709551615 is beyond int64": ({}, [[1, 2**64 - 1]]),
+    "prompt 0: 18446744073709551614 is beyond int64": ({}, np.array([2**64 - 2], np.uint64)),
+    "prompt 0: -9223372036854775809 is beyond int64": ({}, [[-(2**63) - 1]]),
+    "prompt 0: 9223372036854775807 is outside 0..": ({}, [[2**63 - 1]]),
     "prompt 1 must be a text, ids or messages, not None": ({}, ["a", None]),
     "prompt 0 must be integers with 1 axes": ({}, np.zeros((1, 1, 1), np.int64)),
     "prompt 0 must be integers": ({}, torch.tensor([[0.5]])),
@@ -101,6 +117,7 @@ REFUSED = {
     "width must be 1 or above, not None": ({"width": None}, "go"),
     "stop must be a text or a list of texts, not 5": ({"stop": 5}, "go"),
     "stop must hold texts": ({"stop": [b"a"]}, "go"),
+    "stop must be text in UTF-8, not": ({"stop": ["a", "\udcff"]}, "go"),
     "prompt_ids must be a list, not 3": ({"prompt_ids": 3}, "go"),
     "prompt_ids must be in 0..2^32-1": ({"prompt_ids": ["a"]}, "go"),
     "max_rows must be 1 or above, not 0": ({"max_rows": 0}, "go"),

@@ -391,7 +391,23 @@ def test_an_optimizer_has_the_ranges_of_the_settings(toy_model):
                 model.trainer(SFT(), AdamW(**{name: wrong}))
         with pytest.raises(BridgeError, match="betas must be "):
             model.trainer(SFT(), replace(AdamW(), betas=(0.9, wrong)))
+    betas: list[Any] = [5, None, "ab", (0.9,), (0.9, 0.9, 0.9), {0.9: 0.9, 0.8: 0.8}]
+    for wrong in betas:
+        with pytest.raises(BridgeError, match=r"^betas must be two numbers in \[0, 1\), not "):
+            model.trainer(SFT(), AdamW(betas=wrong))
+    with pytest.raises(BridgeError, match="eps must be above 0, not 0"):  # clause 7.8
+        model.trainer(SFT(), AdamW(eps=0))
     model.trainer(SFT(), AdamW(lr=0.0, max_grad_norm=None))
+
+
+def test_what_trains_is_given_by_names(toy_model):
+    model = bridge.load(toy_model, backend="numpy")
+    wrongs: list[Any] = [5, None, [5], [["model.norm.weight"]], ["model.norm.weight", 5], b"all"]
+    for wrong in wrongs:
+        with pytest.raises(BridgeError, match=r"^trainable must be 'bridge', 'all' or names, not"):
+            model.trainer(SFT(), trainable=wrong)
+    trainer = model.trainer(SFT(), trainable={"model.norm.weight"})
+    assert "master.model.norm.weight" in trainer.state()
 
 
 @pytest.mark.parametrize("step", [np.nan, -1, np.inf, 2.0**60, 0.5])

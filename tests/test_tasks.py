@@ -359,8 +359,8 @@ GOOD = {"prompt": "a?", "answer": "1"}
         (({"prompt": "a?"},), "line 1: answer is missing"),
         (({"prompt": "a?", "answer": [1]},), "line 1: answer must be text or a number, not [1]"),
         (({"prompt": "a?", "answer": True},), "line 1: answer must be text or a number"),
-        ((GOOD, '{"prompt": "b?", "answer": NaN}'), "line 2: answer is NaN, no number"),
-        ((GOOD, '{"prompt": "b?", "answer": 1e400}'), "line 2: answer is 1e400, no number"),
+        ((GOOD, '{"prompt": "b?", "answer": NaN}'), "line 2: answer is NaN, no number of JSON"),
+        ((GOOD, '{"prompt": "b?", "answer": 1e400}'), "line 2: answer is 1e400, no number of JSON"),
         ((GOOD, {"prompt": "b?", "answer": "nan"}), "line 2: answer is nan, as where a value"),
         (({"prompt": "a?", "answer": ""},), "line 1: answer must be text or a number"),
         (({**GOOD, "split": "dev"},), "line 1: split must be one of train, validation, test"),
@@ -386,8 +386,6 @@ def test_bad_options_of_a_file(write, tmp_path):
     path = write(GOOD, {"prompt": "b?", "answer": "one"})
     assert "tolerance is for match=numeric" in refusal(path, match="exact", tolerance=0.1)
     assert "extract 'box'" in refusal(path, extract="box")
-    assert "extract [1] is not known" in refusal(path, extract=[1])
-    assert "tolerance must be" in refusal(path, match="numeric", tolerance=True)
     said = refusal(path, wrong=1)
     assert "'wrong'" in said and "options: match, tolerance, extract" in said
     assert "leave match and tolerance out" in refusal(path, match="exact", reward="json:loads")

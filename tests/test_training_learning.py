@@ -410,6 +410,10 @@ LINES = [
     ('{"responses": []}', "must be an object with prompt and responses"),
     ('{"prompt": "1", "responses": "3"}', "responses must be a list of texts"),
     ('{"prompt": 1, "responses": ["3"]}', "prompt must be a text or a list of messages"),
+    (
+        '{"prompt": [{"role": "user", "content": 5}], "responses": ["3"]}',
+        "prompt must be a text or a list of messages",
+    ),
     ('{"prompt": "", "responses": ["3", "3"]}', "is empty"),
     (
         '{"prompt": "1", "responses": ["3"], "prompt_tokens": [99], "tokens": [[1]]}',

@@ -143,6 +143,22 @@ def test_what_is_wrong_is_one_line_that_names_it(tmp_path, change, message):
         assert message in refusal("grpo", path)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"stop": ["a", "\udcff"]}, "stop must be text in UTF-8, not '\\udcff'"),
+        ({"out": "g4\udcff"}, "out must be text in UTF-8, not 'g4\\udcff'"),
+        ({"system": "\udcff"}, "system must be text in UTF-8, not '\\udcff'"),
+        ({"task_options": {"a": {"b": ["\udcff"]}}}, "task_options.a.b must be text in UTF-8, not"),
+        ({"task_options": {"a": {"\udcff": 1}}}, "task_options.a must be text in UTF-8, not"),
+    ],
+)
+def test_what_is_no_utf8_is_in_no_run(change, message):
+    with pytest.raises(BridgeError) as error:
+        read_settings("grpo", {**GIVEN, **change})
+    assert message in str(error.value)
+
+
 def test_every_field_has_a_flag_and_says_what_it_is_for():
     for kind in KINDS:
         shown = " ".join(bridge(kind, "--help", columns="200").stdout.split())
@@ -278,6 +294,13 @@ def test_refusals_of_the_command_line(toy_model, tmp_path, toy):
     assert "no tensor is named 'x'" in refusal(
         "grpo", toy_model, *out, "--task", "toy", "--trainable", "x"
     )
+    for options, named in (
+        ((*out, "--stop", "\udcff"), "stop must be text in UTF-8, not "),
+        ((*out, "--task-options", "a=\udcff"), "--task-options 'a=\\udcff': is not UTF-8"),
+        (("--out", tmp_path / "run\udcff"), "out must be text in UTF-8, not "),
+    ):
+        assert named in refusal("grpo", toy_model, *options, "--task", "toy")
+    assert [path for path in tmp_path.iterdir() if path.name.startswith("run")] == []
     broken = tmp_path / "broken.toml"
     broken.write_text("steps = [1")
     assert "broken.toml: is not TOML" in refusal("grpo", broken)

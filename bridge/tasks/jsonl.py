@@ -11,12 +11,12 @@ is a hash of the prompt, a tenth test, a tenth validation, the rest train, in wh
 import json
 from collections.abc import Sequence
 from hashlib import sha256
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from bridge.errors import BridgeError
 from bridge.jsonl import read_lines
+from bridge.prompts import are_messages
 from bridge.reading import show
 from bridge.tasks.answers import check_place, read_answer
 from bridge.tasks.functions import load_function
@@ -130,8 +130,6 @@ class JsonlTask:
             )
         answer = record.get("answer")
         if isinstance(answer, int | float) and not isinstance(answer, bool):
-            if isinstance(answer, float) and not isfinite(answer):  # as 1e400 is to Python
-                raise BridgeError(f"{where}: answer must be text or a finite number, not {answer}")
             answer = str(answer)
         if answer is None and self.reward is None:
             raise BridgeError(f"{where}: answer is missing; give one, or name a reward")
@@ -150,11 +148,7 @@ class JsonlTask:
             if not isinstance(prompt, str) or not prompt.strip():
                 raise BridgeError(f"{where}: prompt must be text, not {show(prompt)}")
             return f"{prompt}\n\n{self.instruction}" if self.instruction else prompt
-        well = isinstance(messages, list) and all(
-            isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
-            for m in messages
-        )
-        if not well or not messages:
+        if not are_messages(messages):
             raise BridgeError(f"{where}: messages must be a list of objects with role and content")
         if self.instruction:
             last = messages[-1]

@@ -17,7 +17,7 @@ import numpy as np
 from bridge.errors import BridgeError
 from bridge.jsonl import read_objects, read_own
 from bridge.model import Model
-from bridge.prompts import check_range, read_prompt
+from bridge.prompts import are_messages, check_range, read_prompt
 from bridge.tasks import Scores, Task
 from bridge.tasks.calls import take_problems
 from bridge.tasks.rewards import reaches
@@ -161,9 +161,7 @@ def _encode(
     prompt: Any, responses: Sequence[str], model: Model, settings: SFTSettings, where: str
 ) -> tuple[list[int], list[list[int]]]:
     """Ids of a prompt as generation reads it, and of responses as if said after it, to EOS."""
-    if not isinstance(prompt, str | list):
-        raise BridgeError(f"{where}: prompt must be a text or a list of messages")
-    if isinstance(prompt, list) and not all(isinstance(message, dict) for message in prompt):
+    if not isinstance(prompt, str) and not are_messages(prompt):
         raise BridgeError(f"{where}: prompt must be a text or a list of messages")
     chat = model.has_chat_template and not settings.raw
     ids = model.encode(prompt, chat=chat, system=settings.system, name=where)

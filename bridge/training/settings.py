@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 from bridge.errors import BridgeError
 from bridge.fields import NAMES
 from bridge.ranges import LARGE, RANGES, take
-from bridge.reading import MAX_DEPTH, show
+from bridge.reading import MAX_DEPTH, is_text, show
 from bridge.training.schedule import SCHEDULES
 
 LOGS = ("tensorboard", "wandb", "trackio")
@@ -283,13 +283,16 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         value = float(value)
     if type(value) is not wanted or (isinstance(value, float) and not math.isfinite(value)):
         raise BridgeError(f"{name} must be {NAMES[wanted]}, not {_shown(value)}")
-    return value
+    return _written(name, value)
 
 
 def _plain(name: str, value: Any, depth: int = MAX_DEPTH) -> Any:
     """What an option of a task is, if TOML can say it: it is kept with the run."""
     if isinstance(value, Mapping) and depth and all(isinstance(key, str) for key in value):
-        return {key: _plain(f"{name}.{key}", item, depth - 1) for key, item in value.items()}
+        return {
+            _written(name, key): _plain(f"{name}.{key}", item, depth - 1)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple) and depth:
         return [_plain(name, item, depth - 1) for item in value]
     finite = not isinstance(value, float) or math.isfinite(value)
@@ -298,6 +301,13 @@ def _plain(name: str, value: Any, depth: int = MAX_DEPTH) -> Any:
             f"{name} must be a text, a finite number, true, false, or a list or table of such, not "
             f"{_shown(value)}"
         )
+    return _written(name, value)
+
+
+def _written(name: str, value: Any) -> Any:
+    """The value, where a file can say it. Raises BridgeError for a text that is no UTF-8."""
+    if isinstance(value, str) and not is_text(value):
+        raise BridgeError(f"{name} must be text in UTF-8, not {_shown(value)}")
     return value
 
 

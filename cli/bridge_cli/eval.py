@@ -111,11 +111,9 @@ def evaluate(
     from bridge.evaluation.batches import Decoding
     from bridge.evaluation.evaluate import evaluate as run
     from bridge.evaluation.summary import report, rows_are_independent, widths_decoded
-    from bridge.generation import check_sampling
     from bridge.tasks import find_task
     from bridge_cli.eval_view import Asked, show, stopped
 
-    check_sampling(temperature, top_k, top_p, min_p, seed)  # before anything takes its time
     widths = _widths(width)
     if out is not None:
         _check_out(out)

@@ -92,7 +92,7 @@ def generate(
     """
     from rich.console import Console
 
-    from bridge.generation import Done, check_sampling
+    from bridge.generation import Done
     from bridge.model import BUNDLED, load
     from bridge_cli.prompts import check_words, read_prompts
     from bridge_cli.view import View
@@ -104,7 +104,6 @@ def generate(
         "min_p": min_p,
         "seed": seed,
     }
-    check_sampling(**sampling)  # before a model is loaded, which may take its time
     where, prompts = _which(checkpoint, prompts or [])
     asked = read_prompts(prompts, file)
     notes = Console(stderr=True)

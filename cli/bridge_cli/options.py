@@ -73,12 +73,15 @@ def read_task_options(pairs: Sequence[str]) -> dict[str, Any]:
     a text. Raises BridgeError for what is not KEY=VALUE.
     """
     from bridge.errors import BridgeError
+    from bridge.reading import is_text, show
 
     options: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.isidentifier():
             raise BridgeError(f"--task-options {pair!r}: write KEY=VALUE")
+        if not is_text(value):
+            raise BridgeError(f"--task-options {show(pair)}: is not UTF-8")
         options[key] = _value(value)
     return options
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from bridge.errors import BridgeError
 from bridge.jsonl import Line, lines_of, read_lines
-from bridge.reading import MAX_TEXT, show
+from bridge.prompts import are_messages
+from bridge.reading import MAX_TEXT, is_text, show
 
 if TYPE_CHECKING:
     from bridge.tokenizer import Tokenizer
@@ -38,7 +39,8 @@ def read_prompts(arguments: list[str], file: Path | None) -> list[Any]:
     prompts: list[Any] = []
     for argument in arguments:
         prompts.append(_read_all() if argument == "-" else argument)
-        _check_text(argument, f"prompt {len(prompts) - 1}")
+        if not is_text(argument):
+            raise BridgeError(f"prompt {len(prompts) - 1}: cannot be read (it is not UTF-8)")
     if file is not None:
         prompts += _lines(file)
     return prompts
@@ -108,14 +110,6 @@ def _name(file: Path) -> str:
     return "standard input" if file == STDIN else str(file)
 
 
-def _check_text(text: str, name: str) -> None:
-    """Bytes that are no text reach us as lone surrogates, which no tokenizer takes."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BridgeError(f"{name}: cannot be read (it is not UTF-8)") from None
-
-
 def _is_record(line: str) -> bool:
     """Whether a line is a prompt in JSON: one that is damaged is, too, and not a text to feed."""
     if re.match(r'\s*\{\s*"(prompt|messages)"\s*:', line):
@@ -132,10 +126,6 @@ def _record(line: Line) -> Any:
     if ("prompt" in record) == ("messages" in record):
         raise BridgeError(f"{line.where}: must have prompt or messages, one of the two")
     prompt = record["prompt"] if "prompt" in record else record["messages"]
-    messages = isinstance(prompt, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in prompt
-    )
-    if not (isinstance(prompt, str) or (messages and prompt)):
+    if not (isinstance(prompt, str) or are_messages(prompt)):
         raise BridgeError(f"{line.where}: prompt must be text, messages a list of role and content")
     return prompt
