@@ -8,9 +8,10 @@ import re
 
 LINE, MESSAGE = 200, 1000  # characters of what is quoted, and of a whole message
 # What is quoted: without white space, such as a path; or between quotation marks as `repr` sets
-# them, which an apostrophe within a word is not.
+# them, which an apostrophe within a word is not. Where one does not end, each of its marks
+# is read on from to the end of the text, so that the text must be of bounded length.
 _RUN = re.compile(rf"\S{{{LINE + 1},}}")
-_QUOTED = re.compile(rf"(?<!\w)(['\"])(?:(?!\1)[^\\\n]|\\.){{{LINE},}}\1(?!\w)")
+_QUOTED = re.compile(rf"(?<!\w)(['\"])(?:(?!\1)[^\\\n]|\\.){{{LINE},}}+\1(?!\w)")
 
 
 class BridgeError(Exception):
@@ -30,6 +31,8 @@ def shorten(text: str, most: int = LINE) -> str:
 
 def shorten_message(text: str) -> str:
     """A message with at most a line of each thing that it quotes."""
+    if len(text) > 5 * MESSAGE:
+        text = shorten(_RUN.sub(lambda found: shorten(found[0]), text), 5 * MESSAGE)
     if len(text) > LINE:
         text = _QUOTED.sub(lambda found: shorten(found[0]), text)
         text = _RUN.sub(lambda found: shorten(found[0]), text)

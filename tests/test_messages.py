@@ -52,6 +52,15 @@ def test_a_message_of_many_things_has_an_end():
     assert str(BridgeError(short)) == short == shorten_message(short)
 
 
+def test_quotations_that_do_not_end_are_not_sought_without_end():
+    """The work is bounded, not only the message: it is of the text's length, not of its square."""
+    for text in ("\\'" * 10**6, "' " * 10**6, "\" '" * 10**6, '\\"' * 10**6):
+        said = str(BridgeError(f"at {text}: is wrong"))
+        assert said.startswith("at ") and said.endswith(": is wrong") and len(said) <= MESSAGE
+    two = str(BridgeError(f"{NAME!r} and then {NAME[::-1]!r}: are wrong"))
+    assert re.fullmatch(r"'beginx+…x+ended' and then 'dednex+…x+nigeb': are wrong", two)
+
+
 def test_a_message_stays_as_it_is_when_it_travels():
     error = BridgeError(f"{NAME!r} is not known; {'a b ' * 1000}")
     assert str(pickle.loads(pickle.dumps(error))) == str(error) == str(BridgeError(str(error)))
