@@ -14,7 +14,6 @@ worth their time; another run, with `--stages` of what is left, adds to the same
 import argparse
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -28,6 +27,8 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from record import place_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (".", "backends", "conformance", "cli", "spec", "benchmarks")
@@ -271,8 +272,7 @@ def write(results: dict[str, Any], log: str, out: Path) -> None:
 
 def place(results: dict[str, Any], out: Path) -> Path:
     """Where the results of this device are, without a suffix."""
-    device = re.sub("[^a-z0-9]+", "-", results["machine"]["device"].lower()).strip("-")
-    return out / f"accelerator-{device}"
+    return out / f"accelerator-{place_of(results['machine']['device'])}"
 
 
 def table(results: dict[str, Any]) -> str:

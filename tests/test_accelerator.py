@@ -172,10 +172,10 @@ def test_another_run_adds_to_the_same_files(tmp_path, monkeypatch):
         "stages": {"torch-ci": {"status": "done", "seconds": 1}},
     }
     accelerator.write(results, "log", tmp_path)
-    assert (tmp_path / "accelerator-acme-r-g100-2-5ghz.json").exists()
+    assert (tmp_path / "accelerator-acme-g100-2-5ghz.json").exists()
     assert accelerator.earlier(results, tmp_path) == results["stages"]
     assert accelerator.earlier({**results, "size": "1.5b"}, tmp_path) == {}
-    (tmp_path / "accelerator-acme-r-g100-2-5ghz.json").write_text("{")
+    (tmp_path / "accelerator-acme-g100-2-5ghz.json").write_text("{")
     assert accelerator.earlier(results, tmp_path) == {}
 
 
