@@ -119,6 +119,7 @@ def test_the_fields_of_the_log_are_all_there(tmp_path):
     logged = {re.sub(r"^seconds_.*", "seconds_*", key) for key in logged}
     logged = {re.sub(r".*_tokens_per_second$", "*_tokens_per_second", key) for key in logged}
     said = {name for name in names("figure") if not name.startswith("--")}
-    assert said == logged | {"epoch", "groups", "bad_reward"}  # of SFT; of rewards that fail
+    # Of SFT, of rewards that fail, and with mask_truncated.
+    assert said == logged | {"epoch", "groups", "bad_reward", "idle_groups"}
     there = {path.name for path in out.iterdir() if not path.name.startswith(".")}
     assert there == {"config.toml", "log.jsonl", "checkpoints", "best", "final"}

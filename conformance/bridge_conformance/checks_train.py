@@ -170,6 +170,8 @@ def same_first_metrics(trial: Trial, case: TrainCase, batch: Batch, metrics: Met
     of_loss = {name: value for name, value in metrics.items() if name != "grad_norm"}
     same_metrics(trial, case, of_loss, [values for values, _ in measured])
     want, *others = (vector(gradients, gradients) for _, gradients in measured)
+    if not want.any():  # a rounding of nothing would be a whole step of AdamW
+        raise Unsuited
     # A norm moves by no more than the norm of what moves.
     norm = np.array([np.linalg.norm(want)])
     own, *nudged = (norm + np.linalg.norm(other - want) for other in others)
