@@ -17,6 +17,7 @@ import numpy as np
 
 from bridge.config import ModelConfig, parse_config, tensor_shapes
 from bridge.contract import SFT, AdamW, Backend, BackendModel, Batch, Sampling
+from bridge.memory import token_bytes
 from bridge.model import trainable_names
 
 Found = tuple[str, Any, str]
@@ -133,9 +134,8 @@ def decode(backend: Backend, device: str, size: str, machine: dict[str, Any]) ->
 
 def _bytes(config: ModelConfig, widths: list[int], work: dict[str, int]) -> float:
     """What a step in the middle of a round must read: weights, prompts once a group, own cells."""
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     cells = len(widths) * work["prompt"] + sum(widths) * work["steps"] / 2
-    return 2 * (parameters(config, embedding=False) + token * cells)
+    return 2 * parameters(config, embedding=False) + token_bytes(config, "bfloat16") * cells
 
 
 def _decode_line(rows: int, figures: dict[str, Any]) -> str:

@@ -60,8 +60,10 @@ def _keep(kept: dict[str, Any], out: str) -> None:
 
 def machine(asked: dict[str, Any]) -> Iterator[Found]:
     """Names and versions, and the two ceilings that figures are held against."""
-    processor = _processor()
-    yield "processor", processor, f"{processor}, {os.cpu_count()} cores, {platform.platform()}"
+    from bridge_cli.bench import processor
+
+    name = processor()
+    yield "processor", name, f"{name}, {os.cpu_count()} cores, {platform.platform()}"
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit"]
     try:
         done = subprocess.run([*query, "--format=csv,noheader"], capture_output=True, text=True)
@@ -69,7 +71,7 @@ def machine(asked: dict[str, Any]) -> Iterator[Found]:
     except FileNotFoundError:
         gpus = []
     yield "gpus", gpus, "; ".join(gpus) or "no nvidia-smi"
-    device = gpus[0].partition(",")[0] if gpus else processor
+    device = gpus[0].partition(",")[0] if gpus else name
     yield "device", device, f"results are filed under {device}"
     for framework in (_torch_machine, _jax_machine):
         try:
@@ -197,12 +199,6 @@ def speed(backend: str, asked: dict[str, Any], kind: str) -> Iterator[Found]:
         raise SystemExit(f"{backend} has no accelerator here; --size tiny rehearses on a CPU")
     measure = {"decode": accelerator_speed.decode, "train": accelerator_speed.train}[kind]
     yield from measure(found, device, asked["size"], asked["machine"])
-
-
-def _processor() -> str:
-    from bridge_cli.bench import processor
-
-    return processor()
 
 
 if __name__ == "__main__":
