@@ -3,6 +3,7 @@
 HYPOTHESIS_PROFILE or pytest's own --hypothesis-profile chooses; the latter wins.
 """
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -47,6 +48,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import WorkStealingScheduling
 
     return WorkStealingScheduling(config, log) if config.getvalue("dist") == "load" else None
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """For a test that presses Ctrl-C in its own process: Hypothesis is called before and after each
+    collection, and Python loses a KeyboardInterrupt that is raised there."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture

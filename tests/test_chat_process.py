@@ -120,6 +120,7 @@ def test_memory_is_looked_at_where_the_system_does_not_limit_it(monkeypatch):
     child.close()
 
 
+@pytest.mark.usefixtures("no_collection")
 def test_ctrl_c_within_a_chat_leaves_one_that_works():
     here, first = threading.get_ident(), process()
 

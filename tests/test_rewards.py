@@ -281,6 +281,7 @@ def wait_for(condition) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.usefixtures("no_collection")
 def test_ctrl_c_within_a_score_leaves_a_scorer_that_works(bad, tmp_path):
     note, here = tmp_path / "scoring", threading.get_ident()
 

@@ -160,6 +160,7 @@ def test_none_is_left_after_kill_9(slow, tmp_path):
     gone(pids)
 
 
+@pytest.mark.usefixtures("no_collection")
 def test_none_is_left_after_ctrl_c_and_the_scorer_works(task):
     here = threading.get_ident()
 
