@@ -16,7 +16,7 @@ export QUESTION ?= There are 5 bags with 8 marbles in each bag. How many marbles
 
 help:
 	@echo "make demo    eight answers from SmolLM2-135M-Instruct with fresh blocks, and what trained ones do"
-	@echo "make test    ruff, pyright and the whole test suite"
+	@echo "make test    ruff, pyright, the arrows between rooms and the whole test suite"
 	@echo "make golden  regenerate the golden vectors of the spec"
 	@echo "make bench   decode and prefill figures, as ratios against transformers"
 	@echo "make clean   remove the virtual environment and the demo's files"
@@ -51,6 +51,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports --no-logo --no-cache
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -14,10 +14,10 @@ from math import prod
 from typing import Any
 
 import numpy as np
+from bridge.config.sizes import token_bytes
 
 from bridge.config import ModelConfig, parse_config, tensor_shapes
 from bridge.contract import SFT, AdamW, Backend, BackendModel, Batch, Sampling
-from bridge.memory import token_bytes
 from bridge.model import trainable_names
 
 Found = tuple[str, Any, str]

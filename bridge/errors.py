@@ -5,6 +5,8 @@ both of its ends, wherever the message was made.
 """
 
 import re
+from pathlib import Path
+from typing import Any
 
 LINE, MESSAGE = 200, 1000  # characters of what is quoted, and of a whole message
 # What is quoted: without white space, such as a path; or between quotation marks as `repr` sets
@@ -37,3 +39,35 @@ def shorten_message(text: str) -> str:
         text = _QUOTED.sub(lambda found: shorten(found[0]), text)
         text = _RUN.sub(lambda found: shorten(found[0]), text)
     return shorten(text, MESSAGE)
+
+
+def show(value: Any) -> str:
+    """A value from a file as a message quotes it: on one line, and not longer than a line."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer that Python will not write out
+        text = f"a {type(value).__name__} too long to show"
+    return one_line(text)
+
+
+def one_line(text: object) -> str:
+    """Text of others in one printable line of bounded length: its two ends, if there is more."""
+    line = " ".join(shorten(str(text), 5 * LINE).split())
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+    return shorten(line)
+
+
+def show_path(path: Path) -> str:
+    """A path that may not be one, such as with a NUL in it."""
+    text = str(path)
+    return text if text.isprintable() else one_line(text)
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line; its own text may raise, too."""
+    try:
+        text = one_line(error)
+    except BaseException:
+        text = ""
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

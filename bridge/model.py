@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from bridge.checkpoint import Checkpoint, open_checkpoint
+from bridge.checkpoints.reading import Checkpoint, open_checkpoint
 from bridge.config import ModelConfig, bridge_shapes, tensor_shapes
 from bridge.contract import AdamW, BackendModel, Batch, Objective, Trainer
-from bridge.errors import BridgeError
-from bridge.generation import (
+from bridge.decoding.generation import (
     Done,
     Event,
     Limits,
@@ -24,9 +23,9 @@ from bridge.generation import (
     row_length,
     run,
 )
-from bridge.inputs import check_optimizer, default_positions
-from bridge.memory import check_decoding
-from bridge.prompts import (
+from bridge.decoding.inputs import check_optimizer, default_positions
+from bridge.decoding.memory import check_decoding
+from bridge.decoding.prompts import (
     Prompt,
     check_range,
     integers,
@@ -36,11 +35,11 @@ from bridge.prompts import (
     read_prompt,
     to_python,
 )
-from bridge.ranges import take
-from bridge.reading import show
+from bridge.decoding.stops import read_stops
+from bridge.errors import BridgeError, show
+from bridge.numbers.ranges import take
 from bridge.registry import find_backend, resolve_device, resolve_dtype
-from bridge.stops import read_stops
-from bridge.tokenizer import Tokenizer, read_eos_ids, read_tokenizer
+from bridge.text.tokenizer import Tokenizer, read_eos_ids, read_tokenizer
 
 BUNDLED = Path(__file__).with_name("bundled")  # a checkpoint that comes with the package
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from bridge.errors import BridgeError
-from bridge.reading import among, show
+from bridge.errors import BridgeError, show
+from bridge.files.strict_json import among
 
 LENGTH = "original_max_position_embeddings"
 ROPE_KEYS = {

@@ -10,8 +10,8 @@ import numpy as np
 
 from bridge.config import ModelConfig, tensor_shapes
 from bridge.contract import AdamW, Batch, Objective, Sampling
+from bridge.decoding.inputs import check_block, take_tensor
 from bridge.errors import BridgeError
-from bridge.inputs import check_block, take_tensor
 from bridge_ref.block import bridge_block
 from bridge_ref.decode import CachedDecoder
 from bridge_ref.losses import Metrics

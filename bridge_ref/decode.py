@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 
 from bridge.config import ModelConfig
 from bridge.contract import Sampling
+from bridge.decoding.inputs import check_advance, check_prompts
 from bridge.errors import BridgeError
-from bridge.inputs import check_advance, check_prompts
 from bridge.philox import uniforms
 from bridge_ref.attention import causal_allowed, self_attention
 from bridge_ref.model import Tensors, decoder, head, window_of

@@ -1,6 +1,7 @@
 """The loop of generation on token ids, stated once in full (chapters 4 and 6).
 
-`bridge.generation` is the one that users run, on any backend; this is what it must come to.
+`bridge.decoding.generation` is the one that users run, on any backend; this is what it must come
+to.
 """
 
 from collections.abc import Collection, Sequence

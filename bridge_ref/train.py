@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from bridge.config import ModelConfig
 from bridge.contract import SFT, AdamW, Batch, Objective
-from bridge.inputs import (
+from bridge.decoding.inputs import (
     add_metrics,
     check_batch,
     check_state,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bridge.config import bridge_shapes, parse_config, tensor_shapes
-from bridge.inputs import default_positions
+from bridge.decoding.inputs import default_positions
 from bridge.philox import philox4x32
 
 Case = tuple[dict[str, Any], dict[str, np.ndarray]]

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge.safetensors_io import specs_of, write_safetensors
+from bridge.checkpoints.safetensors_io import specs_of, write_safetensors
 from bridge_conformance.golden import compute
 from golden_cases import CASES
 

@@ -83,7 +83,7 @@ def gguf() -> Path:
 @pytest.fixture(scope="session")
 def smollm2(gguf, tmp_path_factory) -> Path:
     """The real model as a Hugging Face directory: made once, whatever the number of workers."""
-    from bridge.gguf import export_gguf
+    from bridge.checkpoints.gguf import export_gguf
 
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from bridge.checkpoints.gguf import export_gguf
 from bridge.errors import BridgeError
-from bridge.gguf import export_gguf
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 TOKENS = ["<eos>", "<bos>", *LETTERS, "ĠĠ", "Ġ1", "11"]  # byte-level, with three merges

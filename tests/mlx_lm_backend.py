@@ -17,8 +17,8 @@ import numpy as np
 from mlx_lm.generate import PromptProcessingBatch
 
 from bridge import remote_code
-from bridge.quantised import Packed, side_names
-from bridge.safetensors_io import specs_of, write_safetensors
+from bridge.checkpoints.packing import Packed, side_names
+from bridge.checkpoints.safetensors_io import specs_of, write_safetensors
 from bridge_mlx.backend import to_numpy
 
 

@@ -6,7 +6,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from bridge.config import parse_config
 from bridge.model import Model
-from bridge.tokenizer import Tokenizer
+from bridge.text.tokenizer import Tokenizer
 
 EOS = 0
 CONFIG = parse_config(

@@ -8,9 +8,9 @@ import pytest
 from tiny_host import write_host
 from typer.testing import CliRunner
 
-from bridge.checkpoint import open_checkpoint
+from bridge.checkpoints.initialise import init
+from bridge.checkpoints.reading import open_checkpoint
 from bridge.contract import Sampling
-from bridge.initialise import init
 from bridge.model import build
 from bridge.registry import backends
 from bridge_cli.main import app

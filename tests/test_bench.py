@@ -6,10 +6,10 @@ import pytest
 from tiny_host import write_host
 from typer.testing import CliRunner
 
-from bridge.bench import Workload, bench
-from bridge.checkpoint import open_checkpoint
+from bridge.checkpoints.initialise import init
+from bridge.checkpoints.reading import open_checkpoint
 from bridge.errors import BridgeError
-from bridge.initialise import init
+from bridge.evaluation.speed import Workload, bench
 from bridge_cli.main import app
 
 SMALL = ("--prompt-tokens", "6", "--steps", "3", "--rounds", "2", "--rows", "4", "--timesteps", "5")

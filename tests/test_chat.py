@@ -10,9 +10,9 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-import bridge.chat
-from bridge.chat import render_chat
+import bridge.text.chat
 from bridge.errors import BridgeError
+from bridge.text.chat import render_chat
 
 TEMPLATES = {path.stem: path.read_text() for path in Path(__file__).parent.glob("data/chat/*")}
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -238,10 +238,10 @@ def test_what_takes_for_ever_is_ended(name):
 @pytest.mark.parametrize("name", BOMBS)
 def test_what_takes_all_the_memory_is_ended(name, monkeypatch):
     if sys.platform == "linux":
-        monkeypatch.setattr(bridge.chat, "MEMORY", 1 << 27)
-        bridge.chat.renderer.close()  # the next process has this limit
+        monkeypatch.setattr(bridge.text.chat, "MEMORY", 1 << 27)
+        bridge.text.chat.renderer.close()  # the next process has this limit
         assert refusal(BOMBS[name], seconds=60.0) == "it takes more than 128 MB of memory"
-        bridge.chat.renderer.close()
+        bridge.text.chat.renderer.close()
     else:
         assert refusal(BOMBS[name], seconds=SHORT).startswith("it takes more than ")
 
@@ -250,10 +250,10 @@ def test_what_breaks_the_interpreter_breaks_its_own():
     """Python hashes tuples within tuples on the stack, as deep as they go."""
     deep = "{% for i in range(9999) %}{% set ns.x = " + "(" * 40 + "ns.x" + ",)" * 40 + " %}"
     template = "{% set ns = namespace(x=()) %}" + deep + "{% endfor %}"
-    bridge.chat.renderer.close()
+    bridge.text.chat.renderer.close()
     assert refusal(template + "{% if {ns.x: 1} %}{% endif %}", seconds=60.0) in (
         "it killed its process (SIGSEGV)",
         "it killed its process (SIGBUS)",
-        f"it takes more than {bridge.chat.MEMORY >> 20} MB of memory",
+        f"it takes more than {bridge.text.chat.MEMORY >> 20} MB of memory",
     )
     assert render_chat(CHATML, MESSAGES, {}).endswith("assistant\n")

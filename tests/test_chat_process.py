@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from test_rewards import PATIENCE, alive, wait_for
 
-import bridge.chat
-from bridge.chat import render_chat, renderer, watch
-from bridge.child import ChildLost
+import bridge.text.chat
 from bridge.errors import BridgeError
+from bridge.processes.parent import ChildLost
+from bridge.text.chat import render_chat, renderer, watch
 
 SAYS = "{% for m in messages %}{{ m.content }}{% endfor %}{{ x }}"
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -54,7 +54,7 @@ def test_it_imports_jinja_and_little_else():
         held = Path(f"/proc/{pid}/maps").read_text()
         assert "numpy" not in held and "tokenizers" not in held and "torch" not in held
     code = (
-        "import sys; from bridge.chat import render_chat; "
+        "import sys; from bridge.text.chat import render_chat; "
         "assert 'jinja2' not in sys.modules; print(render_chat('{{ 1 + 1 }}', [], {}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -66,7 +66,9 @@ def test_nothing_of_the_working_directory_runs(tmp_path):
         (tmp_path / f"{name}.py").write_text("import os; os._exit(9)")
     script = tmp_path / "elsewhere" / "script.py"
     script.parent.mkdir()
-    script.write_text("from bridge.chat import render_chat\nprint(render_chat('fine', [], {}))")
+    script.write_text(
+        "from bridge.text.chat import render_chat\nprint(render_chat('fine', [], {}))"
+    )
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("fine\n", "")
 
@@ -94,7 +96,7 @@ def test_one_that_was_killed_is_replaced():
 def test_one_that_does_not_answer_is_ended_by_the_clock(monkeypatch):
     first = process()
     os.kill(first, signal.SIGSTOP)
-    monkeypatch.setattr(bridge.chat, "WAIT", 0.1)
+    monkeypatch.setattr(bridge.text.chat, "WAIT", 0.1)
     with pytest.raises(BridgeError, match=r"chat_template fails: it took more than 0\.1 s; try"):
         render_chat(SAYS, says("a"), {})
     monkeypatch.undo()
@@ -109,11 +111,11 @@ def test_memory_is_looked_at_where_the_system_does_not_limit_it(monkeypatch):
     first, child = process(), renderer.child
     assert child is not None
     child.begin(json.dumps([PATIENCE, holds, [], {}]).encode(), PATIENCE)
-    monkeypatch.setattr(bridge.chat, "MEMORY", 1 << 26)
+    monkeypatch.setattr(bridge.text.chat, "MEMORY", 1 << 26)
     with pytest.raises(ChildLost, match="takes more than 64 MB of memory"):
         watch(child)
     assert child.closed and not alive(first)
-    text, child = says("a"), bridge.chat.start()
+    text, child = says("a"), bridge.text.chat.start()
     child.begin(json.dumps([PATIENCE, SAYS, text, {}]).encode(), PATIENCE)
     watch(child)
     assert child.take() == b"=a"
@@ -138,7 +140,7 @@ def test_ctrl_c_within_a_chat_leaves_one_that_works():
 
 FORKS = """
 import os
-from bridge.chat import render_chat
+from bridge.text.chat import render_chat
 print(render_chat("{{ x }}", [], {"x": "before"}), flush=True)
 if os.fork() == 0:
     print(render_chat("{{ x }}", [], {"x": "fork"}), flush=True)
@@ -155,7 +157,7 @@ def test_a_fork_of_ours_has_a_process_of_its_own():
 
 ENDS = """
 import sys, threading
-from bridge.chat import render_chat, renderer
+from bridge.text.chat import render_chat, renderer
 render_chat("", [], {})
 open(sys.argv[1], "w").write(f"{renderer.child.process.pid} ")
 if sys.argv[2] == "within":
@@ -222,7 +224,7 @@ def test_what_is_no_chat_is_refused(monkeypatch):
             render_chat(SAYS, [{"role": "user", "content": value}], {})  # pyright: ignore
     with pytest.raises(BridgeError, match=r"^messages: each must be an object with role and"):
         render_chat(SAYS, ["a"], {})  # pyright: ignore
-    monkeypatch.setattr(bridge.chat, "MOST", 1 << 20)
+    monkeypatch.setattr(bridge.text.chat, "MOST", 1 << 20)
     with pytest.raises(BridgeError, match=r"^messages: are longer than 1 MB"):
         render_chat(SAYS, says("a" * (1 << 20)), {})
     with pytest.raises(BridgeError, match="surrogates not allowed"):

@@ -22,8 +22,8 @@ from tiny_host import CHAT, write_host
 from typer.testing import CliRunner
 
 import bridge
-from bridge.generation import Started, Token
-from bridge.initialise import init
+from bridge.checkpoints.initialise import init
+from bridge.decoding.generation import Started, Token
 from bridge_cli.main import app
 
 ROOT = Path(__file__).parent.parent

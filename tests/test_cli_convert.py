@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 from tiny_host import write_host
 from typer.testing import CliRunner
 
-from bridge.checkpoint import open_checkpoint
-from bridge.initialise import init
+from bridge.checkpoints.initialise import init
+from bridge.checkpoints.reading import open_checkpoint
 from bridge_cli.main import app
 
 FILE = "model.safetensors"
@@ -215,7 +215,7 @@ def test_a_gguf_file(gguf, smollm2, tmp_path, monkeypatch):
         assert path == gguf
         shutil.copytree(smollm2, out, copy_function=os.link)
 
-    monkeypatch.setattr("bridge.gguf.export_gguf", given)
+    monkeypatch.setattr("bridge.checkpoints.gguf.export_gguf", given)
     said = CliRunner().invoke(
         app,
         ["convert", str(gguf), str(tmp_path / "out"), "--to", "jax", "--dtype", "bf16", "--json"],

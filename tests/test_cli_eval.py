@@ -11,12 +11,12 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import bridge
+from bridge.checkpoints.initialise import init
 from bridge.errors import BridgeError
 from bridge.evaluation.batches import Decoding
 from bridge.evaluation.evaluate import evaluate
 from bridge.evaluation.plots import plot_accuracy, plot_gpass
 from bridge.evaluation.summary import summarise
-from bridge.initialise import init
 from bridge_cli.main import app
 from bridge_cli.options import read_task_options
 from tests.tiny_host import write_host

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-import bridge.conversion
-from bridge import checkpoint
+import bridge.checkpoints.conversion
+from bridge.checkpoints import reading
 from bridge_conformance import checks_checkpoint
 from bridge_conformance.checks import CHECKS
 from bridge_conformance.tolerance import DTYPES
@@ -55,7 +55,9 @@ def test_every_fault_fits_the_source(name):
     fault = FAULTS[name]
     for edit in fault.edits:
         package = Path(importlib.import_module(fault.package).__file__ or "").parent
-        path = package / (edit.module if edit.module == "fused.c" else f"{edit.module}.py")
+        path = package / (
+            edit.module if edit.module == "fused.c" else f"{edit.module.replace('.', '/')}.py"
+        )
         assert replaced(path.read_text(), edit, path) != path.read_text()
 
 
@@ -89,7 +91,7 @@ def test_a_planted_fault_leaves_the_package_as_it_was():
 
 
 def test_a_fault_of_files_leaves_whoever_reads_them_as_they_were():
-    holders = (checkpoint, bridge.conversion, checks_checkpoint)
+    holders = (reading, bridge.checkpoints.conversion, checks_checkpoint)
     before = [holder.open_checkpoint for holder in holders]
     with standing_in(FAULTS["a shard is dropped when it is read"].edits):
         during = {holder.open_checkpoint for holder in holders}

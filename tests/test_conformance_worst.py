@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bridge.config import tensor_shapes
 from bridge.contract import GRPO, Sampling
-from bridge.inputs import default_positions
+from bridge.decoding.inputs import default_positions
 from bridge_conformance import checks_trainable, strategies, worst
 from bridge_conformance.cases_ends import EndsCase
 from bridge_conformance.cases_life import Doing

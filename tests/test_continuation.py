@@ -14,7 +14,7 @@ from tokenizers_of_all_kinds import ALL, byte_level
 from bridge.config import parse_config
 from bridge.errors import BridgeError
 from bridge.model import BUNDLED, Model
-from bridge.tokenizer import Tokenizer, read_tokenizer
+from bridge.text.tokenizer import Tokenizer, read_tokenizer
 from bridge.training.samples import read_samples
 from bridge.training.settings import SFTSettings
 

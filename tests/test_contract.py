@@ -8,9 +8,9 @@ import pytest
 from tiny_host import write_host
 
 import bridge
+from bridge.checkpoints.initialise import init
 from bridge.contract import GRPO, SFT, AdamW, Batch, Sampling
 from bridge.errors import BridgeError
-from bridge.initialise import init
 
 BACKENDS = ("numpy", "torch", "jax", "mlx")
 GREEDY = Sampling(temperature=0.0)

@@ -17,12 +17,12 @@ from safetensors.numpy import load_file, save_file
 from tiny_host import write_host
 
 import bridge
-from bridge.checkpoint import open_checkpoint
+from bridge.checkpoints.conversion import parse_size
+from bridge.checkpoints.initialise import init
+from bridge.checkpoints.reading import open_checkpoint
 from bridge.config import parse_config, tensor_shapes
-from bridge.conversion import parse_size
 from bridge.errors import BridgeError
-from bridge.initialise import init
-from bridge.rounding import rounded
+from bridge.numbers.rounding import rounded
 from bridge_conformance import strategies
 
 DTYPES = [np.dtype(t) for t in (np.float32, ml_dtypes.bfloat16, np.float16, np.float64)]

@@ -76,7 +76,7 @@ def contents(directory):
 def source(tmp_path_factory):
     from tiny_host import write_host
 
-    from bridge.initialise import init
+    from bridge.checkpoints.initialise import init
 
     root = tmp_path_factory.mktemp("killed")
     write_host(root / "host", hidden_size=256, intermediate_size=512, num_hidden_layers=4)
@@ -91,7 +91,7 @@ def test_a_killed_conversion_leaves_nothing_half_done(source, tmp_path, monkeypa
     # What a process then need not import before it starts to write. The server imports it, and
     # passes over in silence what it does not find.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    commands = ["bridge_cli.main", "bridge.conversion", "rich.console", "rich.progress"]
+    commands = ["bridge_cli.main", "bridge.checkpoints.conversion", "rich.console", "rich.progress"]
     context.set_forkserver_preload(["__main__", __name__, *commands])
     home, note = tmp_path / "home", tmp_path / "note"
     home.mkdir()

@@ -13,10 +13,10 @@ from training_stops import run, toy_run
 from training_toys import Sums
 
 from bridge.contract import GRPO, Batch
+from bridge.decoding.generation import Response
+from bridge.decoding.inputs import check_batch
 from bridge.errors import BridgeError
 from bridge.evaluation.intervals import Interval, bootstrap, paired
-from bridge.generation import Response
-from bridge.inputs import check_batch
 from bridge.tasks import Problem
 from bridge.tasks.rewards import equal, mean, reaches, std
 from bridge.training import advantages

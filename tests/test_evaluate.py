@@ -13,13 +13,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import bridge
+from bridge.checkpoints.initialise import init
 from bridge.errors import BridgeError
 from bridge.evaluation.batches import Decoding
 from bridge.evaluation.evaluate import evaluate
 from bridge.evaluation.records import RESULTS, SETTINGS, Group, Row
 from bridge.evaluation.summary import Evaluation, compare, summarise, values
-from bridge.initialise import init
-from bridge.vote import majority
+from bridge.evaluation.voting import majority
 from tests.tiny_host import write_host
 from tests.toy_task import Score, ToyScorer, ToyTask
 

@@ -5,16 +5,17 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+from bridge.config.quantization import Quantization
 from mlx_lm.convert import QUANT_RECIPES
 from mlx_lm.convert import convert as mlx_convert
 from safetensors.numpy import load_file, save_file
 from tiny_host import write_host
 
-from bridge.checkpoint import open_checkpoint
-from bridge.conversion import convert
+from bridge.checkpoints.conversion import convert
+from bridge.checkpoints.initialise import init
+from bridge.checkpoints.packing import quantise
+from bridge.checkpoints.reading import open_checkpoint
 from bridge.errors import BridgeError
-from bridge.initialise import init
-from bridge.quantised import Quantization, quantise
 
 Q = "self_attn.q_proj.weight"
 STACK = f"model.layers.*.{Q}"

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from bridge import convert
-from bridge.checkpoint import open_checkpoint
+from bridge.checkpoints.reading import open_checkpoint
 from bridge.errors import BridgeError
 from bridge_cli.main import app
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scripted import CONFIG, EOS, ScriptedModel, byte_tokenizer, scripted
 
+from bridge.decoding.generation import Done, Finished, Started, Token
 from bridge.errors import BridgeError
-from bridge.generation import Done, Finished, Started, Token
 from bridge.model import Model
 
 

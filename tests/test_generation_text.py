@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 from scripted import EOS, ScriptedModel, byte_tokenizer
 from tokenizers_of_all_kinds import ALL
 
+from bridge.decoding.generation import Done, Finished, Token
 from bridge.errors import BridgeError
-from bridge.generation import Done, Finished, Token
 from bridge.model import Model
-from bridge.tokenizer import Tokenizer
+from bridge.text.tokenizer import Tokenizer
 from bridge_cli.view import View
 
 

@@ -10,9 +10,9 @@ from gguf_host import LLAMA3, host, logits, refused, write
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from bridge.checkpoint import open_checkpoint
+from bridge.checkpoints.gguf import export_gguf
+from bridge.checkpoints.reading import open_checkpoint
 from bridge.config import parse_config
-from bridge.gguf import export_gguf
 from bridge_cli.main import app
 
 HOSTS = {

@@ -8,8 +8,8 @@ from gguf_host import LLAMA3, host, logits, refused, write
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from bridge.checkpoint import open_checkpoint
-from bridge.gguf import export_gguf
+from bridge.checkpoints.gguf import export_gguf
+from bridge.checkpoints.reading import open_checkpoint
 
 YARN = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
 KEYS = {

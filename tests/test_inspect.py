@@ -9,11 +9,11 @@ from safetensors import safe_open
 from tiny_host import CONFIG, write_host
 from typer.testing import CliRunner
 
-from bridge.checkpoint import CheckpointTensors, open_checkpoint
-from bridge.conversion import convert
+from bridge.checkpoints.conversion import convert
+from bridge.checkpoints.initialise import init
+from bridge.checkpoints.reading import CheckpointTensors, open_checkpoint
+from bridge.checkpoints.sizes import PAPER_SHARES, inspect, summarise
 from bridge.errors import BridgeError
-from bridge.initialise import init
-from bridge.inspect import PAPER_SHARES, inspect, summarise
 from bridge_cli.main import app
 from bridge_cli.text import size
 
@@ -36,8 +36,8 @@ def unread(monkeypatch):
         raise AssertionError(f"{name} was read")
 
     monkeypatch.setattr(CheckpointTensors, "__getitem__", refuse)
-    monkeypatch.setattr("bridge.safetensors_io.SafetensorsFile.__getitem__", refuse)
-    monkeypatch.setattr("bridge.safetensors_io.SafetensorsFile.read_into", refuse)
+    monkeypatch.setattr("bridge.checkpoints.safetensors_io.SafetensorsFile.__getitem__", refuse)
+    monkeypatch.setattr("bridge.checkpoints.safetensors_io.SafetensorsFile.read_into", refuse)
 
 
 def sizes(path):

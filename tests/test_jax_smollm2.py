@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import bridge
-from bridge.checkpoint import open_checkpoint
-from bridge.initialise import init
+from bridge.checkpoints.initialise import init
+from bridge.checkpoints.reading import open_checkpoint
 from bridge_jax.backend import JaxBackend
 from bridge_torch.backend import TorchBackend
 

@@ -13,7 +13,7 @@ from training_toys import LETTERS, write_model
 import bridge
 from bridge.errors import BridgeError
 from bridge.evaluation.records import RESULTS, Group, Journal, Row, kept
-from bridge.jsonl import lines_of, read_lines, read_objects, read_own, to_line, whole_text
+from bridge.files.jsonl import lines_of, read_lines, read_objects, read_own, to_line, whole_text
 from bridge.tasks import find_task
 from bridge.training import SFTSettings
 from bridge.training.log import Log, read_log
@@ -172,7 +172,7 @@ def test_one_line_is_in_memory_at_a_time():
 
 
 def test_a_line_that_never_ends_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr("bridge.jsonl.MAX_TEXT", 1_000_000)
+    monkeypatch.setattr("bridge.files.jsonl.MAX_TEXT", 1_000_000)
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"prompt": "a"}\n' + b" " * 1_000_001)
     with pytest.raises(BridgeError, match=r"x\.jsonl, line 2: is larger than 1 MB"):
@@ -277,7 +277,7 @@ def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, model, kind):
 
 
 def bridge_toml(path: Path) -> object:
-    from bridge.training.toml import read_toml
+    from bridge.files.toml import read_toml
 
     return read_toml(path)
 

@@ -10,9 +10,8 @@ from typer.testing import CliRunner
 
 import bridge
 from bridge.config import parse_config, read_config
-from bridge.errors import LINE, MESSAGE, BridgeError, shorten, shorten_message
+from bridge.errors import LINE, MESSAGE, BridgeError, one_line, shorten, shorten_message, show
 from bridge.model import BUNDLED as BUNDLED_MODEL
-from bridge.reading import one_line, show
 from bridge.tasks import find_task
 from bridge.training import read_settings
 from bridge_cli.main import app

@@ -20,7 +20,7 @@ from bridge.evaluation.metrics import (
     mean_g_pass_at_k,
     pass_at_k,
 )
-from bridge.vote import majority
+from bridge.evaluation.voting import majority
 
 TAUS = ("0", "0.25", "0.5", "0.55", "0.75", "1")
 

@@ -7,10 +7,10 @@ import pytest
 from tiny_host import write_host
 
 import bridge
-from bridge.checkpoint import open_checkpoint
+from bridge.checkpoints.initialise import init
+from bridge.checkpoints.reading import open_checkpoint
+from bridge.checkpoints.safetensors_io import specs_of, write_safetensors
 from bridge.errors import BridgeError
-from bridge.initialise import init
-from bridge.safetensors_io import specs_of, write_safetensors
 from bridge_conformance.tolerance import allowance, error
 
 BACKENDS = ("numpy", "torch", "jax", "mlx")

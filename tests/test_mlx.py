@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bridge
+from bridge.checkpoints.initialise import init
 from bridge.config import parse_config
 from bridge.contract import SFT, AdamW, Batch, Sampling
 from bridge.errors import BridgeError
-from bridge.initialise import init
 from bridge_conformance import strategies
 from bridge_conformance.cases import ModelCase, random_tensors
 from bridge_ref.sampling import sample as reference_sample

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge import quantised
+from bridge.checkpoints import packing as packing_module
+from bridge.checkpoints.packing import packing, quantise, side_names
+from bridge.checkpoints.safetensors_io import specs_of
+from bridge.config.quantization import Quantization, parse_quantization
 from bridge.errors import BridgeError
-from bridge.quantised import Quantization, packing, parse_quantization, quantise, side_names
-from bridge.safetensors_io import specs_of
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
@@ -32,7 +33,8 @@ def to_numpy(array):
 def matrices(draw):
     """A matrix and how to quantise it; groups that are constant, one-sided or tiny too."""
     how = Quantization(
-        draw(st.sampled_from(quantised.BITS)), draw(st.sampled_from(quantised.GROUP_SIZES))
+        draw(st.sampled_from(packing_module.BITS)),
+        draw(st.sampled_from(packing_module.GROUP_SIZES)),
     )
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     shape = draw(st.integers(1, 5)), draw(st.integers(1, 3)) * how.group_size
@@ -49,7 +51,7 @@ def test_packing_gives_the_bytes_of_mlx(case, piece):
     mx = pytest.importorskip("mlx.core")
     weight, how = case
     with pytest.MonkeyPatch.context() as patch, mx.stream(mx.cpu):
-        patch.setattr(quantised, "PIECE", piece)
+        patch.setattr(packing_module, "PIECE", piece)
         packed = quantise(weight, how)
         want = mx.quantize(to_mlx(weight), group_size=how.group_size, bits=how.bits)
     for got, other in zip((packed.weight, packed.scales, packed.biases), want, strict=True):
@@ -68,9 +70,9 @@ def test_unpacking_gives_the_numbers_of_mlx(case, piece):
         wide = [stored[0], *(side.astype(mx.float32) for side in stored[1:])]
         want = to_numpy(mx.dequantize(*wide, group_size=how.group_size, bits=how.bits))
     weight_, scales, biases = map(to_numpy, stored)
-    packed = quantised.Packed(weight_, scales, biases, how.bits, how.group_size)
+    packed = packing_module.Packed(weight_, scales, biases, how.bits, how.group_size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantised, "PIECE", piece)
+        patch.setattr(packing_module, "PIECE", piece)
         np.testing.assert_array_equal(packed.dequantise(dtype=np.float32), want)
         assert packed.dequantise().tobytes() == want.astype(weight.dtype).tobytes()
         np.testing.assert_array_equal(packed.dequantise(slice(1, 3), np.float32), want[1:3])
@@ -107,7 +109,7 @@ def stored(**changes):
 
 def test_a_packing_is_told_from_headers():
     assert side_names("model.a.weight") == ("model.a.scales", "model.a.biases")
-    for bits in quantised.BITS:
+    for bits in packing_module.BITS:
         for group_size in (32, 64):
             how = Quantization(bits, group_size)
             packed = quantise(np.ones(SHAPE, np.float16), how)

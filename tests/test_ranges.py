@@ -17,17 +17,18 @@ from training_toys import Graded, write_model
 from typer.testing import CliRunner
 
 import bridge
-from bridge.bench import Workload
-from bridge.checkpoint import open_checkpoint
+from bridge.checkpoints.conversion import parse_size
+from bridge.checkpoints.initialise import init, parse_layers
+from bridge.checkpoints.reading import open_checkpoint
+from bridge.config.sizes import decoding_bytes, token_bytes
 from bridge.contract import SFT, AdamW, Sampling
-from bridge.conversion import parse_size
+from bridge.decoding.generation import check_sampling, row_length
 from bridge.errors import BridgeError
 from bridge.evaluation.batches import Decoding
 from bridge.evaluation.evaluate import evaluate
-from bridge.generation import check_sampling, row_length
-from bridge.initialise import init, parse_layers
-from bridge.memory import check_memory, decoding_bytes, machine_memory, token_bytes
-from bridge.ranges import RANGES, take
+from bridge.evaluation.speed import Workload
+from bridge.numbers.machine import check_memory, machine_memory
+from bridge.numbers.ranges import RANGES, take
 from bridge.tasks import Scorer
 from bridge.tasks.matching import check_match
 from bridge.tasks.problem import check_threshold
@@ -299,7 +300,7 @@ def test_memory_is_as_the_shapes_say(toy_model):
 
 
 def test_what_cannot_fit_is_refused_with_the_figures(monkeypatch):
-    monkeypatch.setattr("bridge.memory.machine_memory", lambda: 2_000_000_000)
+    monkeypatch.setattr("bridge.numbers.machine.machine_memory", lambda: 2_000_000_000)
     check_memory(2_000_000_000, "x", "y")
     with pytest.raises(BridgeError) as error:
         check_memory(3_210_000_000_000, "8 rows", "lower width")
@@ -311,7 +312,7 @@ def test_what_cannot_fit_is_refused_with_the_figures(monkeypatch):
 @pytest.fixture
 def small(monkeypatch):
     """A machine of 4 MB, which holds what the other tests of the toy model do."""
-    monkeypatch.setattr("bridge.memory.machine_memory", lambda: 4_000_000)
+    monkeypatch.setattr("bridge.numbers.machine.machine_memory", lambda: 4_000_000)
 
 
 def test_rows_that_cannot_fit_are_refused_before_they_are_decoded(toy_model, small):
@@ -350,10 +351,10 @@ def test_a_run_that_cannot_fit_is_refused_before_it_begins(kind, toy_model, tmp_
 def test_blocks_that_cannot_fit_are_refused_before_they_are_written(tmp_path, monkeypatch):
     write_model(tmp_path / "model")
     host = tmp_path / "model-host"
-    monkeypatch.setattr("bridge.memory.machine_memory", lambda: 10**9)
+    monkeypatch.setattr("bridge.numbers.machine.machine_memory", lambda: 10**9)
     with pytest.raises(BridgeError, match=r"memory: heads 65536 of 65536 in float64 need 549.8 GB"):
         init(host, tmp_path / "out", heads=65536, head_dim=65536)
-    monkeypatch.setattr("bridge.memory.machine_memory", lambda: 10**18)
+    monkeypatch.setattr("bridge.numbers.machine.machine_memory", lambda: 10**18)
     with pytest.raises(BridgeError, match=r"heads 65536 of 65536 need .*B, and .*B are left there"):
         init(host, tmp_path / "out", heads=65536, head_dim=65536)
     assert not (tmp_path / "out").exists()

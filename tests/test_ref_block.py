@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.config import BridgeConfig
-from bridge.inputs import default_positions
+from bridge.decoding.inputs import default_positions
 from bridge_conformance.cases import ModelCase
 from bridge_ref.backend import Reference
 from bridge_ref.block import allowed_rows, bridge_block, bridge_block_backward, norm_ratio

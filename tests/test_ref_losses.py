@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.contract import GRPO, SFT, Batch
+from bridge.decoding.inputs import check_batch
 from bridge.errors import BridgeError
-from bridge.inputs import check_batch
 from bridge_ref.losses import group_advantages, loss, target_logprobs
 
 SEEDS = st.integers(0, 2**32 - 1)

@@ -20,12 +20,12 @@ from true_float64 import true_float64
 
 import bridge
 from bridge import remote_code
-from bridge.checkpoint import open_checkpoint
-from bridge.checkpoint_writer import write_checkpoint
+from bridge.checkpoints.reading import open_checkpoint
+from bridge.checkpoints.safetensors_io import TensorSpec
+from bridge.checkpoints.writing import write_checkpoint
 from bridge.config import FAMILIES, SPEC_VERSION, bridge_shapes
+from bridge.decoding.inputs import default_positions
 from bridge.errors import BridgeError
-from bridge.inputs import default_positions
-from bridge.safetensors_io import TensorSpec
 from bridge_conformance import strategies
 from bridge_conformance.cases import ModelCase, rows_of
 from bridge_conformance.tolerance import DTYPES, allowance, error, proxy

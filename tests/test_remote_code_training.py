@@ -22,11 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 from true_float64 import true_float64
 
 import bridge
-from bridge.checkpoint import open_checkpoint
+from bridge.checkpoints.reading import open_checkpoint
 from bridge.config import FAMILIES, tensor_shapes
 from bridge.contract import SFT, Batch
+from bridge.decoding.inputs import default_positions
 from bridge.errors import BridgeError
-from bridge.inputs import default_positions
 from bridge_conformance.cases import ModelCase
 from bridge_conformance.tolerance import allowance, error
 

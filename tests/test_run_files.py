@@ -18,14 +18,14 @@ from typer.testing import CliRunner
 
 from bridge.errors import BridgeError
 from bridge.evaluation.records import RESULTS, SETTINGS, Group, Journal, Row, kept
-from bridge.fields import read_as
+from bridge.files.fields import read_as
+from bridge.files.toml import read_toml
 from bridge.tasks import find_task
 from bridge.training import read_settings
 from bridge.training.health import Health
 from bridge.training.log import Log, LoggedStep, PolicyStep, read_log
 from bridge.training.progress import Progress, read_best_step, read_progress
 from bridge.training.run_directory import read_run
-from bridge.training.toml import read_toml
 from bridge_cli.main import app
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -354,7 +354,7 @@ def test_settings_that_no_run_has(tmp_path, line):
 
 
 def test_a_deep_option_of_a_task_is_kept_and_read_again(tmp_path):
-    from bridge.training.toml import write_toml
+    from bridge.files.toml import write_toml
 
     deep = {"x": json.loads("[" * 90 + '"y"' + "]" * 90)}
     given = {"checkpoint": "c", "out": "o", "task": "t", "task_options": deep}

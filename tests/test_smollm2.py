@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bridge
-from bridge.initialise import init
+from bridge.checkpoints.initialise import init
 
 QUESTIONS = (
     "There are 5 bags with 8 marbles in each bag. How many marbles are there in total?",

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from bridge import philox
 from bridge.config import parse_config
+from bridge.decoding.inputs import default_positions
 from bridge.errors import BridgeError
-from bridge.inputs import default_positions
 from bridge_conformance import strategies
 from bridge_conformance.tolerance import FACTOR, FLOOR_ULPS, NUDGES
 from bridge_ref.block import allowed_rows

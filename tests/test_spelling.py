@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bridge.checkpoints.older_rope import with_older_rope, without_older_rope
 from bridge.config import parse_config
-from bridge.spelling import with_older_rope, without_older_rope
 from bridge_conformance import strategies
 
 

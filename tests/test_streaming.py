@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from tokenizers import decoders
 from tokenizers_of_all_kinds import ALL, BYTES, EAGER, byte_fallback, byte_level, words
 
+from bridge.decoding.stops import RowText, read_stops
 from bridge.errors import BridgeError
 from bridge.model import BUNDLED
-from bridge.stops import RowText, read_stops
-from bridge.tokenizer import Tokenizer, read_tokenizer
+from bridge.text.tokenizer import Tokenizer, read_tokenizer
 
 MADE = {name: Tokenizer(make()) for name, make in ALL.items()} | {
     "bundled": read_tokenizer(BUNDLED)

@@ -13,10 +13,10 @@ from traced import answered, exact, hand_made
 import bridge
 from bridge.config import BridgeConfig
 from bridge.contract import Sampling
+from bridge.decoding.inputs import default_positions
 from bridge.errors import BridgeError
-from bridge.inputs import default_positions
-from bridge.trace import trace
-from bridge.trace_alike import agree_from, agreement, distinct_n, diversity, edit_distance
+from bridge.tracing.alike import agree_from, agreement, distinct_n, diversity, edit_distance
+from bridge.tracing.trace import trace
 from bridge_ref.block import bridge_block
 from bridge_ref.model import hidden_states
 from bridge_ref.trace import rows_weights

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 import bridge
 from bridge.contract import Sampling
 from bridge.model import BUNDLED
-from bridge.trace import trace
-from bridge.trace_plots import plot_trace
+from bridge.tracing.plots import plot_trace
+from bridge.tracing.trace import trace
 from bridge_cli.main import app
 from bridge_cli.trace_colours import VIRIDIS, Scale, is_bright, scale_of
 from bridge_cli.trace_html import page

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.contract import SFT
+from bridge.decoding.inputs import check_batch, default_positions, micro_batches
 from bridge.errors import BridgeError
-from bridge.inputs import check_batch, default_positions, micro_batches
 from bridge.training import advantages
 from bridge.training.advantages import group_advantages
 from bridge.training.batches import Group, make_batch, pack

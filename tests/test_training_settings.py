@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 from bridge import tasks as real_tasks
 from bridge.contract import AdamW
 from bridge.errors import BridgeError
+from bridge.files.toml import read_toml, write_toml
 from bridge.training import GRPOSettings, SFTSettings, read_settings
 from bridge.training.loop import optimizer
 from bridge.training.settings import KINDS
-from bridge.training.toml import read_toml, write_toml
 from bridge_cli.main import app
 from bridge_cli.options import read_task_options
 from bridge_cli.train_view import View

@@ -5,9 +5,9 @@ from safetensors.numpy import load_file, save_file
 from tiny_host import write_host
 
 import bridge
-from bridge.generation import Response, ResponseSet
-from bridge.initialise import init
-from bridge.trace import Trace
+from bridge.checkpoints.initialise import init
+from bridge.decoding.generation import Response, ResponseSet
+from bridge.tracing.trace import Trace
 
 
 def write_models(out):

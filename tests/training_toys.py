@@ -13,8 +13,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models
 
+from bridge.checkpoints.initialise import init
 from bridge.config import parse_config, tensor_shapes
-from bridge.initialise import init
 from bridge.tasks import Problem, Score
 
 LETTERS = "0123456789+="

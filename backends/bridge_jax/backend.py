@@ -15,8 +15,8 @@ import numpy as np
 
 from bridge.config import BridgeConfig, ModelConfig, tensor_shapes
 from bridge.contract import AdamW, Batch, Objective
+from bridge.decoding.inputs import check_block, take_tensor
 from bridge.errors import BridgeError
-from bridge.inputs import check_block, take_tensor
 from bridge_jax.block import Grid, Layout, block
 from bridge_jax.compiled import bucket, compiled, make_room
 from bridge_jax.decode import Decoder

@@ -20,8 +20,8 @@ from jaxtyping import Bool, Float, Int
 
 from bridge.config import ModelConfig
 from bridge.contract import Sampling
+from bridge.decoding.inputs import check_advance, check_prompts
 from bridge.errors import BridgeError
-from bridge.inputs import check_advance, check_prompts
 from bridge_jax.block import LOWEST, Grid, Layout, take
 from bridge_jax.compiled import bucket, compiled
 from bridge_jax.linear import contract

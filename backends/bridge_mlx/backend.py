@@ -11,11 +11,11 @@ import ml_dtypes
 import mlx.core as mx
 import numpy as np
 
+from bridge.checkpoints.packing import take_packed
 from bridge.config import ModelConfig, tensor_shapes
 from bridge.contract import AdamW, Batch, Objective
+from bridge.decoding.inputs import check_block, take_tensor
 from bridge.errors import BridgeError
-from bridge.inputs import check_block, take_tensor
-from bridge.quantised import take_packed
 from bridge_mlx.decode import Decoder
 from bridge_mlx.linear import Quantised, floats
 from bridge_mlx.model import Transformer
@@ -43,9 +43,9 @@ class MlxBackend:
         self, config: ModelConfig, tensors: Mapping[str, np.ndarray], *, device: str, dtype: str
     ) -> "MlxModel":
         """A model on `device` in `dtype`; `tensors` are read one at a time, and what they hold
-        packed (`bridge.quantised.HoldsPacked`) stays so. Raises BridgeError for an unknown device
-        or dtype, and for a tensor that is missing, has another shape, or holds a number that is too
-        large."""
+        packed (`bridge.checkpoints.packing.HoldsPacked`) stays so. Raises BridgeError for an
+        unknown device or dtype, and for a tensor that is missing, has another shape, or holds a
+        number that is too large."""
         if device not in self.devices():
             raise BridgeError(
                 f"backend mlx: no device {device!r}; use one of {', '.join(self.devices())}"

@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Float
 
 from bridge.contract import Sampling
+from bridge.decoding.inputs import check_advance, check_prompts
 from bridge.errors import BridgeError
-from bridge.inputs import check_advance, check_prompts
 from bridge_mlx.block import Grid, rms_norm
 from bridge_mlx.linear import embed
 from bridge_mlx.model import Layer, Transformer, feed_forward

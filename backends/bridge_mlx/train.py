@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from bridge.config import tensor_shapes
 from bridge.contract import SFT, AdamW, Batch, Objective
-from bridge.inputs import (
+from bridge.decoding.inputs import (
     add_metrics,
     check_batch,
     check_state,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bridge.config import ModelConfig, tensor_shapes
 from bridge.contract import AdamW, Batch, Objective
+from bridge.decoding.inputs import check_block, check_trainable, take_tensor
 from bridge.errors import BridgeError
-from bridge.inputs import check_block, check_trainable, take_tensor
 from bridge_torch.decode import Decoder
 from bridge_torch.model import Transformer
 from bridge_torch.train import Trainer, logprobs, loss_and_grads

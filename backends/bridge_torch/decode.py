@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bridge.contract import Sampling
+from bridge.decoding.inputs import check_advance, check_prompts
 from bridge.errors import BridgeError
-from bridge.inputs import check_advance, check_prompts
 from bridge_torch.block import Grid, rms_norm, wide
 from bridge_torch.fused import FusedStep
 from bridge_torch.model import Layer, Transformer, feed_forward

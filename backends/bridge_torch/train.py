@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bridge.contract import SFT, AdamW, Batch, Objective
-from bridge.inputs import (
+from bridge.decoding.inputs import (
     add_metrics,
     check_batch,
     check_state,

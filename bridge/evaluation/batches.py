@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bridge.decoding.generation import Done, Finished, ResponseSet, Token
+from bridge.errors import show
 from bridge.evaluation.records import Group, Journal, Row
-from bridge.generation import Done, Finished, ResponseSet, Token
 from bridge.model import Model
-from bridge.reading import show
-from bridge.tasks.calls import calling
+from bridge.tasks.asking import calling
 from bridge.tasks.rewards import reaches
 
 if TYPE_CHECKING:

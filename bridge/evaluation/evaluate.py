@@ -13,16 +13,17 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bridge.decoding.generation import check_sampling, row_length
+from bridge.decoding.memory import check_decoding
+from bridge.decoding.stops import read_stops
 from bridge.errors import BridgeError
 from bridge.evaluation.batches import GROUP_SHIFT, Decoding, Plan, Progress, Run
 from bridge.evaluation.records import Journal
 from bridge.evaluation.summary import Evaluation, rows_are_independent, widths_decoded
-from bridge.generation import check_sampling, row_length
-from bridge.memory import check_decoding, check_memory
 from bridge.model import Model
-from bridge.ranges import take
-from bridge.stops import read_stops
-from bridge.tasks.calls import take_problems, take_size
+from bridge.numbers.machine import check_memory
+from bridge.numbers.ranges import take
+from bridge.tasks.asking import take_problems, take_size
 
 if TYPE_CHECKING:
     from bridge.tasks import Problem, Scores, Task

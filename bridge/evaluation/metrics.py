@@ -91,9 +91,9 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int) -> 
 
     `answers`: what each response concludes, normalised; None does not vote, and where nobody votes
     the majority is wrong. A tie is broken uniformly among the most frequent answers. That is the
-    mean of `bridge.vote.majority`, which takes the earliest row's, over all orders of the rows; and
-    rows are exchangeable (clause 3.8). An answer is as correct as the responses that give it: where
-    they differ, it counts with the fraction of them that is.
+    mean of `bridge.evaluation.voting.majority`, which takes the earliest row's, over all orders of
+    the rows; and rows are exchangeable (clause 3.8). An answer is as correct as the responses that
+    give it: where they differ, it counts with the fraction of them that is.
 
     Counted without drawing: for an answer with t votes, the ways to choose the other k - t
     responses such that s other answers have t votes too and none has more, each way counting

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bridge.atomic import new_file
 from bridge.errors import BridgeError
 from bridge.evaluation.intervals import Interval
 from bridge.evaluation.summary import Figures
+from bridge.files.atomic import new_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,12 +15,13 @@ from errno import ENOSPC
 from pathlib import Path
 from typing import Annotated, Any
 
-from bridge.atomic import new_file
-from bridge.errors import BridgeError
-from bridge.fields import Count, Number
-from bridge.jsonl import Line, read_own, whole_text
-from bridge.ranges import RANGES
-from bridge.reading import Unreadable, parse_object, read_text, show
+from bridge.errors import BridgeError, show
+from bridge.files.atomic import new_file
+from bridge.files.fields import Count, Number
+from bridge.files.jsonl import Line, read_own, whole_text
+from bridge.files.opening import read_text
+from bridge.files.strict_json import Unreadable, parse_object
+from bridge.numbers.ranges import RANGES
 
 SETTINGS, RESULTS = "settings.json", "results.jsonl"
 REMOVE = "remove the line, and it is found again"

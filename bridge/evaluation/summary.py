@@ -25,8 +25,8 @@ from bridge.evaluation.metrics import (
     pass_at_k,
 )
 from bridge.evaluation.records import Group, Row
+from bridge.evaluation.voting import together
 from bridge.tasks.rewards import EQUAL, reaches
-from bridge.vote import together
 
 TAUS = ("0.25", "0.5", "0.75", "1.0")
 GPASS = tuple(f"gpass@{tau}" for tau in TAUS)

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bridge.atomic import new_file
 from bridge.errors import BridgeError
+from bridge.files.atomic import new_file
 
 FILES = {"torch": "modeling_bridge.py", "mlx": "bridge_mlx_lm.py"}
 MODULE = Path(FILES["torch"]).stem

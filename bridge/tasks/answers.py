@@ -10,7 +10,7 @@ r"""Where in a response its answer stands: five places, each with a rule, or the
               says that "the answer is correct", or "below", is passed over
 
 An answer is the whole expression in its own spelling, never empty, and says nothing about whether
-it is right. Votes (`bridge.vote`) read as `auto` does.
+it is right. Votes (`bridge.evaluation.voting`) read as `auto` does.
 """
 
 from collections.abc import Callable

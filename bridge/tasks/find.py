@@ -5,13 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bridge.errors import BridgeError
-from bridge.reading import exists
+from bridge.errors import BridgeError, describe
+from bridge.files.opening import exists
 from bridge.tasks.functions import load_function
 from bridge.tasks.gym import PREFIX, GymTask
 from bridge.tasks.jsonl import JsonlTask
 from bridge.tasks.problem import Task
-from bridge.worker import describe
 
 
 def find_task(name: str, **options: Any) -> Task:

@@ -9,8 +9,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
-from bridge.errors import BridgeError
-from bridge.worker import describe
+from bridge.errors import BridgeError, describe
 
 
 def load_function(name: str, field: str) -> Callable[..., Any]:

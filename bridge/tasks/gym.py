@@ -15,12 +15,11 @@ from importlib.util import find_spec
 from pickle import dumps, loads
 from typing import Any
 
-from bridge.child import Child, ChildLost
-from bridge.errors import BridgeError
-from bridge.reading import show
+from bridge.answers.conclusion import normalise
+from bridge.errors import BridgeError, show
+from bridge.processes.parent import Child, ChildLost
 from bridge.tasks.answers import INSTRUCTIONS, check_place, read_answer
 from bridge.tasks.problem import Problem, check_number, check_threshold
-from bridge.vote import normalise
 
 PREFIX = "reasoning-gym:"
 LIMIT = 120.0  # seconds that a problem may take to be made
@@ -108,14 +107,14 @@ class GymTask:
     def prepare(self) -> None:
         """Import what scoring needs."""
         if self.dataset is None:
-            from bridge.tasks.gym_worker import make
+            from bridge.tasks.gym_process import make
 
             self.dataset = make(self.generator, self.config, seed=0, size=1)
 
     def _process(self) -> Child:
         if self.child is None or self.child.closed:
             setting = dumps((self.generator, self.config, self.seed))
-            self.child = Child("bridge.tasks.gym_worker:generate_with", setting)
+            self.child = Child("bridge.tasks.gym_process:generate_with", setting)
             weakref.finalize(self, self.child.close)
         self.child.ready()
         return self.child

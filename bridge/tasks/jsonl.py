@@ -14,15 +14,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from bridge.errors import BridgeError
-from bridge.jsonl import read_lines
-from bridge.prompts import are_messages
-from bridge.reading import show
+from bridge.answers.conclusion import normalise
+from bridge.decoding.prompts import are_messages
+from bridge.errors import BridgeError, show
+from bridge.files.jsonl import read_lines
 from bridge.tasks.answers import check_place, read_answer
 from bridge.tasks.functions import load_function
 from bridge.tasks.matching import check_match, read_number
 from bridge.tasks.problem import SPLITS, Problem, check_number, check_split, check_threshold
-from bridge.vote import normalise
 
 FIELDS = ("prompt", "messages", "answer", "split")
 TENTHS = ("test", "validation", *["train"] * 8)

@@ -34,7 +34,7 @@ from bridge.answers.trimming import (
     unwrap,
 )
 from bridge.errors import BridgeError
-from bridge.ranges import take
+from bridge.numbers.ranges import take
 
 __all__ = ["MATCHES", "check_match", "read_number"]
 

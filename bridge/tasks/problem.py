@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from bridge.chat import Message
 from bridge.errors import BridgeError
-from bridge.ranges import take
+from bridge.numbers.ranges import take
+from bridge.text.chat import Message
 
 SPLITS = ("train", "validation", "test")
 

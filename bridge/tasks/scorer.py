@@ -18,10 +18,9 @@ from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Self
 
-from bridge.child import Child, ChildLate, ChildLost
-from bridge.errors import BridgeError
-from bridge.ranges import RANGES, take
-from bridge.reading import one_line
+from bridge.errors import BridgeError, one_line
+from bridge.numbers.ranges import RANGES, take
+from bridge.processes.parent import Child, ChildLate, ChildLost
 from bridge.tasks.problem import Problem, Score, Task
 
 TIME_LIMIT = 10.0
@@ -130,7 +129,9 @@ class Scorer:
                 self.close()
 
     def _start(self) -> Child:
-        self.children.append(Child("bridge.tasks.worker:score_with", self.payload, self.memory))
+        self.children.append(
+            Child("bridge.tasks.scorer_process:score_with", self.payload, self.memory)
+        )
         return self.children[-1]
 
     def _end(self) -> None:

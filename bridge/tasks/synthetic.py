@@ -13,9 +13,8 @@ from typing import Any, ClassVar, SupportsIndex
 import numpy as np
 from jaxtyping import UInt32
 
-from bridge.errors import BridgeError
+from bridge.errors import BridgeError, show
 from bridge.philox import philox4x32
-from bridge.reading import show
 from bridge.tasks.problem import SPLITS, Problem, check_number
 
 OPERATORS = "+-*"

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from bridge.generation import row_length
-from bridge.memory import check_decoding, check_training
+from bridge.decoding.generation import row_length
+from bridge.decoding.memory import check_decoding, check_training
+from bridge.decoding.stops import read_stops
 from bridge.model import Model
-from bridge.stops import read_stops
 from bridge.tasks import Task
-from bridge.tasks.calls import take_problems
+from bridge.tasks.asking import take_problems
 from bridge.training.batches import Group, check_fits
 from bridge.training.order import problem_number
 from bridge.training.rollouts import split_size

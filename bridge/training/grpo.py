@@ -16,7 +16,7 @@ import numpy as np
 from bridge.contract import GRPO, Batch
 from bridge.errors import BridgeError
 from bridge.model import Model
-from bridge.tasks.calls import take_problems
+from bridge.tasks.asking import take_problems
 from bridge.training.advantages import group_advantages
 from bridge.training.batches import Group, make_batch, pack
 from bridge.training.order import (

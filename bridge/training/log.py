@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Annotated, Any, NotRequired, Protocol, TypedDict
 
 from bridge.errors import BridgeError
-from bridge.fields import Count, Number
-from bridge.jsonl import Line, read_own
-from bridge.training.lines import MEND, Lines
+from bridge.files.fields import Count, Number
+from bridge.files.growing_jsonl import MEND, Lines
+from bridge.files.jsonl import Line, read_own
 
 Record = Mapping[str, Any]
 

@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from bridge.checkpoint import open_checkpoint
+from bridge.checkpoints.reading import open_checkpoint
+from bridge.checkpoints.tensors import content_hash
 from bridge.contract import SFT, AdamW
 from bridge.errors import BridgeError
 from bridge.model import build, trainable_names
 from bridge.tasks import Scores, Task
-from bridge.tensors import content_hash
 from bridge.training import grpo
 from bridge.training.ahead import look_ahead
 from bridge.training.health import Health

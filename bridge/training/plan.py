@@ -13,11 +13,11 @@ from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
-from bridge.checkpoint import open_checkpoint
+from bridge.checkpoints.reading import open_checkpoint
+from bridge.checkpoints.sizes import summarise
 from bridge.config import ModelConfig, tensor_shapes
+from bridge.config.sizes import WIDTHS, kept_bytes
 from bridge.contract import SFT
-from bridge.inspect import summarise
-from bridge.memory import WIDTHS, kept_bytes
 from bridge.model import Model, build, trainable_names
 from bridge.tasks import Task
 from bridge.training import grpo

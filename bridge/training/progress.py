@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Annotated, TypedDict
 
 from bridge.errors import BridgeError
-from bridge.fields import Count, Number, read_as
-from bridge.ranges import RANGES
-from bridge.reading import Unreadable, parse_object, read_text
+from bridge.files.fields import Count, Number, read_as
+from bridge.files.opening import read_text
+from bridge.files.strict_json import Unreadable, parse_object
+from bridge.numbers.ranges import RANGES
 
 
 class Best(TypedDict):

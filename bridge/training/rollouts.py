@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from bridge.decoding.generation import Response, ResponseSet
 from bridge.errors import BridgeError
-from bridge.generation import Response, ResponseSet
 from bridge.model import Model
 from bridge.tasks import Problem, Scores, Task
-from bridge.tasks.calls import take_problems, take_size
+from bridge.tasks.asking import take_problems, take_size
 from bridge.tasks.rewards import equal, mean, reaches, std
 from bridge.training.settings import Settings
 

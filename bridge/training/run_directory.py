@@ -22,15 +22,14 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from bridge.atomic import new_directory, new_file
-from bridge.checkpoint_writer import write_json
+from bridge.checkpoints.writing import write_json
 from bridge.contract import Batch
-from bridge.errors import BridgeError
-from bridge.reading import show
+from bridge.errors import BridgeError, show
+from bridge.files.atomic import new_directory, new_file
+from bridge.files.toml import read_toml, write_toml
 from bridge.training.progress import Progress, read_best_step, read_progress
 from bridge.training.saving import ModelWriter, read_state, write_state
 from bridge.training.settings import Settings, read_settings
-from bridge.training.toml import read_toml, write_toml
 
 CONFIG, PROGRESS, SAMPLES = "config.toml", "progress.json", "samples.jsonl"
 SAID = "training.json"  # what is said of a model that was saved

@@ -14,15 +14,15 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from bridge.decoding.prompts import are_messages, check_range, read_prompt
 from bridge.errors import BridgeError
-from bridge.jsonl import read_objects, read_own
+from bridge.files.growing_jsonl import MEND, Lines
+from bridge.files.jsonl import read_objects, read_own
 from bridge.model import Model
-from bridge.prompts import are_messages, check_range, read_prompt
 from bridge.tasks import Scores, Task
-from bridge.tasks.calls import take_problems
+from bridge.tasks.asking import take_problems
 from bridge.tasks.rewards import reaches
 from bridge.training.interrupt import Interrupt
-from bridge.training.lines import MEND, Lines
 from bridge.training.order import SAMPLES, problem_number, stream_seed
 from bridge.training.rollouts import Rollout, roll_out, split_size
 from bridge.training.settings import SFTSettings

@@ -10,8 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from bridge.checkpoint import BLOCKS, Checkpoint, host_hash
-from bridge.checkpoint_writer import (
+from bridge.checkpoints.forms import BLOCK, METADATA, Entry, arrange, plain_config
+from bridge.checkpoints.reading import BLOCKS, Checkpoint, host_hash
+from bridge.checkpoints.safetensors_io import (
+    SafetensorsFile,
+    TensorSpec,
+    specs_of,
+    write_safetensors,
+)
+from bridge.checkpoints.writing import (
     SHARD_SIZE,
     copy_assets,
     write_base,
@@ -19,9 +26,7 @@ from bridge.checkpoint_writer import (
     write_json,
 )
 from bridge.errors import BridgeError
-from bridge.forms import BLOCK, METADATA, Entry, arrange, plain_config
-from bridge.rounding import rounded
-from bridge.safetensors_io import SafetensorsFile, TensorSpec, specs_of, write_safetensors
+from bridge.numbers.rounding import rounded
 
 TRAINER = "trainer.safetensors"
 

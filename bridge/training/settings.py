@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
-from bridge.errors import BridgeError
-from bridge.fields import NAMES
-from bridge.ranges import LARGE, RANGES, take
-from bridge.reading import MAX_DEPTH, is_text, show
+from bridge.errors import BridgeError, show
+from bridge.files.fields import NAMES
+from bridge.files.opening import is_text
+from bridge.files.strict_json import MAX_DEPTH
+from bridge.numbers.ranges import LARGE, RANGES, take
 from bridge.training.schedule import SCHEDULES
 
 LOGS = ("tensorboard", "wandb", "trackio")
@@ -23,7 +24,7 @@ REFUSED = {name: FILTERED for name in ("top_k", "top_p", "min_p")}
 
 def setting(default: Any, help: str, panel: str, valid: str = "") -> Any:
     """A field with what `--help` says of it; `valid` names one of CHOICES, or the range of a number
-    (`bridge.ranges`) where that is not the field's own name."""
+    (`bridge.numbers.ranges`) where that is not the field's own name."""
     metadata = {"help": help, "panel": panel, "valid": valid}
     return field(default=default, metadata=metadata)
 
@@ -260,7 +261,7 @@ def _near(name: str, known: list[str]) -> str:
 
 
 def range_of(f: "Field[Any]") -> str:
-    """The name in `bridge.ranges` of a field that is a number."""
+    """The name in `bridge.numbers.ranges` of a field that is a number."""
     return f.metadata["valid"] or f.name
 
 

@@ -56,10 +56,10 @@ def agree(
     import numpy as np
     from rich.console import Console
 
+    from bridge.decoding.generation import check_sampling
+    from bridge.decoding.inputs import check_prompts
+    from bridge.decoding.memory import check_decoding
     from bridge.errors import BridgeError, shorten
-    from bridge.generation import check_sampling
-    from bridge.inputs import check_prompts
-    from bridge.memory import check_decoding
     from bridge_conformance.agreement import allow_rounding, compare, replay
 
     sampling = check_sampling(temperature, top_k, top_p, min_p, seed)
@@ -126,7 +126,7 @@ def _names(given: str) -> list[str]:
 
 
 def _load(checkpoint: Path, backend: str, dtype: str, fill: float) -> "Model":
-    from bridge.checkpoint import open_checkpoint
+    from bridge.checkpoints.reading import open_checkpoint
     from bridge.errors import BridgeError
     from bridge.model import build
     from bridge_conformance.agreement import WithOutputs
@@ -142,7 +142,7 @@ def _load(checkpoint: Path, backend: str, dtype: str, fill: float) -> "Model":
 
 def _fresh(checkpoint: Path) -> bool:
     """Whether there are blocks whose output projections are all zero."""
-    from bridge.checkpoint import open_checkpoint
+    from bridge.checkpoints.reading import open_checkpoint
     from bridge_conformance.agreement import OUTPUTS
 
     tensors = open_checkpoint(checkpoint).tensors

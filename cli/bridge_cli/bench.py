@@ -33,8 +33,8 @@ def bench(
     from rich.console import Console
     from rich.table import Table
 
-    from bridge.bench import Workload, bench
-    from bridge.checkpoint import open_checkpoint
+    from bridge.checkpoints.reading import open_checkpoint
+    from bridge.evaluation.speed import Workload, bench
     from bridge.registry import find_backend, resolve_device, resolve_dtype
 
     opened = open_checkpoint(checkpoint)

@@ -132,8 +132,8 @@ def _refuse(path: Path, force: bool) -> None:
     """Stop before any work where a report could not be written."""
     from tempfile import NamedTemporaryFile
 
-    from bridge.atomic import refuse_existing
     from bridge.errors import BridgeError
+    from bridge.files.atomic import refuse_existing
 
     if path.suffix not in FORMS:
         raise BridgeError(f"{path}: a report ends in {' or '.join(FORMS)}")
@@ -154,7 +154,7 @@ def _refuse(path: Path, force: bool) -> None:
 def _write(path: Path, report: "Report") -> None:
     import json
 
-    from bridge.atomic import new_file
+    from bridge.files.atomic import new_file
     from bridge_conformance.html import page
 
     text = page(report)

@@ -60,8 +60,9 @@ def convert(
 
     Example: bridge convert ./smol-bridge ./smol-adapter --to torch --adapter
     """
-    from bridge.conversion import convert as make
-    from bridge.quantised import parse_quantization
+    from bridge.config.quantization import parse_quantization
+
+    from bridge.checkpoints.conversion import convert as make
 
     with byte_bar(json) as progress:
         made = make(

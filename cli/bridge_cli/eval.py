@@ -35,7 +35,7 @@ from bridge_cli.text import one_line, print_json
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from bridge.checkpoint import Checkpoint
+    from bridge.checkpoints.reading import Checkpoint
     from bridge.evaluation.batches import Progress
     from bridge.evaluation.summary import Evaluation, Report
     from bridge_cli.eval_view import Asked
@@ -107,7 +107,7 @@ def evaluate(
     """
     from rich.console import Console
 
-    from bridge.checkpoint import open_checkpoint
+    from bridge.checkpoints.reading import open_checkpoint
     from bridge.evaluation.batches import Decoding
     from bridge.evaluation.evaluate import evaluate as run
     from bridge.evaluation.summary import report, rows_are_independent, widths_decoded
@@ -171,9 +171,8 @@ def evaluate(
 
 
 def _widths(text: str) -> tuple[int, ...]:
-    from bridge.errors import BridgeError
-    from bridge.ranges import take
-    from bridge.reading import show
+    from bridge.errors import BridgeError, show
+    from bridge.numbers.ranges import take
 
     try:
         widths = tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
@@ -208,7 +207,7 @@ def _load(
     out: Path | None,
 ) -> tuple[Any, str, bool]:
     """The model, what tells its weights from others where they are kept, and whether it chats."""
-    from bridge.checkpoint import open_checkpoint
+    from bridge.checkpoints.reading import open_checkpoint
     from bridge.model import build
     from bridge_cli.prompts import check_system
 
@@ -225,8 +224,8 @@ def _fingerprint(opened: "Checkpoint") -> str:
     """A hash of the config and every tensor."""
     from hashlib import sha256
 
+    from bridge.checkpoints.tensors import content_hash
     from bridge.config import tensor_shapes
-    from bridge.tensors import content_hash
 
     weights = content_hash(opened.tensors, tensor_shapes(opened.config))
     config = jsonlib.dumps(opened.raw_config, sort_keys=True)
@@ -274,8 +273,8 @@ def _write(out: Path, said: dict[str, Any], found: "Report", notes: "Console") -
     """evaluation.json, and the plots where matplotlib is there."""
     from importlib.util import find_spec
 
-    from bridge.atomic import new_file
     from bridge.evaluation.plots import plot_accuracy, plot_gpass
+    from bridge.files.atomic import new_file
 
     with new_file(out / "evaluation.json") as file:
         file.write(jsonlib.dumps(said, indent=2).encode() + b"\n")

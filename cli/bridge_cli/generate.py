@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from bridge.generation import Done, Event, ResponseSet
-    from bridge.vote import Vote
+    from bridge.decoding.generation import Done, Event, ResponseSet
+    from bridge.evaluation.voting import Vote
     from bridge_cli.view import View
 
 
@@ -92,7 +92,7 @@ def generate(
     """
     from rich.console import Console
 
-    from bridge.generation import Done
+    from bridge.decoding.generation import Done
     from bridge.model import BUNDLED, load
     from bridge_cli.prompts import check_words, read_prompts
     from bridge_cli.view import View
@@ -197,7 +197,7 @@ def _timing(done: "Done") -> dict[str, float]:
 
 def _vote(answers: "ResponseSet") -> "Vote":
     """A row that was cut off votes only for what it has stated as its answer."""
-    from bridge.vote import majority
+    from bridge.evaluation.voting import majority
 
     responses = answers.responses
     return majority([r.text for r in responses], [r.finish_reason != "length" for r in responses])
@@ -209,7 +209,7 @@ def _follow(
     """Run the stream to its end: on a terminal with the view, else with a count on stderr."""
     from rich.live import Live
 
-    from bridge.generation import Done
+    from bridge.decoding.generation import Done
 
     # isatty as well: FORCE_COLOR makes rich take a file for a terminal.
     if live and console is not None and console.is_interactive and sys.stdout.isatty():

@@ -45,7 +45,7 @@ def init(
 
     Example: bridge init model.gguf ./smol-pmatch --kind mlp --layers 0-14,20
     """
-    from bridge.initialise import init as make
+    from bridge.checkpoints.initialise import init as make
 
     # A host in GGUF is read first, which says nothing of its progress.
     with byte_bar(json) as progress:

@@ -26,7 +26,7 @@ from bridge_cli.text import count, one_line, print_json, size
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from bridge.inspect import Summary
+    from bridge.checkpoints.sizes import Summary
 
 OF_TRACES = "With --trace"
 # Options that mean something without --trace alone, and those that mean something with it alone.
@@ -121,11 +121,11 @@ def inspect(
     if trace is not None:
         return _trace(ctx)
     _refuse_given(ctx, TRACES, "is of a trace; add --trace PROMPT")
+    from bridge.config.sizes import WIDTHS
     from rich.console import Console
 
+    from bridge.checkpoints.sizes import inspect as look
     from bridge.errors import BridgeError
-    from bridge.inspect import inspect as look
-    from bridge.memory import WIDTHS
     from bridge.model import BUNDLED
     from bridge.registry import ALIASES
 
@@ -237,7 +237,7 @@ def _stored(summary: "Summary") -> str:
 
 
 def _paper() -> str:
-    from bridge.inspect import PAPER_SHARES
+    from bridge.checkpoints.sizes import PAPER_SHARES
 
     return " to ".join(f"{share:.1%}" for share in PAPER_SHARES)
 

@@ -14,8 +14,8 @@ import typer
 
 
 class Ranged:
-    """Reads a number of an option as `bridge.ranges` has it: one line, before any work, for any
-    that is out of its range."""
+    """Reads a number of an option as `bridge.numbers.ranges` has it: one line, before any work, for
+    any that is out of its range."""
 
     def __init__(self, name: str) -> None:
         """`name`: in the table there."""
@@ -23,7 +23,7 @@ class Ranged:
 
     def __call__(self, value: Any) -> Any:
         """Of a text, or of the default. Raises BridgeError."""
-        from bridge.ranges import RANGES
+        from bridge.numbers.ranges import RANGES
 
         return RANGES[self.name].read(self.name.rpartition(".")[2], value)
 
@@ -72,8 +72,8 @@ def read_task_options(pairs: Sequence[str]) -> dict[str, Any]:
     list or table of such is that; every other, such as a word, nan or a date, stands for itself as
     a text. Raises BridgeError for what is not KEY=VALUE.
     """
-    from bridge.errors import BridgeError
-    from bridge.reading import is_text, show
+    from bridge.errors import BridgeError, show
+    from bridge.files.opening import is_text
 
     options: dict[str, Any] = {}
     for pair in pairs:
@@ -87,8 +87,8 @@ def read_task_options(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    from bridge.errors import BridgeError
-    from bridge.reading import check_depth, show
+    from bridge.errors import BridgeError, show
+    from bridge.files.strict_json import check_depth
 
     for read in (_by_toml, json.loads):
         try:

@@ -1,7 +1,8 @@
 """Where prompts come from: arguments, a file, or standard input.
 
 An argument is a prompt, and `-` is all of standard input as one prompt, as is a pipe where no
-prompt is given. A file holds many: one a line, as text or as JSON, by the rule of `bridge.jsonl`.
+prompt is given. A file holds many: one a line, as text or as JSON, by the rule of
+`bridge.files.jsonl`.
 """
 
 import io
@@ -11,13 +12,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from bridge.errors import BridgeError
-from bridge.jsonl import Line, lines_of, read_lines
-from bridge.prompts import are_messages
-from bridge.reading import MAX_TEXT, is_text, show
+from bridge.decoding.prompts import are_messages
+from bridge.errors import BridgeError, show
+from bridge.files.jsonl import Line, lines_of, read_lines
+from bridge.files.opening import MAX_TEXT, is_text
 
 if TYPE_CHECKING:
-    from bridge.tokenizer import Tokenizer
+    from bridge.text.tokenizer import Tokenizer
 
 STDIN = Path("-")
 NOTHING = "no prompt given; pass one as an argument, by --file, or through a pipe"

@@ -17,7 +17,7 @@ from bridge_cli.text import print_json
 if TYPE_CHECKING:
     from bridge.contract import Sampling
     from bridge.model import Model
-    from bridge.trace import Trace
+    from bridge.tracing.trace import Trace
 
 SHOWN_AFTER = 1.0  # seconds of work before progress is shown
 
@@ -48,9 +48,9 @@ def show_trace(asked: Request) -> None:
     """Answer, replay, and show; raises BridgeError for what cannot be."""
     from rich.console import Console
 
-    from bridge.generation import check_sampling
+    from bridge.decoding.generation import check_sampling
     from bridge.model import load
-    from bridge.trace import trace
+    from bridge.tracing.trace import trace
     from bridge_cli.prompts import read_prompts
 
     sampling = check_sampling(**asked.sampling)
@@ -91,15 +91,15 @@ def show_trace(asked: Request) -> None:
 
 def _refuse(asked: Request) -> None:
     """What a look at the config and at the names of files is enough to refuse."""
-    from bridge.atomic import refuse_existing
-    from bridge.checkpoint import open_checkpoint
+    from bridge.checkpoints.reading import open_checkpoint
     from bridge.errors import BridgeError
+    from bridge.files.atomic import refuse_existing
 
     for path in (asked.png, asked.html):
         if path is not None:
             refuse_existing(path)
     if asked.png is not None:
-        from bridge.trace_plots import need_matplotlib
+        from bridge.tracing.plots import need_matplotlib
 
         need_matplotlib()
     bridge = open_checkpoint(asked.checkpoint, asked.base, headers_only=True).config.bridge
@@ -119,7 +119,7 @@ def _answer(
     model: "Model", prompt: str, asked: Request, update: Callable[[int, int], None]
 ) -> tuple[Any, bool]:
     """The group's answers, and whether the prompt went through a chat template."""
-    from bridge.generation import Done, Token
+    from bridge.decoding.generation import Done, Token
     from bridge.model import BUNDLED
     from bridge_cli.prompts import check_system, check_words
 
@@ -170,10 +170,10 @@ def _progress(name: str, quiet: bool) -> "Iterator[Callable[[int, int], None]]":
 
 
 def _write(found: "Trace", asked: Request, sampling: "Sampling") -> None:
-    from bridge.atomic import new_file
+    from bridge.files.atomic import new_file
 
     if asked.png is not None:
-        from bridge.trace_plots import plot_trace
+        from bridge.tracing.plots import plot_trace
 
         plot_trace(asked.png, found, asked.layer)
     if asked.html is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bridge.trace import Trace
+from bridge.tracing.trace import Trace
 from bridge_cli.text import harmless
 from bridge_cli.trace_colours import Scale, is_bright, scale_of
 from bridge_cli.trace_svg import bars, css, curves, heat, legend, rows_map, word

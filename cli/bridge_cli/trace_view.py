@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from bridge.trace import Trace
+from bridge.tracing.trace import Trace
 from bridge_cli.text import one_line
 from bridge_cli.trace_colours import Scale, is_bright, scale_of
 from bridge_cli.view import heading

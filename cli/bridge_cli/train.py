@@ -75,9 +75,9 @@ def train(kind: str, source: Path | None, options: dict[str, Any]) -> None:
 def gather(kind: str, source: Path | None, options: dict[str, Any], resume: bool) -> "Settings":
     """Settings from a TOML file, or of a run to resume, and flags over them."""
     from bridge.errors import BridgeError
+    from bridge.files.toml import read_toml
     from bridge.training.run_directory import CONFIG
     from bridge.training.settings import FILTERED, REFUSED, read_settings
-    from bridge.training.toml import read_toml
 
     given: dict[str, Any] = {}
     for name in REFUSED:

@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from bridge.generation import Event, Finished, Started, Token
+from bridge.decoding.generation import Event, Finished, Started, Token
 from bridge_cli.text import harmless
 
 COLUMN = 30  # characters below which a column is no pleasure to read

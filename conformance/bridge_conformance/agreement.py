@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from bridge.contract import BackendModel, Sampling
-from bridge.inputs import default_positions
+from bridge.decoding.inputs import default_positions
 from bridge.philox import philox4x32, uniforms
 from bridge_conformance.tolerance import allowance, proxy
 from bridge_ref.backend import Reference

@@ -13,7 +13,7 @@ import numpy as np
 
 from bridge.config import ModelConfig, parse_config, tensor_shapes
 from bridge.contract import GRPO, Batch, Objective
-from bridge.inputs import default_positions
+from bridge.decoding.inputs import default_positions
 from bridge_conformance.tolerance import DTYPES
 
 

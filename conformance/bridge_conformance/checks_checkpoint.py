@@ -9,13 +9,13 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from bridge.checkpoint import open_checkpoint
-from bridge.checkpoint_writer import SHARD_SIZE, write_checkpoint
+from bridge.checkpoints.conversion import convert
+from bridge.checkpoints.reading import open_checkpoint
+from bridge.checkpoints.safetensors_io import TensorSpec
+from bridge.checkpoints.writing import SHARD_SIZE, write_checkpoint
 from bridge.config import tensor_shapes
-from bridge.conversion import convert
 from bridge.errors import BridgeError
-from bridge.rounding import rounded
-from bridge.safetensors_io import TensorSpec
+from bridge.numbers.rounding import rounded
 from bridge_conformance.cases import RowsCase
 from bridge_conformance.tolerance import DTYPES
 from bridge_conformance.trial import Target, Trial

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from bridge.checkpoints.initialise import fresh_bridge_tensors
+from bridge.checkpoints.safetensors_io import SafetensorsFile
 from bridge.config import ModelConfig, parse_bridge, parse_config
 from bridge.contract import GRPO, SFT, AdamW, BackendModel, Batch, Sampling
-from bridge.initialise import fresh_bridge_tensors
-from bridge.inputs import default_positions
+from bridge.decoding.inputs import default_positions
 from bridge.philox import philox4x32, uniforms
 from bridge.rope import inverse_frequencies
-from bridge.safetensors_io import SafetensorsFile
 from bridge_ref import losses, ops
 from bridge_ref.attention import masked_softmax
 from bridge_ref.backend import Reference

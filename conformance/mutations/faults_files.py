@@ -11,7 +11,7 @@ FORMS = "every_form_gives_the_same_model"
 
 def forms(old: str, new: str) -> Edit:
     """An edit of `forms.py`."""
-    return Edit("forms", old, new)
+    return Edit("checkpoints.forms", old, new)
 
 
 FAULTS = (
@@ -21,7 +21,7 @@ FAULTS = (
         "9.4",
         SAME,
         Edit(
-            "checkpoint",
+            "checkpoints.reading",
             "shards = sorted(set(weight_map.values()))",
             "shards = sorted(set(weight_map.values()))[:-1]",
         ),
@@ -33,7 +33,7 @@ FAULTS = (
         "9.4",
         SAME,
         Edit(
-            "checkpoint_writer",
+            "checkpoints.writing",
             "    count = len(shards)\n",
             "    shards = shards[:-1] or shards\n    count = len(shards)\n",
         ),
@@ -45,7 +45,7 @@ FAULTS = (
         "9.4",
         SAME,
         Edit(
-            "safetensors_io",
+            "checkpoints.safetensors_io",
             "self._bytes, self._start + self._offsets[name]\n",
             "self._bytes, self._offsets[name]\n",
         ),

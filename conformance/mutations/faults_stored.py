@@ -31,7 +31,7 @@ FAULTS = (
         "A model that float16 cannot hold computes something else, and nobody is told.",
         "10.1",
         STORED,
-        Edit("inputs", "return rounded(tensor, wanted, name)", CUT_OFF),
+        Edit("decoding.inputs", "return rounded(tensor, wanted, name)", CUT_OFF),
         dtype="float16",
         package="bridge",
     ),

@@ -15,11 +15,11 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import bridge
-from bridge.checkpoint import open_checkpoint
-from bridge.checkpoint_writer import write_checkpoint
+from bridge.checkpoints.reading import open_checkpoint
+from bridge.checkpoints.safetensors_io import specs_of
+from bridge.checkpoints.writing import write_checkpoint
 from bridge.config import parse_config, tensor_shapes
 from bridge.contract import SFT, AdamW
-from bridge.safetensors_io import specs_of
 from bridge.tasks.synthetic import Synthetic
 from bridge.training.batches import Group, make_batch
 from bridge.training.schedule import learning_rate

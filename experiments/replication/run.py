@@ -20,12 +20,12 @@ from base import pretrain, write_fresh
 from plans import ABLATIONS, ARMS, CHANGED, PLANS, Arm, Plan
 
 import bridge
-from bridge.atomic import new_file
+from bridge.checkpoints.initialise import init
 from bridge.errors import BridgeError
 from bridge.evaluation.batches import Decoding
 from bridge.evaluation.evaluate import evaluate
 from bridge.evaluation.summary import report
-from bridge.initialise import init
+from bridge.files.atomic import new_file
 from bridge.tasks import find_task
 from bridge.tasks.synthetic import Synthetic
 from bridge.training import GRPOSettings, Settings, SFTSettings, train

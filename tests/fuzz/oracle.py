@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import deserialize
 
-from bridge.checkpoint import Checkpoint
+from bridge.checkpoints.reading import Checkpoint
 
 Arrays = dict[str, np.ndarray]
 DTYPES: dict[str, Any] = {

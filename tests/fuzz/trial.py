@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from bridge.chat import render_chat
-from bridge.checkpoint import Checkpoint, open_checkpoint
+from bridge.checkpoints.reading import Checkpoint, open_checkpoint
+from bridge.checkpoints.sizes import summarise
 from bridge.errors import BridgeError
-from bridge.inspect import summarise
 from bridge.rope import inverse_frequencies
-from bridge.tokenizer import Tokenizer, read_eos_ids, read_tokenizer
+from bridge.text.chat import render_chat
+from bridge.text.tokenizer import Tokenizer, read_eos_ids, read_tokenizer
 
 from .oracle import disagreement
 from .seeds import Entry, Link, Special, Tree

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from bridge.config import ModelConfig, tensor_shapes
 from bridge.contract import AdamW, Batch, Objective
+from bridge.decoding.inputs import take_tensor
 from bridge.errors import BridgeError
-from bridge.inputs import take_tensor
 
 from bridge_example.block import Grid, block
 from bridge_example.decode import Decoder

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from bridge.contract import Sampling
+from bridge.decoding.inputs import check_advance, check_prompts
 from bridge.errors import BridgeError
-from bridge.inputs import check_advance, check_prompts
 from bridge.philox import uniforms
 
 from bridge_example.model import Transformer, causal

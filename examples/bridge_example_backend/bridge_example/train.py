@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from bridge.contract import SFT, AdamW, Batch, Objective
-from bridge.inputs import (
+from bridge.decoding.inputs import (
     add_metrics,
     check_batch,
     check_state,
@@ -36,7 +36,8 @@ def loss_and_grads(
     """Metrics, and the gradient of the loss at each tensor named in `trainable`.
 
     `count`: the targets of the whole update, where the batch is one of several (clause 7.10).
-    Raises BridgeError for a batch that `bridge.inputs` refuses, and for a name of no tensor.
+    Raises BridgeError for a batch that `bridge.decoding.inputs` refuses, and for a name of no
+    tensor.
     """
     check_trainable(model.weights.keys(), trainable)
     check_batch(batch, objective, model.config.vocab_size)
