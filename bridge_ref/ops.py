@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from bridge_ref.precision import matmul, rounded, wide, wide_dtype
+from bridge_ref.precision import matmul, product, rounded, wide, wide_dtype
 
 Cache = tuple[Any, ...]
 
@@ -41,7 +41,7 @@ def linear(
     bias: Float[np.ndarray, " O"] | None = None,
 ) -> tuple[Float[np.ndarray, "... O"], Cache]:
     """`y = x weight^T + bias`, rounded once (clauses 3.3 and 5.4)."""
-    y = wide(x) @ wide(weight).T
+    y = product(x, weight.T)
     if bias is not None:
         y = y + wide(bias)
     return rounded(y, x.dtype), (x, weight)

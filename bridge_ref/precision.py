@@ -35,4 +35,11 @@ def rounded(x: Any, dtype: np.dtype) -> np.ndarray:
 
 def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """`a @ b` over the last two axes, both of dtype T: wide operands, one rounding at the end."""
-    return rounded(wide(a) @ wide(b), a.dtype)
+    return rounded(product(a, b), a.dtype)
+
+
+def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """`a @ b` over the last two axes, wide. Some BLAS libraries now and then raise the flag of an
+    invalid operation for lanes of a vector that they load and then leave out; NaN stays NaN."""
+    with np.errstate(invalid="ignore"):
+        return wide(a) @ wide(b)

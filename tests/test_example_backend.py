@@ -24,7 +24,10 @@ PORTING = (ROOT / "docs" / "porting.md").read_text(encoding="utf-8")
 CLAUSES = re.findall(r"^### (\d+\.\d+) ", (ROOT / "spec" / "bridge-1.0.md").read_text(), re.M)
 
 # What a port may read of ours: the contract and the parts that are the same for every framework.
-SHARED = {f"bridge.{name}" for name in ("config", "contract", "errors", "inputs", "philox", "rope")}
+SHARED = {
+    f"bridge.{name}"
+    for name in ("config", "contract", "decoding.inputs", "errors", "philox", "rope")
+}
 
 # One check, on the same examples each time. `FAULT` is code that breaks the backend first.
 EXAMINE = """

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from bridge.checkpoints import packing as packing_module
 from bridge.checkpoints.packing import packing, quantise, side_names
 from bridge.checkpoints.safetensors_io import specs_of
+from bridge.config import quantization
 from bridge.config.quantization import Quantization, parse_quantization
 from bridge.errors import BridgeError
 
@@ -33,8 +34,8 @@ def to_numpy(array):
 def matrices(draw):
     """A matrix and how to quantise it; groups that are constant, one-sided or tiny too."""
     how = Quantization(
-        draw(st.sampled_from(packing_module.BITS)),
-        draw(st.sampled_from(packing_module.GROUP_SIZES)),
+        draw(st.sampled_from(quantization.BITS)),
+        draw(st.sampled_from(quantization.GROUP_SIZES)),
     )
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     shape = draw(st.integers(1, 5)), draw(st.integers(1, 3)) * how.group_size
@@ -109,7 +110,7 @@ def stored(**changes):
 
 def test_a_packing_is_told_from_headers():
     assert side_names("model.a.weight") == ("model.a.scales", "model.a.biases")
-    for bits in packing_module.BITS:
+    for bits in quantization.BITS:
         for group_size in (32, 64):
             how = Quantization(bits, group_size)
             packed = quantise(np.ones(SHAPE, np.float16), how)
