@@ -14,8 +14,7 @@ from bridge.errors import BridgeError
 from bridge.training import advantages
 from bridge.training.advantages import group_advantages
 from bridge.training.batches import Group, make_batch, pack
-from bridge.training.order import permutation, problem_number, stream_seed
-from bridge.training.schedule import learning_rate
+from bridge.training.schedule import learning_rate, permutation, problem_number, stream_seed
 from bridge_ref import losses
 from mutations import harness
 

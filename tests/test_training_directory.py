@@ -12,8 +12,8 @@ from training_toys import Graded, write_model
 
 from bridge.errors import BridgeError
 from bridge.training import SFTSettings
-from bridge.training.order import problem_number
 from bridge.training.run_directory import RunDirectory, check_same
+from bridge.training.schedule import problem_number
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,9 +18,9 @@ from bridge.model import Model
 from bridge.tasks import Task
 from bridge.tasks.asking import take_problems
 from bridge.training.batches import Group, check_fits
-from bridge.training.order import problem_number
 from bridge.training.rollouts import split_size
 from bridge.training.samples import Correct, read_samples
+from bridge.training.schedule import problem_number
 from bridge.training.settings import Settings, SFTSettings
 from bridge.training.sft import deal
 

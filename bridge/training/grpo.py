@@ -19,13 +19,6 @@ from bridge.model import Model
 from bridge.tasks.asking import take_problems
 from bridge.training.advantages import group_advantages
 from bridge.training.batches import Group, make_batch, pack
-from bridge.training.order import (
-    MINIBATCHES,
-    ROLLOUTS,
-    permutation,
-    problem_number,
-    stream_seed,
-)
 from bridge.training.rollouts import (
     Rollout,
     decoder_logprobs,
@@ -34,7 +27,14 @@ from bridge.training.rollouts import (
     summary,
 )
 from bridge.training.run import Run
-from bridge.training.schedule import learning_rate
+from bridge.training.schedule import (
+    MINIBATCHES,
+    ROLLOUTS,
+    learning_rate,
+    permutation,
+    problem_number,
+    stream_seed,
+)
 from bridge.training.settings import GRPOSettings
 
 AVERAGED = ("loss", "entropy", "clip_fraction", "kl")  # over the targets of a step's updates
