@@ -22,10 +22,10 @@ from bridge.files.fields import read_as
 from bridge.files.toml import read_toml
 from bridge.tasks import find_task
 from bridge.training import read_settings
+from bridge.training.directory import read_run
 from bridge.training.health import Health
 from bridge.training.log import Log, LoggedStep, PolicyStep, read_log
-from bridge.training.progress import Progress, read_best_step, read_progress
-from bridge.training.run_directory import read_run
+from bridge.training.saving import Progress, read_best_step, read_progress
 from bridge_cli.main import app
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,7 +12,7 @@ from training_toys import Graded, write_model
 
 from bridge.errors import BridgeError
 from bridge.training import SFTSettings
-from bridge.training.run_directory import RunDirectory, check_same
+from bridge.training.directory import RunDirectory, check_same
 from bridge.training.schedule import problem_number
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -19,18 +19,16 @@ from bridge.model import build, trainable_names
 from bridge.tasks import Scores, Task
 from bridge.training import grpo
 from bridge.training.ahead import look_ahead
+from bridge.training.directory import RunDirectory, absolute, check_directory
 from bridge.training.health import Health
-from bridge.training.interrupt import Interrupt, Stopped
 from bridge.training.log import Log, LoggedStep, PolicyStep, check_sinks, open_sinks, read_log
-from bridge.training.progress import Best, Progress
 from bridge.training.rollouts import evaluate, split_size
 from bridge.training.run import Run
-from bridge.training.run_directory import RunDirectory, absolute, check_directory
-from bridge.training.saving import ModelWriter
+from bridge.training.saving import Best, ModelWriter, Progress
 from bridge.training.schedule import VALIDATION, stream_seed
 from bridge.training.settings import GRPOSettings, Settings, SFTSettings
 from bridge.training.sft import WarmUp
-from bridge.training.watch import Silent, Watcher
+from bridge.training.watch import Interrupt, Silent, Stopped, Watcher
 
 
 class Learner(Protocol):

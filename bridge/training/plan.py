@@ -23,9 +23,9 @@ from bridge.tasks import Task
 from bridge.training import grpo
 from bridge.training.ahead import Ahead, look_ahead
 from bridge.training.batches import Group, pack
+from bridge.training.directory import absolute, check_directory
 from bridge.training.loop import find_task, optimizer
 from bridge.training.rollouts import generate
-from bridge.training.run_directory import absolute, check_directory
 from bridge.training.saving import ModelWriter
 from bridge.training.settings import GRPOSettings, Settings, SFTSettings
 

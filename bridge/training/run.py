@@ -13,14 +13,12 @@ from bridge.errors import BridgeError
 from bridge.model import Model
 from bridge.tasks import Scores, Task
 from bridge.training.batches import Group, pack
+from bridge.training.directory import RunDirectory
 from bridge.training.health import Health
-from bridge.training.interrupt import Interrupt
 from bridge.training.log import Log
-from bridge.training.progress import Progress
-from bridge.training.run_directory import RunDirectory
-from bridge.training.saving import ModelWriter
+from bridge.training.saving import ModelWriter, Progress
 from bridge.training.settings import Settings
-from bridge.training.watch import Phases, Watcher
+from bridge.training.watch import Interrupt, Phases, Watcher
 
 LARGE = 1000.0  # advantages above it are those of a reward's scale: std would divide it out
 

@@ -22,11 +22,10 @@ from bridge.model import Model
 from bridge.tasks import Scores, Task
 from bridge.tasks.asking import take_problems
 from bridge.tasks.rewards import reaches
-from bridge.training.interrupt import Interrupt
 from bridge.training.rollouts import Rollout, roll_out, split_size
 from bridge.training.schedule import SAMPLES, problem_number, stream_seed
 from bridge.training.settings import SFTSettings
-from bridge.training.watch import Watcher
+from bridge.training.watch import Interrupt, Watcher
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
-"""What a run writes of its model: checkpoints that anyone can load, with trained tensors in them.
+"""What a run saves: its model, as anyone can load it, and what it goes on from itself.
 
 Trained tensors come from the trainer's masters, rounded to the dtype in which the checkpoint that
-the run started from stores them; all others are that checkpoint's own bytes. So nothing is lost by
-computing in another dtype. Directories are filled here, and made and renamed by who calls.
+the run started from stores them; all others are that checkpoint's own bytes. Directories are filled
+here, and made and renamed by who calls. What is read back and is not as it was written, damaged or
+mended by hand, is a BridgeError of one line that names file and field.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, TypedDict
 
 import numpy as np
 
@@ -26,6 +29,10 @@ from bridge.checkpoints.writing import (
     write_json,
 )
 from bridge.errors import BridgeError
+from bridge.files.fields import Count, Number, read_as
+from bridge.files.opening import read_text
+from bridge.files.strict_json import Unreadable, parse_object
+from bridge.numbers.ranges import RANGES
 from bridge.numbers.rounding import rounded
 
 TRAINER = "trainer.safetensors"
@@ -88,3 +95,63 @@ def read_state(directory: Path) -> dict[str, np.ndarray]:
     """What `write_state` wrote. Raises BridgeError for a file that is damaged."""
     file = SafetensorsFile(directory / TRAINER)
     return {name: file[name] for name in file}
+
+
+class Best(TypedDict):
+    """What is read of the evaluation of `best/`; it has more figures."""
+
+    step: Count
+    accuracy: Number
+    reward_mean: Number
+    problems: Count
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: all that resuming needs beside the trainer's state."""
+
+    step: Count = 0  # steps done
+    problems: Count = 0  # of the data, so many were used
+    best: Best | None = None
+    source: str = ""  # the content hash of the checkpoint that the run started from
+    seed: Annotated[int, RANGES["seed"]] = 0
+
+
+class Evaluated(TypedDict):
+    """What is read of the evaluation in what is said of `best/`."""
+
+    step: Count
+
+
+class Said(TypedDict):
+    """What is read of what is said of `best/`."""
+
+    evaluation: Evaluated
+
+
+def read_progress(path: Path, step: int) -> Progress:
+    """The progress of the checkpoint of a step."""
+    try:
+        found = read_as(Progress, parse_object(read_text(path)))
+        if found.step != step:
+            raise Unreadable(f"step must be {step}, not {found.step}")
+    except FileNotFoundError:
+        raise _damaged(path, "there is no such file", "to resume from before") from None
+    except (BridgeError, Unreadable) as error:
+        raise _damaged(path, error, "to resume from before") from None
+    return found
+
+
+def read_best_step(path: Path) -> int | None:
+    """The step of the evaluation that a file of `best/` speaks of; None where there is no file."""
+    try:
+        return read_as(Said, parse_object(read_text(path)))["evaluation"]["step"]
+    except FileNotFoundError:
+        return None
+    except (BridgeError, Unreadable) as error:
+        raise _damaged(path, error, "to begin again") from None
+
+
+def _damaged(path: Path, what: object, mend: str) -> BridgeError:
+    said = str(what).removeprefix(f"{path}: ")
+    return BridgeError(f"{path}: is missing or damaged ({said}); remove {path.parent} {mend}")

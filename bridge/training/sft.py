@@ -12,8 +12,8 @@ from typing import Any
 
 from bridge.contract import SFT
 from bridge.training.batches import Group, check_fits, pack
+from bridge.training.directory import SAMPLES
 from bridge.training.run import Run
-from bridge.training.run_directory import SAMPLES
 from bridge.training.samples import Correct, make_samples, read_samples
 from bridge.training.schedule import GROUPS, ROWS, learning_rate, permutation
 from bridge.training.settings import SFTSettings

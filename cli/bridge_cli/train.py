@@ -76,7 +76,7 @@ def gather(kind: str, source: Path | None, options: dict[str, Any], resume: bool
     """Settings from a TOML file, or of a run to resume, and flags over them."""
     from bridge.errors import BridgeError
     from bridge.files.toml import read_toml
-    from bridge.training.run_directory import CONFIG
+    from bridge.training.directory import CONFIG
     from bridge.training.settings import FILTERED, REFUSED, read_settings
 
     given: dict[str, Any] = {}

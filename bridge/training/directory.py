@@ -15,10 +15,11 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import BinaryIO, Self
 
 import numpy as np
 
@@ -27,8 +28,14 @@ from bridge.contract import Batch
 from bridge.errors import BridgeError, show
 from bridge.files.atomic import new_directory, new_file
 from bridge.files.toml import read_toml, write_toml
-from bridge.training.progress import Progress, read_best_step, read_progress
-from bridge.training.saving import ModelWriter, read_state, write_state
+from bridge.training.saving import (
+    ModelWriter,
+    Progress,
+    read_best_step,
+    read_progress,
+    read_state,
+    write_state,
+)
 from bridge.training.settings import Settings, read_settings
 
 CONFIG, PROGRESS, SAMPLES = "config.toml", "progress.json", "samples.jsonl"
@@ -252,15 +259,10 @@ def _remove(place: Path) -> None:
     shutil.rmtree(hidden)
 
 
-class _told:
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
     """Turns what the system refuses into one line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: object) -> None:
-        if isinstance(error, OSError):
-            raise BridgeError(f"{self.path}: cannot be written ({error.strerror})") from None
+    try:
+        yield
+    except OSError as error:
+        raise BridgeError(f"{path}: cannot be written ({error.strerror})") from None
