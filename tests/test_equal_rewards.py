@@ -19,15 +19,13 @@ from bridge.errors import BridgeError
 from bridge.evaluation.intervals import Interval, bootstrap, paired
 from bridge.tasks import Problem
 from bridge.tasks.rewards import equal, mean, reaches, std
-from bridge.training import advantages
+from bridge.training import grpo
 from bridge.training.log import read_log
 from bridge.training.rollouts import Rollout, summary
 from bridge.training.samples import _line
 from bridge_ref import losses
 
-BOTH = pytest.mark.parametrize(
-    "group_advantages", [advantages.group_advantages, losses.group_advantages]
-)
+BOTH = pytest.mark.parametrize("group_advantages", [grpo.group_advantages, losses.group_advantages])
 ROOT = 2**0.5
 
 # By hand: rewards of a group, advantages, and advantages that are only centred.
@@ -88,7 +86,7 @@ def test_advantages_do_not_depend_on_the_scale_of_rewards(rewards, exponent, nor
     r = np.array(rewards)
     r[np.abs(r) < 1e-9] = 0
     groups = np.zeros(len(r), np.int64)
-    for function in (advantages.group_advantages, losses.group_advantages):
+    for function in (grpo.group_advantages, losses.group_advantages):
         want = function(r, groups, normalise)
         got = function(np.ldexp(r, exponent), groups, normalise)
         np.testing.assert_array_equal(got, want if normalise else np.ldexp(want, exponent))

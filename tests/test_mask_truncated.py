@@ -13,8 +13,8 @@ import bridge
 from bridge.contract import GRPO
 from bridge.errors import BridgeError
 from bridge.training import grpo, read_settings
-from bridge.training.advantages import group_advantages
 from bridge.training.batches import Group, make_batch, pack
+from bridge.training.grpo import group_advantages
 from bridge.training.log import read_log
 from bridge.training.run import Run
 

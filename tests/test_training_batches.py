@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from bridge.contract import SFT
 from bridge.decoding.inputs import check_batch, default_positions, micro_batches
 from bridge.errors import BridgeError
-from bridge.training import advantages
-from bridge.training.advantages import group_advantages
+from bridge.training import grpo
 from bridge.training.batches import Group, make_batch, pack
+from bridge.training.grpo import group_advantages
 from bridge.training.schedule import learning_rate, permutation, problem_number, stream_seed
 from bridge_ref import losses
 from mutations import harness
@@ -110,8 +110,8 @@ PLANTED = [
 
 @pytest.mark.parametrize("old, new", PLANTED)
 def test_the_golden_vectors_catch_wrong_advantages(old, new):
-    assert advantages.__file__ is not None
-    source = Path(advantages.__file__).read_text()
+    assert grpo.__file__ is not None
+    source = Path(grpo.__file__).read_text()
     assert source.count(old) == 1
     names: dict = {}
     exec(compile(source.replace(old, new), "planted", "exec"), names)
