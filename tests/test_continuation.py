@@ -15,8 +15,8 @@ from bridge.config import parse_config
 from bridge.errors import BridgeError
 from bridge.model import BUNDLED, Model
 from bridge.text.tokenizer import Tokenizer, read_tokenizer
-from bridge.training.samples import read_samples
 from bridge.training.settings import SFTSettings
+from bridge.training.sft import read_samples
 
 MADE = {name: Tokenizer(make(), {"eos_token": "<eos>"}) for name, make in ALL.items()}
 SPACED = ["llama 2", "metaspace always", "metaspace first", "byte level, prefix space"]

@@ -22,7 +22,7 @@ from bridge.tasks.rewards import equal, mean, reaches, std
 from bridge.training import grpo
 from bridge.training.log import read_log
 from bridge.training.rollouts import Rollout, summary
-from bridge.training.samples import _line
+from bridge.training.sft import _line
 from bridge_ref import losses
 
 BOTH = pytest.mark.parametrize("group_advantages", [grpo.group_advantages, losses.group_advantages])

@@ -17,7 +17,7 @@ from bridge.files.jsonl import lines_of, read_lines, read_objects, read_own, to_
 from bridge.tasks import find_task
 from bridge.training import SFTSettings
 from bridge.training.log import Log, read_log
-from bridge.training.samples import read_samples
+from bridge.training.sft import read_samples
 from bridge_cli.prompts import read_prompts
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,9 +16,8 @@ from bridge.training import GRPOSettings, SFTSettings, grpo, rollouts, train
 from bridge.training.batches import Group, make_batch, pack
 from bridge.training.log import read_log
 from bridge.training.rollouts import decoder_logprobs, generate, roll_out
-from bridge.training.samples import Correct
 from bridge.training.schedule import ROLLOUTS, problem_number, stream_seed
-from bridge.training.sft import deal
+from bridge.training.sft import Correct, deal
 from bridge.training.watch import Silent
 from bridge_conformance.tolerance import allowance, error
 

@@ -19,10 +19,9 @@ from bridge.tasks import Task
 from bridge.tasks.asking import take_problems
 from bridge.training.batches import Group, check_fits
 from bridge.training.rollouts import split_size
-from bridge.training.samples import Correct, read_samples
 from bridge.training.schedule import problem_number
 from bridge.training.settings import Settings, SFTSettings
-from bridge.training.sft import deal
+from bridge.training.sft import Correct, deal, read_samples
 
 FIRST = 64  # prompts that are looked at
 

@@ -96,6 +96,11 @@ class RunDirectory:
         return self.path / "log.jsonl"
 
     @property
+    def samples(self) -> Path:
+        """What SFT sampled."""
+        return self.path / SAMPLES
+
+    @property
     def finished(self) -> bool:
         """Whether the run is done."""
         return (self.path / "final" / "config.json").is_file()
