@@ -16,7 +16,7 @@ from bridge.training import grpo, read_settings
 from bridge.training.batches import Group, make_batch, pack
 from bridge.training.grpo import group_advantages
 from bridge.training.log import read_log
-from bridge.training.run import Run
+from bridge.training.loop import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

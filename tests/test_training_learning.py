@@ -167,7 +167,7 @@ def test_sampled_rows_teach_by_their_own_log_probabilities(settings):
     """Where a step has one update `old` is left out, and with more it is what the model said
     before the first: then rho is 1 in the first update, and nothing is clipped there."""
     seen = []
-    original = bridge.training.run.Run.update
+    original = bridge.training.loop.Run.update
 
     def hear(self, step, batches, lr):
         if batches[0].old_logprobs is not None and not seen:
@@ -177,7 +177,7 @@ def test_sampled_rows_teach_by_their_own_log_probabilities(settings):
         return original(self, step, batches, lr)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bridge.training.run.Run, "update", hear)
+        patch.setattr(bridge.training.loop.Run, "update", hear)
         run(replace(settings, minibatches=2, epochs=2, steps=1, temperature=0.8))
     assert seen[0] == 0.0 and seen[1:] == [1, 1, 1, 1]
 
@@ -215,13 +215,13 @@ def test_the_kl_is_to_the_model_at_the_start(settings):
 
 def test_dr_grpo_leaves_std_out(settings, monkeypatch):
     seen = {}
-    original = bridge.training.run.Run.update
+    original = bridge.training.loop.Run.update
 
     def hear(self, step, batches, lr):
         seen[self.settings.normalise_std] = np.concatenate([b.advantages for b in batches])
         return original(self, step, batches, lr)
 
-    monkeypatch.setattr(bridge.training.run.Run, "update", hear)
+    monkeypatch.setattr(bridge.training.loop.Run, "update", hear)
     for normalise in (True, False):
         out = f"{settings.out}{normalise}"
         run(replace(settings, normalise_std=normalise, steps=1, out=out), Sevens())

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import fields
-from types import ModuleType
 
 import pytest
 from hypothesis import given
@@ -17,13 +16,12 @@ from rich.console import Console
 from training_toys import Graded, InProcess
 from typer.testing import CliRunner
 
-from bridge import tasks as real_tasks
 from bridge.contract import AdamW
 from bridge.errors import BridgeError
 from bridge.files.toml import read_toml, write_toml
-from bridge.training import GRPOSettings, SFTSettings, read_settings
-from bridge.training.loop import optimizer
+from bridge.training import GRPOSettings, SFTSettings, read_settings, start
 from bridge.training.settings import KINDS
+from bridge.training.start import optimizer
 from bridge_cli.main import app
 from bridge_cli.options import read_task_options
 from bridge_cli.train_view import View
@@ -54,9 +52,8 @@ def toy(monkeypatch):
             raise BridgeError(f"task {name!r} is not known")
         return Graded(**options)
 
-    tasks = ModuleType("bridge.tasks")
-    tasks.__dict__.update({**vars(real_tasks), "find_task": find_task, "Scorer": Worker})
-    monkeypatch.setitem(sys.modules, "bridge.tasks", tasks)
+    monkeypatch.setattr(start, "find_task", find_task)
+    monkeypatch.setattr(start, "Scorer", Worker)
 
 
 def bridge(*arguments, code=0, columns=None):

@@ -8,7 +8,7 @@ A run is a directory, and what happens in it is a pure function of its settings:
 moment and started again, it ends with the same weights, to the byte, on a CPU.
 """
 
-from bridge.training.loop import Result, train
 from bridge.training.settings import GRPOSettings, Settings, SFTSettings, read_settings
+from bridge.training.start import Result, train
 
 __all__ = ["GRPOSettings", "Result", "SFTSettings", "Settings", "read_settings", "train"]

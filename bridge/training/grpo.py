@@ -20,6 +20,7 @@ from bridge.model import Model
 from bridge.tasks.asking import take_problems
 from bridge.tasks.rewards import equal, scaled
 from bridge.training.batches import Group, make_batch, pack
+from bridge.training.loop import Run
 from bridge.training.rollouts import (
     Rollout,
     decoder_logprobs,
@@ -27,7 +28,6 @@ from bridge.training.rollouts import (
     split_size,
     summary,
 )
-from bridge.training.run import Run
 from bridge.training.schedule import (
     MINIBATCHES,
     ROLLOUTS,

@@ -1,241 +1,189 @@
-"""`train`: a run from its settings to its final checkpoint, or on from where it was stopped.
+"""The loop: step after step, each recorded, with a checkpoint and an evaluation where one is due.
 
-Everything is checked, and the model loaded, before the directory is made. Then, again and again: a
-step, its record, a checkpoint where one is due, an evaluation where one is due. A step is a pure
-function of the weights, the optimizer's state, the settings and its number, which a checkpoint
-holds: so a resumed run is the run that was not stopped.
+In: the parts of a run and a learner, whose steps these are (`grpo.PolicySteps`, `sft.WarmUp`). Out:
+what stands in the run's directory. A step is a pure function of the weights, the optimizer's state,
+the settings and its number, which a checkpoint holds: so a resumed run is the run that was not
+stopped. Weights change in one place, `Run.update`.
 """
 
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from bridge.checkpoints.reading import open_checkpoint
-from bridge.checkpoints.tensors import content_hash
-from bridge.contract import SFT, AdamW
+import numpy as np
+
+from bridge.contract import Batch, Trainer
 from bridge.errors import BridgeError
-from bridge.model import build, trainable_names
+from bridge.model import Model
 from bridge.tasks import Scores, Task
-from bridge.training import grpo
-from bridge.training.ahead import look_ahead
-from bridge.training.directory import RunDirectory, absolute, check_directory
+from bridge.training.batches import Group, pack
+from bridge.training.directory import RunDirectory
 from bridge.training.health import Health
-from bridge.training.log import Log, LoggedStep, PolicyStep, check_sinks, open_sinks, read_log
-from bridge.training.rollouts import evaluate, split_size
-from bridge.training.run import Run
+from bridge.training.log import Log
+from bridge.training.rollouts import evaluate
 from bridge.training.saving import Best, ModelWriter, Progress
 from bridge.training.schedule import VALIDATION, stream_seed
-from bridge.training.settings import GRPOSettings, Settings, SFTSettings
-from bridge.training.sft import WarmUp
-from bridge.training.watch import Interrupt, Silent, Stopped, Watcher
+from bridge.training.settings import Settings
+from bridge.training.watch import Interrupt, Phases, Stopped, Watcher
+
+LARGE = 1000.0  # advantages above it are those of a reward's scale: std would divide it out
 
 
 class Learner(Protocol):
     """SFT or GRPO: what a step is."""
 
     @property
-    def steps(self) -> int: ...
-    def step(self, step: int) -> dict[str, Any]: ...
-    def position(self, step: int) -> int: ...
+    def steps(self) -> int:
+        """Of the whole run."""
+        ...
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One step, which may call `Run.update`; its figures."""
+        ...
+
+    def position(self, step: int) -> int:
+        """How much of the data was used before a step."""
+        ...
 
 
-@dataclass(frozen=True)
-class Result:
-    """What came of a run."""
+@dataclass
+class Run:
+    """What both kinds of training work with. `progress` is of the last step boundary."""
 
-    out: str
-    kind: str
-    steps: int
-    final: str
-    best: Best | None  # the evaluation of the best checkpoint
-    last: dict[str, Any]  # the last step's record
-    resumed_from: int | None  # None: it began with this call
+    settings: Settings
+    directory: RunDirectory
+    model: Model
+    trainer: Trainer
+    writer: ModelWriter
+    log: Log
+    watch: Watcher
+    interrupt: Interrupt
+    health: Health
+    progress: Progress
+    task: Task | None = None
+    scorer: Scores | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """For machines."""
-        return asdict(self)
+    def __post_init__(self) -> None:
+        self.phases = Phases(self.watch)
+        self.at_boundary = True  # whether the weights are those of `progress`
 
+    def follow(self, learner: Learner) -> None:
+        """Steps up to the last, then `final`."""
+        settings, total = self.settings, learner.steps
+        self.watch.started(self.progress.step, total)
+        while True:
+            step = self.progress.step
+            every = settings.eval_every
+            try:
+                self.interrupt.boundary()
+                if every and (step % every == 0 or step == total):
+                    self._evaluate()
+                if step >= total:
+                    break
+                figures = learner.step(step)
+            except (Exception, Stopped) as error:
+                if self.at_boundary and step:  # nothing was learnt yet: keep what was before
+                    place = self.save()
+                    if isinstance(error, Stopped):
+                        self.watch.note(f"saved {place}; the same command goes on from there")
+                raise
+            self._done(learner.position(step + 1))
+            self._record({"kind": "step", "step": step + 1, **figures})
+            self.health.record({"kind": "step", **figures})
+            if (step + 1) % settings.save_every == 0 or step + 1 == total:
+                self.save()
+        self.health.end()
+        self.watch.phase("save")
+        said = {"kind": settings.kind, **vars(self.progress)}
+        self.directory.save_model("final", self.trainer.state(), self.writer, said)
 
-def train(
-    settings: Settings,
-    *,
-    resume: bool = False,
-    task: Task | None = None,
-    scorer: Scores | None = None,
-    watch: Watcher | None = None,
-) -> Result:
-    """Run `settings` to the end, from the last checkpoint in `out` if there is one.
+    def norms(self, step: int, groups: Sequence[Group]) -> dict[str, Any]:
+        """Each `norms_every` steps, how much the blocks add to what they read (clause 3.9), over
+        one micro-batch of a step's groups before its update; {} at other steps and without blocks.
+        """
+        every, bridge = self.settings.norms_every, self.model.config.bridge
+        if not every or step % every or bridge is None or not bridge.layers:
+            return {}
+        self.phases("norms")
+        ratios = self.model.norm_ratios(pack(groups, self.settings.micro_batch_tokens)[0])
+        return {"norm_ratio": float(ratios.mean()), "norm_ratios": ratios.tolist()}
 
-    `resume`: `out` must hold a run. `task` and `scorer`: in place of those that the settings name
-    (None: a `bridge.tasks.Scorer`, in a process of its own). Raises BridgeError, in one line, and
-    KeyboardInterrupt after a Ctrl-C; either way all that was saved is whole, and the same call goes
-    on from it.
-    """
-    settings, watch = absolute(settings), watch or Silent()
-    started = check_directory(settings, resume)
-    watch.phase("loading")
-    base = None if settings.base is None else Path(settings.base)
-    opened = open_checkpoint(Path(settings.checkpoint), base)
-    names = trainable_names(opened.config, settings.trained)
-    writer = ModelWriter(opened, names, settings.adapter)
-    check_sinks(settings.log)
-    task = find_task(settings) if task is None else task
-    if settings.eval_every and task is not None:
-        split_size(task, "validation")
+    def update(self, step: int, batches: Sequence[Batch], lr: float) -> dict[str, float]:
+        """One update of the weights. Raises BridgeError, its batch saved, where the loss or the
+        gradient is not finite, the gradient's norm is above `stop_grad_norm`, or `Health` finds
+        that the loss has exploded."""
+        self.at_boundary = False
+        metrics = self.trainer.step(batches, lr=lr)
+        limit = self.settings.stop_grad_norm
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(metrics[name]):
+                self._fail(step, batches, f"{name} is {metrics[name]}")
+        if metrics["grad_norm"] > limit:
+            what = f"grad_norm {metrics['grad_norm']:.3g} is above {limit:.3g}"
+            self._fail(step, batches, what, "stop_grad_norm")
+        if trouble := self.health.trouble(metrics, batches):
+            self._fail(step, batches, *trouble)
+        return metrics
 
-    def load() -> Any:
-        where = (settings.backend, settings.device, settings.dtype)
-        return build(opened, opened.config, opened.tensors, *where)
-
-    model = load()
-    sft = isinstance(settings, SFTSettings)
-    trainer = model.trainer(
-        SFT() if sft else grpo.objective(_grpo(settings)),
-        optimizer(settings),
-        names,
-        checkpoint_activations=settings.checkpoint_activations,
-    )
-    ahead = None if started else look_ahead(settings, model, task)
-    digest = content_hash(opened.tensors, opened.specs)
-    with ExitStack() as stack:
-        directory = stack.enter_context(RunDirectory.open(settings, resume))
-        progress = Progress(source=digest, seed=settings.seed)
-        latest = directory.latest()
-        if latest is not None:
-            progress = latest[0]
-            if progress.source != digest:
-                raise BridgeError(
-                    f"{opened.path}: has changed since {directory.path} started from it; put back "
-                    "what was there, or choose another out"
-                )
-            trainer.restore(latest[1])
-        del latest
-        if directory.finished and progress.step >= getattr(settings, "steps", progress.step):
-            return _result(settings, directory, progress, progress.step)
-        interrupt = stack.enter_context(
-            Interrupt(lambda: watch.note("stopping after this step; Ctrl-C again to stop at once"))
+    def save(self) -> Path:
+        """A checkpoint of this boundary."""
+        assert self.at_boundary
+        self.watch.phase("save")
+        self.log.sync()
+        return self.directory.save(
+            self.progress, self.trainer.state(), self.writer, self.settings.keep
         )
-        if scorer is None and task is not None:
-            from bridge.tasks import Scorer
 
-            scorer = stack.enter_context(Scorer(task, time_limit=settings.reward_seconds))
-        first = progress.step + 1 if directory.same else 0
-        sinks = open_sinks(settings.log, directory.path, settings.to_json(), first)
-        logged = LoggedStep if sft else PolicyStep
-        log = Log(directory.log, progress.step, sinks, directory.same, logged)
-        stack.callback(log.close)
-        health = Health(settings, opened.config.vocab_size, log.before, watch.note)
-        run = Run(
-            *(settings, directory, model, trainer, writer, log, watch, interrupt, health, progress),
-            *(task, scorer),
+    def _evaluate(self) -> None:
+        """An evaluation of this boundary; the best one's checkpoint is kept."""
+        assert self.task is not None and self.scorer is not None
+        self.phases("evaluate")
+        seed = stream_seed(self.settings.seed, VALIDATION, 0)
+        with self.interrupt.dropping():
+            found = evaluate(self.model, self.task, self.scorer, self.settings, seed)
+        seconds = self.phases.take()
+        step, best = self.progress.step, self.progress.best
+        self._record({"kind": "evaluation", "step": step, **found, **seconds})
+        if best is None or _merit(found) > _merit(best):
+            kept = cast(Best, {"step": step, **found})
+            self.progress = replace(self.progress, best=kept)
+            said = {"kind": self.settings.kind, "evaluation": kept}
+            self.directory.save_model("best", self.trainer.state(), self.writer, said)
+
+    def _done(self, problems: int) -> None:
+        """The step after `progress` is done, and so are so many problems of the data."""
+        self.progress = replace(self.progress, step=self.progress.step + 1, problems=problems)
+        self.at_boundary = True
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self.log.write(record)
+        self.watch.record(record)
+
+    def _fail(self, step: int, batches: Sequence[Batch], what: str, bound: str = "") -> None:
+        """Stop, with the batch kept; `bound` is the setting that it goes past. The weights are
+        those after the update: what they were before is not copied at each step, but whoever goes
+        on with `save_every` at 1 comes here again and has it."""
+        kept = self.directory.save_failed(step + 1, batches)
+        steps = self.directory.steps()
+        last, start = "there is no checkpoint yet", ""
+        if steps:
+            last = f"the last checkpoint is {self.directory.place(steps[-1])}"
+            start = ", which may start from it"
+        if step not in {0, *steps}:
+            last += " (the same command with save_every 1 keeps the one before this step)"
+        go_on = f", or raise {bound} to go on with this one" if bound else ""
+        mend = "lower lr or max_grad_norm in a new run"
+        given = [np.abs(b.advantages).max() for b in batches if b.advantages is not None]
+        if (largest := max(given, default=0.0)) > LARGE:
+            mend = f"advantages reach {largest:.3g}: scale the reward down, or set normalise_std"
+            mend += ", in a new run"
+        raise BridgeError(
+            f"step {step + 1}: {what}; its batch is {kept}, and {last}; {mend}{start}{go_on}"
         )
-        learner: Learner
-        if isinstance(settings, SFTSettings):
-            learner = WarmUp(run, settings, None if ahead is None else ahead.data)
-        else:
-            chosen = _grpo(settings)
-            learner = grpo.PolicySteps(run, chosen, load() if chosen.beta else None)
-        first = progress.step
-        _follow(run, learner)
-        return _result(settings, directory, run.progress, first or None)
-
-
-def _follow(run: Run, learner: Learner) -> None:
-    """Steps up to the last, then `final`."""
-    settings, total = run.settings, learner.steps
-    run.watch.started(run.progress.step, total)
-    while True:
-        step = run.progress.step
-        every = settings.eval_every
-        try:
-            run.interrupt.boundary()
-            if every and (step % every == 0 or step == total):
-                _evaluate(run)
-            if step >= total:
-                break
-            figures = learner.step(step)
-        except (Exception, Stopped) as error:
-            if run.at_boundary and step:  # nothing of this step was learnt: keep what was before
-                place = run.save()
-                if isinstance(error, Stopped):
-                    run.watch.note(f"saved {place}; the same command goes on from there")
-            raise
-        run.done(learner.position(step + 1))
-        _record(run, {"kind": "step", "step": step + 1, **figures})
-        run.health.record({"kind": "step", **figures})
-        if (step + 1) % settings.save_every == 0 or step + 1 == total:
-            run.save()
-    run.health.end()
-    run.watch.phase("save")
-    said = {"kind": settings.kind, **vars(run.progress)}
-    run.directory.save_model("final", run.trainer.state(), run.writer, said)
-
-
-def _evaluate(run: Run) -> None:
-    """An evaluation of this boundary; the best one's checkpoint is kept."""
-    assert run.task is not None and run.scorer is not None
-    run.phases("evaluate")
-    seed = stream_seed(run.settings.seed, VALIDATION, 0)
-    with run.interrupt.dropping():
-        found = evaluate(run.model, run.task, run.scorer, run.settings, seed)
-    seconds = run.phases.take()
-    step = run.progress.step
-    _record(run, {"kind": "evaluation", "step": step, **found, **seconds})
-    best = run.progress.best
-    if best is None or _merit(found) > _merit(best):
-        kept = cast(Best, {"step": step, **found})
-        run.progress = replace(run.progress, best=kept)
-        said = {"kind": run.settings.kind, "evaluation": kept}
-        run.directory.save_model("best", run.trainer.state(), run.writer, said)
 
 
 def _merit(evaluation: Any) -> tuple[float, float]:
     """What the best evaluation has most of; the earliest of equals stays."""
     return evaluation["accuracy"], evaluation["reward_mean"]
-
-
-def _record(run: Run, record: dict[str, Any]) -> None:
-    run.log.write(record)
-    run.watch.record(record)
-
-
-def find_task(settings: Settings) -> Task | None:
-    """The task that the settings name; None where they name none."""
-    if not settings.task:
-        return None
-    from bridge.tasks import find_task as find
-
-    return find(settings.task, **settings.task_options)
-
-
-def optimizer(settings: Settings) -> AdamW:
-    """As the settings say."""
-    first, second = settings.betas
-    return AdamW(
-        settings.lr,
-        (first, second),
-        settings.adam_eps,
-        settings.weight_decay,
-        settings.max_grad_norm,
-    )
-
-
-def _grpo(settings: Settings) -> GRPOSettings:
-    assert isinstance(settings, GRPOSettings)
-    return settings
-
-
-def _result(
-    settings: Settings, directory: RunDirectory, progress: Progress, resumed: int | None
-) -> Result:
-    steps = [r for r in read_log(directory.log) if r["kind"] == "step"]
-    return Result(
-        str(directory.path),
-        settings.kind,
-        progress.step,
-        str(directory.path / "final"),
-        progress.best,
-        steps[-1] if steps else {},
-        resumed,
-    )

@@ -10,24 +10,19 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from math import ceil, prod
-from pathlib import Path
 from typing import Any
 
-from bridge.checkpoints.reading import open_checkpoint
 from bridge.checkpoints.sizes import summarise
 from bridge.config import ModelConfig, tensor_shapes
 from bridge.config.sizes import WIDTHS, kept_bytes
-from bridge.contract import SFT
-from bridge.model import Model, build, trainable_names
+from bridge.contract import GRPO
+from bridge.model import Model
 from bridge.tasks import Task
-from bridge.training import grpo
-from bridge.training.ahead import Ahead, look_ahead
 from bridge.training.batches import Group, pack
 from bridge.training.directory import absolute, check_directory
-from bridge.training.loop import find_task, optimizer
 from bridge.training.rollouts import generate
-from bridge.training.saving import ModelWriter
 from bridge.training.settings import GRPOSettings, Settings, SFTSettings
+from bridge.training.start import Ahead, Source, look_ahead, objective, task_of
 
 TIMESTEPS = 16  # of decoding that are measured
 
@@ -63,13 +58,9 @@ def plan(settings: Settings, *, task: Task | None = None) -> Plan:
     before its first step."""
     settings = absolute(settings)
     check_directory(settings)
-    base = None if settings.base is None else Path(settings.base)
-    opened = open_checkpoint(Path(settings.checkpoint), base)
-    names = trainable_names(opened.config, settings.trained)
-    ModelWriter(opened, names, settings.adapter)
-    task = find_task(settings) if task is None else task
-    where = (settings.backend, settings.device, settings.dtype)
-    model = build(opened, opened.config, opened.tensors, *where)
+    source = Source(settings)
+    task = task_of(settings) if task is None else task
+    model = source.load()
     ahead = look_ahead(settings, model, task)
     size, example = ahead.size, ahead.largest
     groups, minibatches, updates, beta = 1, 1, 1, 0.0
@@ -83,13 +74,13 @@ def plan(settings: Settings, *, task: Task | None = None) -> Plan:
     micro_batches = ceil(of_update / fitting)
     samples = ahead.data is None or settings.eval_every  # else nothing is decoded
     decode = _decoding(settings, ahead, model) if samples else {}
-    micro = _micro_step(settings, model, names, [example] * fitting)
+    micro = _micro_step(settings, model, source, [example] * fitting)
     steps = _steps(settings, size)
     parts = _seconds(settings, ahead, decode, micro, micro_batches, updates)
-    shapes = tensor_shapes(opened.config)
-    trained = sum(prod(shapes[name]) for name in names)
+    shapes = tensor_shapes(model.config)
+    trained = sum(prod(shapes[name]) for name in source.names)
     rows = fitting * example.rows
-    summary = summarise(opened)
+    summary = summarise(source.opened)
     caches = summary.memory(settings.max_rows, 0, ahead.max_new_tokens, model.dtype)
     wide = 8 if model.dtype == "float64" else 4
     targets = rows * (example.length - len(example.prompt) + 1)
@@ -98,8 +89,8 @@ def plan(settings: Settings, *, task: Task | None = None) -> Plan:
         "reference": caches.weights if beta else 0,
         "optimizer": 3 * wide * trained,  # masters and two moments
         "gradients": 2 * wide * trained,  # of a micro-batch, and added up
-        "activations": _activations(opened.config, rows, example.length, model.dtype, settings),
-        "logits": 3 * wide * targets * opened.config.vocab_size,
+        "activations": _activations(model.config, rows, example.length, model.dtype, settings),
+        "logits": 3 * wide * targets * model.config.vocab_size,
         "decoding": caches.row_caches if decode else 0,
     }
     if model.device.startswith("cpu"):
@@ -139,19 +130,14 @@ def _decoding(settings: Settings, ahead: Ahead, model: Model) -> dict[str, float
 
 
 def _micro_step(
-    settings: Settings, model: Model, names: list[str], groups: list[Group]
+    settings: Settings, model: Model, source: Source, groups: list[Group]
 ) -> dict[str, float]:
     """Seconds of an update on one full micro-batch, and of its log-probabilities."""
     [batch] = pack(groups, settings.micro_batch_tokens)
-    objective = SFT()
-    if isinstance(settings, GRPOSettings):
-        objective = replace(grpo.objective(settings), beta=0.0)
-    trainer = model.trainer(
-        objective,
-        optimizer(settings),
-        names,
-        checkpoint_activations=settings.checkpoint_activations,
-    )
+    improved = objective(settings)
+    if isinstance(improved, GRPO):
+        improved = replace(improved, beta=0.0)  # the reference is not needed for its time
+    trainer = source.trainer(model, improved)
     logprobs = _second(lambda: model.logprobs(batch))
     # At rate 0 the weights stay as they are, and the second update is timed on the same.
     update = _second(lambda: trainer.step(batch, lr=0.0))

@@ -23,8 +23,8 @@ from bridge.model import Model
 from bridge.tasks.asking import take_problems
 from bridge.tasks.rewards import reaches
 from bridge.training.batches import Group, check_fits, pack
+from bridge.training.loop import Run
 from bridge.training.rollouts import Rollout, roll_out, split_size
-from bridge.training.run import Run
 from bridge.training.schedule import (
     GROUPS,
     ROWS,

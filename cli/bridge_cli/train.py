@@ -18,7 +18,7 @@ from bridge_cli.options import number, read_task_options
 from bridge_cli.text import count, one_line, print_json, size
 
 if TYPE_CHECKING:
-    from bridge.training.loop import Result
+    from bridge.training import Result
     from bridge.training.plan import Plan
     from bridge.training.settings import Settings
 
