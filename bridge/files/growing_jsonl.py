@@ -1,4 +1,4 @@
-"""A file of JSON lines that grows, and whose end may be lost: the log, and SFT's samples.
+"""A file of JSON lines that grows, and whose end may be lost, such as a log.
 
 A process may be killed in the middle of a line, so what follows the last newline is nothing. Who
 goes on with a file says how much of it still holds; the rest is cut off.
@@ -16,7 +16,7 @@ from bridge.files.jsonl import to_line
 MEND = "mend it, or cut the file off before it, and the same command goes on"
 
 
-class Lines:
+class GrowingJsonl:
     """Appends to a file. Raises BridgeError where the disk refuses: what was there before stays."""
 
     def __init__(self, path: Path, kept: int) -> None:

@@ -21,7 +21,7 @@ from typing import Annotated, Any, NotRequired, Protocol, TypedDict
 
 from bridge.errors import BridgeError
 from bridge.files.fields import Count, Number
-from bridge.files.growing_jsonl import MEND, Lines
+from bridge.files.growing_jsonl import MEND, GrowingJsonl
 from bridge.files.jsonl import Line, read_own
 
 Record = Mapping[str, Any]
@@ -82,7 +82,7 @@ class Log:
         hold = list(takewhile(lambda pair: _before(pair[1], step), found))
         self.before = [record for _, record in hold]
         self.told = {(r["kind"], r["step"]) for _, r in found[len(hold) :] if same}
-        self.lines, self.sinks = Lines(path, hold[-1][0].end if hold else 0), sinks
+        self.lines, self.sinks = GrowingJsonl(path, hold[-1][0].end if hold else 0), sinks
 
     def write(self, record: Record) -> None:
         """Append a record; numbers that are not finite become null. Raises BridgeError for a full

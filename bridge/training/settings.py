@@ -8,6 +8,7 @@ import math
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from bridge.errors import BridgeError, show
@@ -29,12 +30,12 @@ def setting(default: Any, help: str, panel: str, valid: str = "") -> Any:
     return field(default=default, metadata=metadata)
 
 
+BETA = RANGES["betas"]
 CHOICES: dict[str, Callable[[Any], bool]] = {
     f"one of {', '.join(SCHEDULES)}": lambda x: x in SCHEDULES,
     f"of {', '.join(LOGS)}": lambda x: set(x) <= set(LOGS),
-    f"two numbers {RANGES['betas'].says}": lambda x: len(x) == 2 and all(map(BETA.has, x)),
+    f"two numbers {BETA.says}": lambda x: len(x) == 2 and all(map(BETA.has, x)),
 }
-BETA = RANGES["betas"]
 SCHEDULE, LOG, BETAS = CHOICES
 
 
@@ -92,14 +93,11 @@ class Settings:
     weight_decay: float = setting(0.0, "Of AdamW, decoupled.", "Optimizer")
     max_grad_norm: float = setting(1.0, "Gradients are clipped to it.", "Optimizer")
     micro_batch_tokens: int = setting(
-        32768,
-        "Cells of one forward pass, padding included; groups stay whole.",
-        "Optimizer",
+        32768, "Cells of one forward pass, padding included; groups stay whole.", "Optimizer"
     )
     stop_grad_norm: float = setting(
         1e4, "A gradient norm above it ends the run, its batch saved.", "Run"
     )
-
     stop_loss: float = setting(
         4.0,
         "A loss above so many times its lowest median of 20 steps, and above ln(vocabulary), ends "
@@ -244,20 +242,13 @@ def read_settings(kind: str, given: Mapping[str, Any], where: str = "settings") 
         if name in REFUSED:
             raise BridgeError(f"{where}: {name} is refused in training: it {REFUSED[name]} out")
         if name != "kind" and name not in known:
-            raise BridgeError(
-                f"{where}: {name} is no setting of bridge train {kind}{_near(name, known)}"
-            )
+            near = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise BridgeError(f"{where}: {name} is no setting of bridge train {kind}{hint}")
     try:
         return KINDS[kind](**{name: value for name, value in given.items() if name != "kind"})
     except BridgeError as error:
         raise BridgeError(f"{where}: {error}") from None
-
-
-def _near(name: str, known: list[str]) -> str:
-    from difflib import get_close_matches
-
-    close = get_close_matches(name, known, 1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def range_of(f: "Field[Any]") -> str:

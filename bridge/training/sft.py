@@ -17,7 +17,7 @@ import numpy as np
 
 from bridge.decoding.prompts import are_messages, check_range, read_prompt
 from bridge.errors import BridgeError
-from bridge.files.growing_jsonl import MEND, Lines
+from bridge.files.growing_jsonl import MEND, GrowingJsonl
 from bridge.files.jsonl import read_objects, read_own
 from bridge.model import Model
 from bridge.tasks.asking import take_problems
@@ -140,7 +140,7 @@ def make_samples(run: Run, settings: SFTSettings) -> Path:
         del done[len(done) // batch * batch :]  # a batch is sampled as a whole
     correct = sum(count for _, count in done)
     told = False
-    with closing(Lines(path, done[-1][0] if done else 0)) as lines:
+    with closing(GrowingJsonl(path, done[-1][0] if done else 0)) as lines:
         for first in range(len(done), total, batch):
             run.watch.sampled(first, total, correct)
             places = range(first, min(first + batch, total))
