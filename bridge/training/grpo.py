@@ -176,7 +176,8 @@ class PolicySteps:
 def group_advantages(
     rewards: Float[np.ndarray, " B"], groups: Int[np.ndarray, " B"], normalise_std: bool = True
 ) -> Float[np.ndarray, " B"]:
-    """`A = (r - mean r) / std r` over each group, std of the population, nothing added to it.
+    """`A = (r - mean r) / std r` over each group, std of the population, nothing added to it
+    (clause 7.6); in float64.
 
     A group whose rewards are equal up to rounding gets exactly 0. `normalise_std=False` leaves the
     division out (Dr. GRPO). Rewards and their spread may be of any size. Raises BridgeError for a

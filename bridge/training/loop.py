@@ -84,7 +84,8 @@ class Run:
                     break
                 figures = learner.step(step)
             except (Exception, Stopped) as error:
-                if self.at_boundary and step:  # nothing was learnt yet: keep what was before
+                # Where nothing of this step was learnt, what was before it is kept.
+                if self.at_boundary and step:
                     place = self.save()
                     if isinstance(error, Stopped):
                         self.watch.note(f"saved {place}; the same command goes on from there")

@@ -136,7 +136,7 @@ def _micro_step(
     [batch] = pack(groups, settings.micro_batch_tokens)
     improved = objective(settings)
     if isinstance(improved, GRPO):
-        improved = replace(improved, beta=0.0)  # the reference is not needed for its time
+        improved = replace(improved, beta=0.0)  # the KL would need a reference, and is little work
     trainer = source.trainer(model, improved)
     logprobs = _second(lambda: model.logprobs(batch))
     # At rate 0 the weights stay as they are, and the second update is timed on the same.

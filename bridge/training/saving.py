@@ -1,4 +1,4 @@
-"""What a run saves: its model, as anyone can load it, and what it goes on from itself.
+"""What a run saves: its model, as anyone can load it, and the state that it goes on from.
 
 Trained tensors come from the trainer's masters, rounded to the dtype in which the checkpoint that
 the run started from stores them; all others are that checkpoint's own bytes. Directories are filled
