@@ -23,7 +23,7 @@ from bridge.decoding.generation import (
     row_length,
     run,
 )
-from bridge.decoding.inputs import check_optimizer, default_positions
+from bridge.decoding.inputs import check_optimizer, default_positions, positions_of
 from bridge.decoding.memory import check_decoding
 from bridge.decoding.prompts import (
     Prompt,
@@ -247,8 +247,8 @@ class Model:
     def norm_ratios(self, batch: Batch) -> np.ndarray:
         """Of each block, in order of layers: the mean over a batch's active cells of the norm of
         what it adds, divided by that of what it reads (clause 3.9). Empty without blocks."""
-        positions = default_positions(batch.active) if batch.positions is None else batch.positions
-        return self.implementation.norm_ratios(batch.tokens, batch.groups, batch.active, positions)
+        cells = (batch.tokens, batch.groups, batch.active, positions_of(batch))
+        return self.implementation.norm_ratios(*cells)
 
     def trainer(
         self,

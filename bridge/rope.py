@@ -1,7 +1,7 @@
-"""Rotary position settings: both Hugging Face spellings in, inverse frequencies out.
+"""Rotary position settings: both Hugging Face spellings in, tables of cos and sin out.
 
-Frequencies are computed on the host in float64, once a model, so every backend starts from the
-same numbers. The rope types are those the spec lists (clause 5.6); any other is refused by name.
+They are computed on the host in float64, so that every backend starts from the same numbers. The
+rope types are those the spec lists (clause 5.6); any other is refused by name.
 """
 
 import math
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from bridge.errors import BridgeError, show
 from bridge.files.strict_json import among
@@ -187,6 +188,21 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, fl
     if rope.rope_type == "llama3":
         return _llama3(rope, plain), 1.0
     return _yarn(rope, plain, head_dim)
+
+
+def rotation_tables(
+    rope: RopeConfig, head_dim: int, length: int
+) -> Float[np.ndarray, "two length head_dim"]:
+    """cos and sin for each position below `length` (clause 5.6), in float64, by which a head turns:
+
+        turned = x * cos + (halves of x swapped) * sin
+
+    where the sign of Hugging Face's `rotate_half` is in sin, and yarn's factor in both.
+    """
+    frequencies, factor = inverse_frequencies(rope, head_dim)
+    angles = np.arange(length)[:, None] * frequencies
+    cos, sin = np.cos(angles) * factor, np.sin(angles) * factor
+    return np.stack([np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)])
 
 
 def _llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""Inverse frequencies against transformers, in both spellings; settings that are refused."""
+"""Inverse frequencies against transformers, in both spellings, and tables of cos and sin; settings
+that are refused."""
 
 import copy
 import math
@@ -15,7 +16,7 @@ from true_float64 import true_float64
 
 from bridge.config import parse_config
 from bridge.errors import BridgeError
-from bridge.rope import LENGTH, RopeConfig, inverse_frequencies, parse_rope
+from bridge.rope import LENGTH, RopeConfig, inverse_frequencies, parse_rope, rotation_tables
 from bridge_conformance.strategies import rope_settings
 
 SIZES = {
@@ -48,6 +49,20 @@ def test_inverse_frequencies_are_those_of_transformers(settings, head_dim):
     assert got.dtype == np.float64
     np.testing.assert_allclose(got, want, rtol=1e-14)
     assert factor == pytest.approx(want_factor, rel=1e-15)
+
+
+@given(rope_settings(), st.sampled_from([2, 4, 16]), st.integers(0, 60))
+def test_a_table_turns_a_head_by_its_position(settings, head_dim, position):
+    """Clause 5.6: coordinates i and i + d/2 are a complex number, turned by position times f_i."""
+    rope = parse_config({**SIZES, "head_dim": head_dim, **settings}).rope
+    cos, sin = rotation_tables(rope, head_dim, position + 1)
+    assert cos.shape == sin.shape == (position + 1, head_dim) and cos.dtype == np.float64
+    left, right = np.random.default_rng(position).normal(size=(2, head_dim // 2))
+    x, swapped = np.concatenate([left, right]), np.concatenate([right, left])
+    frequencies, factor = inverse_frequencies(rope, head_dim)
+    want = (left + 1j * right) * factor * np.exp(1j * position * frequencies)
+    turned = x * cos[position] + swapped * sin[position]
+    np.testing.assert_allclose(turned, np.concatenate([want.real, want.imag]), atol=1e-13)
 
 
 REAL = {

@@ -22,11 +22,27 @@ def default_positions(active: Bool[np.ndarray, "B S"]) -> Int[np.ndarray, "B S"]
     return np.maximum(np.cumsum(active, axis=1, dtype=np.int64) - 1, 0)
 
 
+def positions_of(batch: Batch) -> Int[np.ndarray, "B S"]:
+    """Those that a batch gives, or else clause 2.4's."""
+    return default_positions(batch.active) if batch.positions is None else batch.positions
+
+
 def outside(
     ids: Int[np.ndarray, "*axes"], end: int, where: Bool[np.ndarray, "*axes"] | bool = True
 ) -> Int[np.ndarray, " N"]:
     """Those of the ids that are outside 0..end-1; of the ones that are read, if `where` says."""
     return ids[where & ((ids < 0) | (ids >= end))]
+
+
+def check_device_and_dtype(
+    backend: str, device: str, devices: Collection[str], dtype: str, dtypes: Collection[str]
+) -> None:
+    """Refuse a device that is not there, and a dtype that a backend does not compute in."""
+    for kind, given, known in (("device", device, devices), ("dtype", dtype, dtypes)):
+        if given not in known:
+            raise BridgeError(
+                f"backend {backend}: no {kind} {given!r}; use one of {', '.join(known)}"
+            )
 
 
 def take_tensor(

@@ -1,0 +1,181 @@
+"""How the rows of a batch lie, and which are left: what every backend plans in NumPy alike.
+
+In: groups, prompts, widths, which cells are active. Out: NumPy arrays that say what to gather, pad,
+mask and number. A backend asks once a batch, or as rows leave, and puts them onto its device. It
+knows no framework and refuses nothing: what is asked here has passed `inputs`.
+
+Axes: B rows, S timesteps; of rows that are decoded R are left, of G prompts whose slots are P;
+N rows of the widest group.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from bridge.decoding.inputs import default_positions
+
+
+@dataclass(frozen=True)
+class GridPlan:
+    """Where each of R rows lies in a grid `[G, N]`: a line a group, and a place in it a row.
+
+    A block that attends within lines costs G N^2 a timestep, never (G N)^2. Lines stand in the
+    order in which groups first appear, since a group's number is only a name (clause 2.2), and the
+    rows of a group in theirs. So equal contiguous groups are their grid as they lie.
+    """
+
+    line: Int[np.ndarray, " R"]
+    place: Int[np.ndarray, " R"]
+    groups: int  # G
+    width: int  # N
+
+    @classmethod
+    def of(cls, groups: Sequence[int] | Int[np.ndarray, " R"]) -> "GridPlan":
+        """The smallest grid for rows of these groups, in any order."""
+        _, first, group, widths = np.unique(
+            np.asarray(groups), return_index=True, return_inverse=True, return_counts=True
+        )
+        lines = np.argsort(first)  # the groups, by the row with which each begins
+        line, widths = np.argsort(lines)[group], widths[lines]
+        place = np.empty_like(line)
+        # Sorted by line, a row's place is how far it is from the first row of its line.
+        order = np.argsort(line, kind="stable")
+        place[order] = np.arange(len(line)) - np.repeat(np.cumsum(widths) - widths, widths)
+        return cls(line, place, len(widths), int(widths.max(initial=0)))
+
+    def padded(self, groups: int, width: int) -> "GridPlan":
+        """The same rows in a grid with at least as many lines and places."""
+        return replace(self, groups=groups, width=width)
+
+    @property
+    def as_they_lie(self) -> bool:
+        """Whether a reshape of the rows is the grid."""
+        return self.full and bool((self.to_rows == np.arange(len(self.line))).all())
+
+    @property
+    def full(self) -> bool:
+        """Whether every place holds a row."""
+        return len(self.line) == self.groups * self.width
+
+    @property
+    def to_rows(self) -> Int[np.ndarray, " R"]:
+        """The place of each row in the flat grid: `flat[to_rows]` are the rows."""
+        return self.line * self.width + self.place
+
+    @property
+    def to_grid(self) -> Int[np.ndarray, " G_N"]:
+        """The row of each place of the flat grid: `rows[to_grid]` are the places.
+
+        One without a row is masked, and reads the first of its own group: 0 times another group's
+        NaN would be NaN. In a line without a group it reads row 0.
+        """
+        rows = np.zeros((self.groups, self.width), np.int64)
+        first = self.place == 0
+        rows[self.line[first]] = np.flatnonzero(first)[:, None]
+        rows[self.line, self.place] = np.arange(len(self.line))
+        return rows.reshape(-1)
+
+    @property
+    def filled(self) -> Bool[np.ndarray, "G N"]:
+        """Which places hold a row."""
+        filled = np.zeros((self.groups, self.width), bool)
+        filled[self.line, self.place] = True
+        return filled
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that are left of those that are decoded, in the order of their prompts."""
+
+    group: Int[np.ndarray, " R"]  # the prompt that each answers: 0..G-1, ascending
+    lengths: Int[np.ndarray, " G"]  # tokens of each prompt
+    # What stands for a row in the counter of its draws, and never changes (clause 6.2).
+    row_ids: Int[np.ndarray, " R"]
+    prompt_ids: Int[np.ndarray, " R"]
+
+    @classmethod
+    def of(
+        cls,
+        prompts: Sequence[np.ndarray],
+        widths: Sequence[int],
+        prompt_ids: Sequence[int] | None = None,
+    ) -> "Rows":
+        """`widths[g]` rows of prompt g, whose number is `prompt_ids[g]`; None: g."""
+        ids = np.arange(len(prompts)) if prompt_ids is None else np.asarray(prompt_ids, np.int64)
+        return cls(
+            np.repeat(np.arange(len(prompts)), widths),
+            np.array([len(prompt) for prompt in prompts]),
+            np.concatenate([np.arange(width) for width in widths]),
+            np.repeat(ids, widths),
+        )
+
+    def __len__(self) -> int:
+        """R, how many are left."""
+        return len(self.group)
+
+    def positions(self, step: int) -> Int[np.ndarray, " R"]:
+        """Where each row's own timestep `step`, from 0, stands in its text (clause 2.4)."""
+        return self.lengths[self.group] + step
+
+    def keep(self, rows: Int[np.ndarray, " kept"]) -> "Rows":
+        """The rows at these places, ascending, alone; the prompts stay, even one without rows."""
+        return replace(
+            self,
+            group=self.group[rows],
+            row_ids=self.row_ids[rows],
+            prompt_ids=self.prompt_ids[rows],
+        )
+
+    def compact(self) -> tuple["Rows", Int[np.ndarray, " left"]]:
+        """These rows without the prompts that none of them answers, numbered anew; and which
+        prompts are left, ascending."""
+        prompts, group = np.unique(self.group, return_inverse=True)
+        return replace(self, group=group, lengths=self.lengths[prompts]), prompts
+
+
+class Padded(NamedTuple):
+    """Prompts as one batch to read."""
+
+    tokens: Int[np.ndarray, "G P"]  # 0 where not active
+    active: Bool[np.ndarray, "G P"]
+    positions: Int[np.ndarray, "G P"]
+
+
+def left_padded(prompts: Sequence[np.ndarray], slots: int | None = None) -> Padded:
+    """Prompts that all end with the last of P slots, so that a slot is as far from the end in all
+    (clause 2.4). `slots`: P, at least the longest one's tokens; None: as many."""
+    P = max(len(prompt) for prompt in prompts) if slots is None else slots
+    tokens = np.zeros((len(prompts), P), np.int64)
+    active = np.zeros((len(prompts), P), bool)
+    for g, prompt in enumerate(prompts):
+        tokens[g, P - len(prompt) :] = prompt
+        active[g, P - len(prompt) :] = True
+    return Padded(tokens, active, default_positions(active))
+
+
+def only_active(
+    values: Int[np.ndarray, "B S"], active: Bool[np.ndarray, "B S"]
+) -> Int[np.ndarray, "B S"]:
+    """Tokens or positions, and 0 at inactive cells, where any number may be given (clause 2.3)."""
+    return np.where(active, values, 0)
+
+
+def causal_alone(
+    active: Bool[np.ndarray, "B S"], positions: Int[np.ndarray, "B S"], window: int | None
+) -> bool:
+    """Whether a causal mask is all that attention needs (clauses 5.4 and 5.5): no cell is padding,
+    and no row is longer than the window."""
+    if not active.all():
+        return False
+    return window is None or bool(np.ptp(positions, axis=1).max(initial=0) < window)
+
+
+def lost_to_window(window: int | None, slots: int, timesteps: int) -> tuple[int, int]:
+    """How many of a prompt's first slots, and of a row's own first timesteps, the last timestep
+    reads no more (clause 5.5). The same for every row: a window is counted back from the present,
+    and the prompts end with the same slot (`left_padded`)."""
+    lost = 0 if window is None else max(0, slots + timesteps - window)
+    return min(lost, slots), max(0, lost - slots)
