@@ -14,8 +14,9 @@ import numpy as np
 from bridge.checkpoints.packing import take_packed
 from bridge.config import ModelConfig, tensor_shapes
 from bridge.contract import AdamW, Batch, Objective
-from bridge.decoding.inputs import check_block, take_tensor
-from bridge.errors import BridgeError
+from bridge.decoding.inputs import check_block, check_device_and_dtype, take_tensor
+from bridge.decoding.rows import only_active
+from bridge.decoding.targets import by_cell
 from bridge_mlx.decode import Decoder
 from bridge_mlx.linear import Quantised, floats
 from bridge_mlx.model import Transformer
@@ -46,12 +47,7 @@ class MlxBackend:
         packed (`bridge.checkpoints.packing.HoldsPacked`) stays so. Raises BridgeError for an
         unknown device or dtype, and for a tensor that is missing, has another shape, or holds a
         number that is too large."""
-        if device not in self.devices():
-            raise BridgeError(
-                f"backend mlx: no device {device!r}; use one of {', '.join(self.devices())}"
-            )
-        if dtype not in DTYPES:
-            raise BridgeError(f"backend mlx: no dtype {dtype!r}; use one of {', '.join(DTYPES)}")
+        check_device_and_dtype(self.name, device, self.devices(), dtype, DTYPES)
         shapes = tensor_shapes(config)
 
         def get(name: str) -> mx.array | Quantised:
@@ -98,7 +94,7 @@ class MlxModel:
         """Teacher-forced logits `[B, S, V]` in float32."""
         with mx.stream(self.transformer.device):
             cells = self.transformer.cells(groups, active, positions)
-            ids = mx.array(np.where(active, tokens, 0).astype(np.int32))
+            ids = mx.array(only_active(tokens, active), mx.int32)
             return to_numpy(self.transformer.logits(self.transformer.forward(ids, cells)))
 
     def norm_ratios(
@@ -107,7 +103,7 @@ class MlxModel:
         """How much each block adds to what it reads (clause 3.9), one a block, float32."""
         with mx.stream(self.transformer.device):
             cells = self.transformer.cells(groups, active, positions)
-            ids = mx.array(np.where(active, tokens, 0).astype(np.int32))
+            ids = mx.array(only_active(tokens, active), mx.int32)
             return to_numpy(self.transformer.norm_ratios(ids, cells))
 
     def prefill(
@@ -131,10 +127,9 @@ class MlxModel:
 
     def logprobs(self, batch: Batch, temperature: float = 1.0) -> np.ndarray:
         """The log-probability of each target, `[B, S]` float32; 0 where there is none."""
-        out = np.zeros(batch.target_mask.shape, np.float32)
         with mx.stream(self.transformer.device):
-            out[batch.target_mask] = to_numpy(logprobs(self.transformer, batch, temperature))
-        return out
+            found = to_numpy(logprobs(self.transformer, batch, temperature))
+        return by_cell(found, batch.target_mask)
 
     def trainer(
         self,

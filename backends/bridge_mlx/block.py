@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 from jaxtyping import Bool, Float
 
+from bridge.decoding.rows import GridPlan
 from bridge_mlx.linear import Linear, Weight
 
 
@@ -53,43 +54,31 @@ class Grid:
 
     groups: int
     width: int
-    to_grid: mx.array | None = None  # [G * N] rows; None: the rows are the grid, in order
-    to_rows: mx.array | None = None  # [R] cells of the flat grid
-    filled: Bool[mx.array, "G N"] | None = None  # None: every cell holds a row
+    to_grid: mx.array | None = None  # [G * N] rows; None: the rows are the grid, as they lie
+    to_rows: mx.array | None = None  # [R] places of the flat grid
+    filled: Bool[mx.array, "G N"] | None = None  # None: every place holds a row
 
     @classmethod
     def of(cls, groups: Sequence[int] | np.ndarray) -> "Grid":
         """The grid of rows that answer the prompts `groups [R]`, in any order (clause 2.2)."""
-        groups = np.asarray(groups)
-        _, group, widths = np.unique(groups, return_inverse=True, return_counts=True)
-        G, R, N = len(widths), len(groups), int(widths.max(initial=0))
-        changes = int(np.count_nonzero(np.diff(group))) if R else 0
-        if R == G * N and changes == max(G - 1, 0):
-            return cls(G, N)
-        order = np.argsort(group, kind="stable")
-        first = np.concatenate([[0], np.cumsum(widths)[:-1]])
-        cells = np.empty(R, np.int32)
-        cells[order] = group[order] * N + np.arange(R) - first[group[order]]
-        # An empty cell is masked, and reads its own group: 0 times another's NaN would be NaN.
-        rows = np.repeat(order[first], N).astype(np.int32)
-        rows[cells] = np.arange(R)
-        filled = np.zeros(G * N, bool)
-        filled[cells] = True
+        plan = GridPlan.of(groups)
+        if plan.as_they_lie:
+            return cls(plan.groups, plan.width)
         return cls(
-            G,
-            N,
-            mx.array(rows),
-            mx.array(cells),
-            None if R == G * N else mx.array(filled.reshape(G, N)),
+            plan.groups,
+            plan.width,
+            mx.array(plan.to_grid, mx.int32),
+            mx.array(plan.to_rows, mx.int32),
+            None if plan.full else mx.array(plan.filled),
         )
 
     def spread(self, rows: mx.array) -> mx.array:
-        """Rows along the first axis to cells: R becomes G * N."""
+        """Rows along the first axis to places: R becomes G * N."""
         return rows if self.to_grid is None else mx.take(rows, self.to_grid, axis=0)
 
-    def collect(self, cells: mx.array) -> mx.array:
-        """Cells along the first axis back to rows: G * N becomes R."""
-        return cells if self.to_rows is None else mx.take(cells, self.to_rows, axis=0)
+    def collect(self, places: mx.array) -> mx.array:
+        """Places along the first axis back to rows: G * N becomes R."""
+        return places if self.to_rows is None else mx.take(places, self.to_rows, axis=0)
 
 
 @dataclass(frozen=True)

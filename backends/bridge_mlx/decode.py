@@ -17,11 +17,13 @@ from jaxtyping import Float
 
 from bridge.contract import Sampling
 from bridge.decoding.inputs import check_advance, check_prompts
+from bridge.decoding.rows import Rows, left_padded, lost_to_window
+from bridge.decoding.uniforms import Uniforms
 from bridge.errors import BridgeError
 from bridge_mlx.block import Grid, rms_norm
 from bridge_mlx.linear import embed
 from bridge_mlx.model import Layer, Transformer, feed_forward
-from bridge_mlx.sampling import Uniforms, sample
+from bridge_mlx.sampling import sample
 
 TIMESTEPS = 256  # reserved at a time: memory follows what rows have said, not what they may say
 
@@ -43,44 +45,36 @@ class Decoder:
         `max_new_tokens`, goes past the context (clause 4.4), and for a width below 1."""
         check_prompts(model.config, prompts, widths, max_new_tokens)
         self.model, self.step = model, 0
-        self.lengths = np.array([len(prompt) for prompt in prompts])
-        self.group = np.repeat(np.arange(len(prompts)), widths)
-        self.grid = Grid.of(self.group)
-        numbers = range(len(prompts)) if prompt_ids is None else prompt_ids
-        rows = np.concatenate([np.arange(width) for width in widths])
-        prompt_of_row = np.repeat(np.asarray(numbers, np.int64), widths)
-        self.uniforms = Uniforms(rows, prompt_of_row)
+        self._settle(Rows.of(prompts, widths, prompt_ids))
         self.drawn: mx.array | None = None
         # The last token is never fed back, so one timestep fewer than there may be tokens.
         self.limit = max_new_tokens - 1
-        model.rope.reserve(int(self.lengths.max()) + max_new_tokens)
+        model.rope.reserve(int(self.rows.lengths.max()) + max_new_tokens)
         with mx.stream(model.device):
             last = self._prefill(prompts)
-            self.next_logits = mx.take(last, mx.array(self.group), axis=0)
-            shape = (len(self.group), model.config.num_key_value_heads, 0, model.config.head_dim)
+            self.next_logits = mx.take(last, mx.array(self.rows.group), axis=0)
+            shape = (len(self.rows), model.config.num_key_value_heads, 0, model.config.head_dim)
             empty = mx.zeros(shape, model.dtype)
             self.own = [(empty, empty) for _ in self.prefix]  # [R, K, T, d] each, by layer
             mx.eval(self.next_logits, self.prefix)
 
     def _prefill(self, prompts: Sequence[np.ndarray]) -> Float[mx.array, "G V"]:
-        """Read each prompt once, at width 1. Shorter ones are padded on the left, so that a slot's
-        distance from the end is the same for all."""
-        model = self.model
-        G, P = len(prompts), int(self.lengths.max())
-        tokens = np.zeros((G, P), np.int32)
-        active: np.ndarray = np.arange(P) >= P - self.lengths[:, None]
-        for row, prompt in zip(tokens, prompts, strict=True):
-            row[P - len(prompt) :] = prompt
-        positions = np.maximum(np.arange(P) - (P - self.lengths[:, None]), 0)
+        """Read each prompt once, at width 1."""
+        model, (tokens, active, positions) = self.model, left_padded(prompts)
         self.prefix: list[KeysValues] = []  # [G, K, P, d] each, by layer
 
         def keep(i: int, k: mx.array, v: mx.array) -> None:
             self.prefix.append((mx.contiguous(k.swapaxes(1, 2)), mx.contiguous(v.swapaxes(1, 2))))
 
-        cells = model.cells(np.arange(G), active, positions)
-        h = model.forward(mx.array(tokens), cells, keep)
+        cells = model.cells(np.arange(len(prompts)), active, positions)
+        h = model.forward(mx.array(tokens, mx.int32), cells, keep)
         self.padding = None if active.all() else ~mx.array(active[:, None, None, :])
         return model.logits(h[:, -1])
+
+    def _settle(self, rows: Rows) -> None:
+        """These rows are left from now on."""
+        self.rows, self.grid = rows, Grid.of(rows.group)
+        self.uniforms = Uniforms(rows.row_ids, rows.prompt_ids, mx.array)
 
     def logits(self) -> np.ndarray:
         """Next-token logits `[R, V]` of the rows left, float32."""
@@ -88,18 +82,18 @@ class Decoder:
 
     def sample(self, sampling: Sampling) -> np.ndarray:
         """Draw the next token of each row left: `[R]` int64. Does not advance."""
-        if len(self.group) == 0:
+        if len(self.rows) == 0:
             self.drawn = self.next_logits[:, 0]
             return np.zeros(0, np.int64)
         with mx.stream(self.model.device):
-            uniform = self.uniforms.at(self.step, sampling.seed)
-            self.drawn = sample(self.next_logits, uniform, sampling)
+            table, line = self.uniforms.at(self.step, sampling.seed)
+            self.drawn = sample(self.next_logits, table[line], sampling)
             return np.array(self.drawn).astype(np.int64)
 
     def advance(self, tokens: np.ndarray | None = None, keep: np.ndarray | None = None) -> None:
         """Feed the rows where `keep [R]` one token each, and drop the others (clause 4.3)."""
         left, V = self.limit - self.step, self.model.config.vocab_size
-        check_advance(V, len(self.group), left, tokens, keep)
+        check_advance(V, len(self.rows), left, tokens, keep)
         with mx.stream(self.model.device):
             if tokens is not None:
                 fed = mx.array(np.asarray(tokens, np.int32))
@@ -107,29 +101,30 @@ class Decoder:
                 fed = self.drawn
             else:
                 raise BridgeError("advance: no tokens given and none drawn; call sample first")
-            rows = np.arange(len(self.group)) if keep is None else np.flatnonzero(keep)
-            if len(rows) < len(self.group):
-                fed = mx.take(fed, mx.array(rows), axis=0)
-                self._compact(rows)
-            if len(rows):
+            if keep is not None and not np.all(keep):
+                kept = np.flatnonzero(keep)
+                fed = mx.take(fed, mx.array(kept), axis=0)
+                self._compact(kept)
+            if len(self.rows):
                 self._reserve()
                 self.next_logits = self._forward(fed)
                 # Starts on this step, so that no graph spans two.
                 mx.async_eval(self.next_logits, self.own)
             self.step, self.drawn = self.step + 1, None
 
-    def _compact(self, rows: np.ndarray) -> None:
+    def _compact(self, kept: np.ndarray) -> None:
         """Only the rows at these places, ascending, stay; prompts without rows go too."""
+        before = len(self.rows.lengths)
+        rows, prompts = self.rows.keep(kept).compact()
+        self._settle(rows)
         if len(rows) == 0:
-            self.group, self.own, self.prefix = self.group[:0], [], []
+            self.own, self.prefix = [], []
             self.next_logits = self.next_logits[:0]
             return
-        left = mx.array(rows)
+        left = mx.array(kept)
         self.own = [(mx.take(k, left, axis=0), mx.take(v, left, axis=0)) for k, v in self.own]
-        prompts, self.group = np.unique(self.group[rows], return_inverse=True)
-        if len(prompts) < len(self.lengths):
+        if len(prompts) < before:
             left = mx.array(prompts)
-            self.lengths = self.lengths[prompts]
             self.prefix = [
                 (mx.take(k, left, axis=0), mx.take(v, left, axis=0)) for k, v in self.prefix
             ]
@@ -137,8 +132,6 @@ class Decoder:
                 self.padding = mx.take(self.padding, left, axis=0)
         # Also what no later step may read: a window can lie past the prefix by now.
         mx.async_eval(self.own, self.prefix)
-        self.uniforms.keep(rows)
-        self.grid = Grid.of(self.group)
 
     def _reserve(self) -> None:
         """Room for this timestep in every row's cache."""
@@ -147,7 +140,7 @@ class Decoder:
         if self.step < room:
             return
         more = min(TIMESTEPS, self.limit - room)
-        shape = (len(self.group), config.num_key_value_heads, more, config.head_dim)
+        shape = (len(self.rows), config.num_key_value_heads, more, config.head_dim)
         zeros = mx.zeros(shape, self.model.dtype)
         self.own = [
             (mx.concatenate([k, zeros], axis=2), mx.concatenate([v, zeros], axis=2))
@@ -157,7 +150,7 @@ class Decoder:
     def _forward(self, tokens: mx.array) -> Float[mx.array, "R V"]:
         """One timestep of every row left: logits for the next."""
         model, eps = self.model, self.model.config.rms_norm_eps
-        rope = model.rope(self.lengths[self.group] + self.step)
+        rope = model.rope(self.rows.positions(self.step))
         h = embed(model.embed, tokens)
         for i, layer in enumerate(model.layers):
             q, k, v = model.project(layer, rms_norm(h, layer.input_norm, eps), rope)
@@ -180,10 +173,7 @@ class Decoder:
         (prefix_k, prefix_v), (own_k, own_v) = self.prefix[i], self.own[i]
         R, K, _, d = own_k.shape
         T, P = self.step + 1, prefix_k.shape[2]
-        # A window leaves out the same slots and timesteps for every row: it is counted back from
-        # the present one, and the prefixes end at the same slot.
-        lost = 0 if layer.window is None else max(0, P + T - layer.window)
-        p0, t0 = min(lost, P), max(0, lost - P)
+        p0, t0 = lost_to_window(layer.window, P, T)
         prefix_k, prefix_v = prefix_k[:, :, p0:], prefix_v[:, :, p0:]
         own_k, own_v = own_k[:, :, t0:T], own_v[:, :, t0:T]
 

@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from bridge.config import ModelConfig
-from bridge.rope import inverse_frequencies
+from bridge.decoding.rows import causal_alone, only_active
+from bridge.rope import rotation_tables
 from bridge_mlx.block import Block, Grid, fused, rms_norm, silu
 from bridge_mlx.linear import Linear, Weight, embed, evaluate
 
@@ -29,14 +30,11 @@ class Rope:
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        self.frequencies, self.factor = inverse_frequencies(config.rope, config.head_dim)
+        self.config = config
         self._grow(0)
 
     def _grow(self, length: int) -> None:
-        angles = np.arange(length)[:, None] * self.frequencies
-        cos, sin = np.cos(angles) * self.factor, np.sin(angles) * self.factor
-        # The sign of rotate_half is in the table: x * cos + (halves of x swapped) * sin.
-        tables = np.stack([np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)])
+        tables = rotation_tables(self.config.rope, self.config.head_dim, length)
         self.tables = mx.array(tables.astype(np.float32))
 
     def reserve(self, length: int) -> None:
@@ -172,15 +170,13 @@ class Transformer:
         """Masks, rope and the grid of a batch `[B, S]`. Masks are `[B, 1, S, S]` where one is
         needed; a causal batch without padding, inside every window, needs none."""
         S = active.shape[1]
-        positions = np.where(active, positions, 0)  # of other cells they may be any numbers
+        positions = only_active(positions, active)
         self.rope.reserve(int(positions.max(initial=0)) + 1)
         place = mx.array(positions.astype(np.int32))
-        full = bool(active.all())
-        on = None if full else mx.array(active)
-        reach = int((positions.max(1) - positions.min(1)).max(initial=0))
+        on = None if active.all() else mx.array(active)
         masks: dict[int | None, mx.array | None] = {}
         for window in {layer.window for layer in self.layers}:
-            if full and (window is None or reach < window):
+            if causal_alone(active, positions, window):
                 masks[window] = None
                 continue
             mask = mx.tri(S, dtype=mx.bool_)[None]

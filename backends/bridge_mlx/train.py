@@ -22,9 +22,11 @@ from bridge.decoding.inputs import (
     check_state,
     check_temperature,
     check_trainable,
-    default_positions,
     micro_batches,
+    positions_of,
 )
+from bridge.decoding.rows import only_active
+from bridge.decoding.targets import TargetCells
 from bridge_mlx.linear import trained
 from bridge_mlx.model import Transformer
 
@@ -53,11 +55,12 @@ def loss_and_grads(
     reads.
     """
     check_batch(batch, objective, model.config.vocab_size)
+    targets = TargetCells.of(batch)
 
     def run(leaves: dict[str, mx.array]) -> tuple[mx.array, dict[str, mx.array]]:
         recompute = leaves if checkpoint_activations else None
-        logits = target_logits(model.substitute(leaves), batch, recompute)
-        return loss(logits, batch, objective, count)
+        logits = target_logits(model.substitute(leaves), batch, targets, recompute)
+        return loss(logits, targets, objective, count)
 
     (_, metrics), grads = mx.value_and_grad(run)(dict(leaves))
     grads = {name: grad.astype(mx.float32) for name, grad in grads.items()}
@@ -69,41 +72,47 @@ def logprobs(model: Transformer, batch: Batch, temperature: float) -> Float[mx.a
     """Clause 7.12: lp of each target at the temperature, in the order of the mask."""
     check_batch(batch, SFT(), model.config.vocab_size)
     check_temperature(temperature)
-    return at_targets(target_logits(model, batch), batch, temperature)[1]
+    targets = TargetCells.of(batch)
+    return at_targets(target_logits(model, batch, targets), targets, temperature)[1]
 
 
 def target_logits(
-    model: Transformer, batch: Batch, recompute: dict[str, mx.array] | None = None
+    model: Transformer,
+    batch: Batch,
+    targets: TargetCells,
+    recompute: dict[str, mx.array] | None = None,
 ) -> Float[mx.array, "tokens V"]:
-    """Logits of the cells with a target, in the order of the mask. The head reads no other cell: a
-    vocabulary is wide, and prompts have none."""
-    positions = default_positions(batch.active) if batch.positions is None else batch.positions
-    ids = mx.array(np.where(batch.active, batch.tokens, 0).astype(np.int32))
-    cells = model.cells(batch.groups, batch.active, positions)
+    """Logits of the cells with a target. The head reads no other cell: a vocabulary is wide, and
+    prompts have none."""
+    ids = mx.array(only_active(batch.tokens, batch.active), mx.int32)
+    cells = model.cells(batch.groups, batch.active, positions_of(batch))
     h = model.forward(ids, cells, recompute=recompute)
-    return model.logits(mx.flatten(h, 0, 1)[mx.array(np.flatnonzero(batch.target_mask))])
+    return model.logits(mx.flatten(h, 0, 1)[mx.array(targets.flat(h.shape[1]))])
 
 
 def at_targets(
-    logits: Float[mx.array, "tokens V"], batch: Batch, temperature: float
+    logits: Float[mx.array, "tokens V"], targets: TargetCells, temperature: float
 ) -> tuple[Float[mx.array, "tokens V"], Float[mx.array, " tokens"]]:
     """log p of every token, and of the target (clause 7.1)."""
     logits = logits if temperature == 1 else logits / temperature
     z = logits - mx.stop_gradient(mx.max(logits, axis=-1, keepdims=True))
     logp = z - mx.log(mx.sum(mx.exp(z), axis=-1, keepdims=True))
-    targets = mx.array(batch.targets[batch.target_mask].astype(np.int32))
-    return logp, mx.take_along_axis(logp, targets[:, None], axis=-1)[:, 0]
+    ids = mx.array(targets.targets, mx.int32)
+    return logp, mx.take_along_axis(logp, ids[:, None], axis=-1)[:, 0]
 
 
 def loss(
-    logits: Float[mx.array, "tokens V"], batch: Batch, objective: Objective, count: int | None
+    logits: Float[mx.array, "tokens V"],
+    targets: TargetCells,
+    objective: Objective,
+    count: int | None,
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """The loss over target tokens, and its metrics, `loss` and `tokens` among them.
 
-    `logits` are those of the cells with a target, in the order of the mask. `count` is the number
-    of targets that sums are divided by: of the whole update, where the batch is one of several
-    (clause 7.10); None: of this batch. SFT is clause 7.4: `loss = -sum(lp) / count` with
-    lp = log p(target). GRPO is clause 7.5, with advantage A by row:
+    `logits` are those of the cells with a target. `count` is the number of targets that sums are
+    divided by: of the whole update, where the batch is one of several (clause 7.10); None: of this
+    batch. SFT is clause 7.4: `loss = -sum(lp) / count` with lp = log p(target). GRPO is clause 7.5,
+    with advantage A by row:
 
         rho  = exp(lp - old)
         gain = min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)
@@ -111,17 +120,16 @@ def loss(
         loss = -sum(gain - beta kl) / count
     """
     temperature = 1.0 if isinstance(objective, SFT) else objective.temperature
-    logp, lp = at_targets(logits, batch, temperature)
+    logp, lp = at_targets(logits, targets, temperature)
     count = len(lp) if count is None else count
     tokens = mx.array(float(len(lp)))
     if isinstance(objective, SFT):
         value = -mx.sum(lp) / count
         return value, {"loss": value, "tokens": tokens}
-    assert batch.advantages is not None
-    A = _at_targets(np.broadcast_to(batch.advantages[:, None], batch.targets.shape), batch)
-    old = mx.stop_gradient(lp)
-    if batch.old_logprobs is not None:
-        old = _at_targets(batch.old_logprobs, batch)
+    assert targets.advantages is not None
+    A, old = _floats(targets.advantages), mx.stop_gradient(lp)
+    if targets.old_logprobs is not None:
+        old = _floats(targets.old_logprobs)
     rho = mx.exp(lp - old)
     clipped = mx.stop_gradient(mx.clip(rho, 1 - objective.eps_low, 1 + objective.eps_high))
     gain = mx.where(rho * A <= clipped * A, rho * A, clipped * A)
@@ -130,8 +138,8 @@ def loss(
         "clip_fraction": mx.sum(rho * A > clipped * A) / count,
         "entropy": -mx.sum(mx.exp(logp) * logp) / count,
     }
-    if batch.ref_logprobs is not None:
-        difference = _at_targets(batch.ref_logprobs, batch) - lp
+    if targets.ref_logprobs is not None:
+        difference = _floats(targets.ref_logprobs) - lp
         kl = mx.expm1(difference) - difference  # of a small difference, exp is 1 and no more
         gain = gain - objective.beta * kl
         metrics["kl"] = mx.sum(kl) / count
@@ -139,9 +147,8 @@ def loss(
     return value, {"loss": value, **metrics}
 
 
-def _at_targets(values: np.ndarray, batch: Batch) -> Float[mx.array, " tokens"]:
-    """`values [B, S]` at the cells with a target, in the order of the mask."""
-    return mx.array(values[batch.target_mask].astype(np.float32))
+def _floats(values: Float[np.ndarray, " tokens"]) -> Float[mx.array, " tokens"]:
+    return mx.array(values.astype(np.float32))
 
 
 class Trainer:

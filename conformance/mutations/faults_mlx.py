@@ -6,7 +6,7 @@ Its caches grow by 256 timesteps.
 
 from mutations.fault import Edit, Fault
 from mutations.faults_life import KEEPS, KEPT_STATE, LIFE
-from mutations.faults_long import DRAWN, READ, WINDOW
+from mutations.faults_long import DRAWN, READ
 
 FAULTS = (
     Fault(
@@ -14,7 +14,7 @@ FAULTS = (
         "Every 64 tokens a row has the same luck again.",
         "6.2",
         DRAWN,
-        Edit("sampling", "np.arange(step, step + STEPS)", "np.arange(STEPS)"),
+        Edit("decode", "self.uniforms.at(self.step,", "self.uniforms.at(self.step % 64,"),
         package="bridge_mlx",
     ),
     Fault(
@@ -89,7 +89,11 @@ FAULTS = (
         "Once the longest prompt has left, the others read past their windows.",
         "5.5",
         READ,
-        Edit("decode", WINDOW, WINDOW.replace("P + T", "int(self.lengths.max()) + T")),
+        Edit(
+            "decode",
+            "lost_to_window(layer.window, P, T)",
+            "lost_to_window(layer.window, int(self.rows.lengths.max()), T)",
+        ),
         package="bridge_mlx",
     ),
     Fault(
