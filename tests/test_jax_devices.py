@@ -189,7 +189,7 @@ def for_tpu(dtype):
         timesteps=16,
     )
     fed = np.zeros(decoder.layout.size, np.int32)
-    yield exported(decode.advance, *step, fed, 1, decoder.rows, config=config, reach=16)
+    yield exported(decode.advance, *step, fed, 1, decoder.places, config=config, reach=16)
     uniforms = np.zeros((64, decoder.layout.size), np.float32)
     yield exported(sample, decoder.next_logits, uniforms, 0, Settings(0.7, 5, 0.9, 0.1))
     for checkpoint in (False, True):

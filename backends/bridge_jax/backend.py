@@ -15,8 +15,8 @@ import numpy as np
 
 from bridge.config import BridgeConfig, ModelConfig, tensor_shapes
 from bridge.contract import AdamW, Batch, Objective
-from bridge.decoding.inputs import check_block, take_tensor
-from bridge.errors import BridgeError
+from bridge.decoding.inputs import check_block, check_device_and_dtype, take_tensor
+from bridge.decoding.targets import by_cell
 from bridge_jax.block import Grid, Layout, block
 from bridge_jax.compiled import bucket, compiled, make_room
 from bridge_jax.decode import Decoder
@@ -53,10 +53,7 @@ class JaxBackend:
         """A model on `device` in `dtype`; `tensors` are read one at a time. Raises BridgeError for
         an unknown device or dtype, and for a tensor that is missing or has another shape."""
         devices = _devices()
-        if device not in devices:
-            raise BridgeError(f"backend jax: no device {device!r}; use one of {', '.join(devices)}")
-        if dtype not in DTYPES:
-            raise BridgeError(f"backend jax: no dtype {dtype!r}; use one of {', '.join(DTYPES)}")
+        check_device_and_dtype(self.name, device, devices, dtype, DTYPES)
         make_room()
         shapes = tensor_shapes(config)
 
@@ -138,9 +135,7 @@ class JaxModel:
 
     def logprobs(self, batch: Batch, temperature: float = 1.0) -> np.ndarray:
         """The log-probability of each target, `[B, S]` float32; 0 where there is none."""
-        out = np.zeros(batch.target_mask.shape, np.float32)
-        out[batch.target_mask] = logprobs(self.transformer, batch, temperature)
-        return out
+        return by_cell(logprobs(self.transformer, batch, temperature), batch.target_mask)
 
     def trainer(
         self,

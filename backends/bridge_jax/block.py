@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from bridge.config import BridgeConfig
+from bridge.decoding.rows import GridPlan
 from bridge_jax.compiled import bucket
 from bridge_jax.linear import KEPT, contract, linear
 
@@ -67,21 +68,15 @@ class Layout(NamedTuple):
     def of(cls, groups: Sequence[int] | np.ndarray, floor: int = 1, width: int = 1) -> "Layout":
         """Of rows that answer the prompts `groups`, in any order (clause 2.2). At least `floor`
         groups, of at least `width` rows."""
-        _, group, widths = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
-        rows = len(group)
-        G, N = bucket(len(widths), floor), bucket(int(widths.max(initial=0)), width)
-        order = np.argsort(group, kind="stable")
-        first = np.concatenate([[0], np.cumsum(widths)[:-1]]).astype(np.int64)
-        cells = np.empty(rows, np.int64)
-        cells[order] = group[order] * N + np.arange(rows) - first[group[order]]
-        filled = np.zeros(G * N, bool)
-        filled[cells] = True
-        size = bucket(rows, floor * width)
-        if size >= G * N:
-            return cls(Grid(filled.reshape(G, N)), cells, G * N)
-        to_grid, to_rows = np.zeros(G * N, np.int32), np.zeros(size, np.int32)
-        to_grid[cells], to_rows[:rows] = np.arange(rows), cells
-        return cls(Grid(filled.reshape(G, N), to_grid, to_rows), np.arange(rows), size)
+        plan, rows = GridPlan.of(groups), len(groups)
+        plan = plan.padded(bucket(plan.groups, floor), bucket(plan.width, width))
+        filled, size = plan.filled, bucket(rows, floor * width)
+        if size >= filled.size:
+            return cls(Grid(filled), plan.to_rows, filled.size)
+        to_rows = np.zeros(size, np.int32)
+        to_rows[:rows] = plan.to_rows
+        grid = Grid(filled, plan.to_grid.astype(np.int32), to_rows)
+        return cls(grid, np.arange(rows), size)
 
     def put(self, rows: np.ndarray, empty: int = 0) -> np.ndarray:
         """Values by row `[rows, ...]` to values by place `[R, ...]`."""

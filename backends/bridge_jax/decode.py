@@ -21,6 +21,8 @@ from jaxtyping import Bool, Float, Int
 from bridge.config import ModelConfig
 from bridge.contract import Sampling
 from bridge.decoding.inputs import check_advance, check_prompts
+from bridge.decoding.rows import Rows, left_padded
+from bridge.decoding.uniforms import Uniforms
 from bridge.errors import BridgeError
 from bridge_jax.block import LOWEST, Grid, Layout, take
 from bridge_jax.compiled import bucket, compiled
@@ -36,7 +38,7 @@ from bridge_jax.model import (
     head,
     layers,
 )
-from bridge_jax.sampling import LANES, Settings, Uniforms, sample
+from bridge_jax.sampling import LANES, Settings, sample
 
 Array = jax.Array
 REACH = 64  # own timesteps that a step reads at least
@@ -49,7 +51,7 @@ class Cache(NamedTuple):
     v: Float[Array, "L A K T d"]
 
 
-class Rows(NamedTuple):
+class Places(NamedTuple):
     """What a step must know of its places beside their caches. Made on the host as rows leave."""
 
     grid: Grid
@@ -75,49 +77,41 @@ class Decoder:
         self.model, self.step = model, 0
         # The last token is never fed back, so one timestep fewer than there may be tokens.
         self.limit = max_new_tokens - 1
-        self.lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        self.group = np.repeat(np.arange(len(prompts), dtype=np.int32), widths)
-        self.layout = Layout.of(self.group, model.floor, model.floor)
-        numbers = range(len(prompts)) if prompt_ids is None else prompt_ids
-        rows = np.concatenate([np.arange(width) for width in widths])
-        prompt_of_row = np.repeat(np.asarray(numbers, np.int64), widths)
-        self.uniforms = Uniforms(self.layout.put(rows), self.layout.put(prompt_of_row), model.put)
         self.drawn: Array | None = None
+        rows = Rows.of(prompts, widths, prompt_ids)
+        self.slots = bucket(int(rows.lengths.max()), STEPS)
+        self._settle(rows, Layout.of(rows.group, model.floor, model.floor))
         self._prefill(prompts)
-        self._settle(self.layout)
 
     def _prefill(self, prompts: Sequence[np.ndarray]) -> None:
-        """Read each prompt once, at width 1. Shorter ones are padded on the left, so that a slot's
-        distance from the end is the same for all."""
+        """Read each prompt once, at width 1."""
         model = self.model
-        self.slots = bucket(int(self.lengths.max()), STEPS)
         timesteps = bucket(max(self.limit, 1), STEPS)
         self.table = model.rope(self.slots + timesteps)
         alone = Layout.of(np.arange(len(prompts)), model.floor)
-        tokens = np.zeros((alone.size, self.slots), np.int32)
-        active = np.zeros(tokens.shape, bool)
-        for place, prompt in zip(alone.places, prompts, strict=True):
-            tokens[place, self.slots - len(prompt) :] = prompt
-            active[place, self.slots - len(prompt) :] = True
-        positions = np.maximum(np.cumsum(active, 1, dtype=np.int32) - 1, 0)
+        tokens, active, positions = map(alone.put, left_padded(prompts, self.slots))
+        batch = Batch(tokens.astype(np.int32), positions.astype(np.int32), active, alone.grid)
         self.prefix, self.own, self.next_logits = prefill(
             model.params,
-            Batch(tokens, positions, active, alone.grid),
+            batch,
             self.table,
-            self.layout.put(self.group),
+            self.layout.put(self.rows.group.astype(np.int32)),
             config=model.config,
             timesteps=timesteps,
             sharding=model.of_cache,
             quick=model.quick,
         )
 
-    def _settle(self, layout: Layout) -> None:
-        """Rows lie as in `layout` from now on."""
-        self.layout = layout
+    def _settle(self, rows: Rows, layout: Layout) -> None:
+        """These rows are left, and lie as in `layout` from now on."""
+        self.rows, self.layout = rows, layout
+        ids = layout.put(rows.row_ids), layout.put(rows.prompt_ids)
+        self.uniforms = Uniforms(*ids, self.model.put)
         padding = np.full(layout.grid.filled.shape[0], self.slots, np.int32)
-        padding[: len(self.lengths)] -= self.lengths
-        alive = layout.put(np.ones(len(self.group), bool))
-        self.rows = Rows(layout.grid, alive, layout.put(self.lengths[self.group]), padding)
+        padding[: len(rows.lengths)] -= rows.lengths
+        alive = layout.put(np.ones(len(rows), bool))
+        length = layout.put(rows.lengths[rows.group].astype(np.int32))
+        self.places = Places(layout.grid, alive, length, padding)
 
     def logits(self) -> Float[np.ndarray, "R V"]:
         """Next-token logits of the rows left, float32."""
@@ -134,7 +128,7 @@ class Decoder:
     def advance(self, tokens: np.ndarray | None = None, keep: np.ndarray | None = None) -> None:
         """Feed the rows where `keep [R]` one token each, and drop the others (clause 4.3)."""
         left, V = self.limit - self.step, self.model.config.vocab_size
-        check_advance(V, len(self.group), left, tokens, keep)
+        check_advance(V, len(self.rows), left, tokens, keep)
         if tokens is not None:
             # On the device, as drawn ones are: or a step would be compiled once for either.
             fed = self.model.put(self.layout.put(np.asarray(tokens, np.int32)))
@@ -144,7 +138,7 @@ class Decoder:
             raise BridgeError("advance: no tokens given and none drawn; call sample first")
         if keep is not None and not np.all(keep):
             fed = self._leave(np.flatnonzero(keep), fed)
-        if len(self.group):
+        if len(self.rows):
             self.own, self.next_logits = advance(
                 self.model.params,
                 self.own,
@@ -152,32 +146,30 @@ class Decoder:
                 self.table,
                 fed,
                 self.step,
-                self.rows,
+                self.places,
                 config=self.model.config,
                 reach=min(bucket(self.step + 1, REACH), self.own.k.shape[3]),
                 quick=self.model.quick,
             )
         self.step, self.drawn = self.step + 1, None
 
-    def _leave(self, rows: np.ndarray, fed: Array) -> Array:
+    def _leave(self, kept: np.ndarray, fed: Array) -> Array:
         """Only the rows at these numbers, ascending, stay; prompts without rows go too. Gives
         `fed` by the places that are then computed."""
-        now = self.layout._replace(places=self.layout.places[rows])
-        self.layout, self.group = now, self.group[rows]
-        prompts, group = np.unique(self.group, return_inverse=True)
-        then = Layout.of(group, self.model.floor, self.model.floor)
+        now = self.layout._replace(places=self.layout.places[kept])
+        self.layout, self.rows = now, self.rows.keep(kept)
+        rows, prompts = self.rows.compact()
+        then = Layout.of(rows.group, self.model.floor, self.model.floor)
         if not len(rows) or (then.size, then.grid.filled.size) >= (now.size, now.grid.filled.size):
-            self.rows = self.rows._replace(alive=now.put(np.ones(len(rows), bool)))
+            self.places = self.places._replace(alive=now.put(np.ones(len(rows), bool)))
             return fed
         source = then.put(now.places.astype(np.int32))
-        kept = np.zeros(then.grid.filled.shape[0], np.int32)
-        kept[: len(prompts)] = prompts
+        still = np.zeros(then.grid.filled.shape[0], np.int32)
+        still[: len(prompts)] = prompts
         self.own, self.prefix, fed = move(
-            self.own, self.prefix, fed, source, kept, quick=self.model.quick
+            self.own, self.prefix, fed, source, still, quick=self.model.quick
         )
-        self.lengths, self.group = self.lengths[prompts], group.astype(np.int32)
-        self.uniforms.move(source)
-        self._settle(then)
+        self._settle(rows, then)
         return fed
 
 
@@ -210,16 +202,16 @@ def advance(
     table: Float[Array, "two positions d"],
     tokens: Int[Array, " R"],
     step: int,
-    rows: Rows,
+    places: Places,
     *,
     config: ModelConfig,
     reach: int,
 ) -> tuple[Cache, Float[Array, "R V"]]:
     """One timestep of every row: the caches with it, and logits for the next. Of a row's own
     timesteps the first `reach` are read, of which those up to `step` count."""
-    grid, P = rows.grid, prefix.k.shape[3]
-    active = jnp.asarray(rows.alive)[:, None]
-    rope = table[:, rows.length[:, None] + step]
+    grid, P = places.grid, prefix.k.shape[3]
+    active = jnp.asarray(places.alive)[:, None]
+    rope = table[:, places.length[:, None] + step]
     slot, timestep = jnp.arange(P), jnp.arange(reach)
 
     def layer(carry: tuple[Array, Cache], scanned: tuple) -> tuple[tuple[Array, Cache], None]:
@@ -227,7 +219,7 @@ def advance(
         i, kept, (weights, window, has_block) = scanned
         # A window leaves out the same slots and timesteps for every row: it is counted back from
         # the present one, and the prefixes end at the same slot.
-        in_prefix = (slot >= rows.padding[:, None]) & (P + step - slot < window)
+        in_prefix = (slot >= places.padding[:, None]) & (P + step - slot < window)
         in_own = (timestep <= step) & (step - timestep < window)
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, Cache]:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from bridge.contract import SFT, Batch, Objective
+from bridge.decoding.targets import TargetCells
 from bridge_jax.compiled import bucket
 
 Array = jax.Array
@@ -31,26 +32,23 @@ class Targets(NamedTuple):
     @classmethod
     def of(cls, batch: Batch, places: Int[np.ndarray, " B"], width: int) -> "Targets":
         """Of rows that lie at `places` of a batch with `width` timesteps."""
-        mask = batch.target_mask
-        row, timestep = np.nonzero(mask)
-        short = bucket(len(row), TARGETS) - len(row)
+        given = TargetCells.of(batch)
+        n = len(given.targets)
+        short = bucket(n, TARGETS) - n
 
         def padded(values: np.ndarray, dtype: type) -> np.ndarray:
             return np.pad(values.astype(dtype), (0, short))
 
-        def read(values: np.ndarray | None) -> np.ndarray | None:
-            return None if values is None else padded(values[mask], np.float32)
+        def floats(values: np.ndarray | None) -> np.ndarray | None:
+            return None if values is None else padded(values, np.float32)
 
-        advantages = batch.advantages
-        if advantages is not None:
-            advantages = np.broadcast_to(advantages[:, None], mask.shape)
         return cls(
-            padded(places[row] * width + timestep, np.int32),
-            padded(batch.targets[mask], np.int32),
-            padded(np.ones(len(row)), bool),
-            read(advantages),
-            read(batch.old_logprobs),
-            read(batch.ref_logprobs),
+            padded(places[given.rows] * width + given.timesteps, np.int32),
+            padded(given.targets, np.int32),
+            padded(np.ones(n), bool),
+            floats(given.advantages),
+            floats(given.old_logprobs),
+            floats(given.ref_logprobs),
         )
 
 

@@ -17,7 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from bridge.config import ModelConfig
-from bridge.rope import inverse_frequencies
+from bridge.decoding.rows import only_active
+from bridge.rope import rotation_tables
 from bridge_jax.block import LOWEST, Grid, Layout, block, norm_ratio, rms_norm, silu, take
 from bridge_jax.compiled import SMALL, bucket, compiled
 from bridge_jax.linear import (
@@ -80,13 +81,10 @@ class Transformer:
 
     def rope(self, length: int) -> Float[Array, "two P d"]:
         """cos and sin of the positions below `length` or more, from float64 on the host (clause
-        5.6). The sign of rotate_half is in the table."""
+        5.6)."""
         length = bucket(length, 64)
         if length not in self.tables:
-            frequencies, factor = inverse_frequencies(self.config.rope, self.config.head_dim)
-            angles = np.arange(length)[:, None] * frequencies
-            cos, sin = np.cos(angles) * factor, np.sin(angles) * factor
-            table = np.stack([np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)])
+            table = rotation_tables(self.config.rope, self.config.head_dim, length)
             self.tables[length] = self.put(table.astype(np.float32))
         return self.tables[length]
 
@@ -101,7 +99,7 @@ class Transformer:
         def padded(array: np.ndarray) -> np.ndarray:
             return np.pad(layout.put(array), ((0, 0), (0, short)))
 
-        fed, place = (np.where(active, x, 0).astype(np.int32) for x in (tokens, positions))
+        fed, place = (only_active(x, active).astype(np.int32) for x in (tokens, positions))
         table = self.rope(int(place.max(initial=0)) + 1)
         batch = Batch(padded(fed), padded(place), padded(np.asarray(active)), layout.grid)
         return batch, layout, table

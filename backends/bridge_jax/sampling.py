@@ -1,9 +1,9 @@
 """Drawing next tokens on the device (chapter 6), by the rule that the reference states.
 
-Uniforms are tabulated for many steps ahead on the host, since Philox needs only a row's numbers;
-all else stays where the logits are. Temperature and filters are data: changing them compiles
-nothing. Nothing is sorted: a filter keeps what is at or above some value, which is found by
-halving the range of float32's bit patterns. Axes: R rows, V vocabulary, padded with -inf.
+Uniforms come in (`bridge.decoding.uniforms`), and all stays where the logits are. Temperature and
+filters are data: changing them compiles nothing. Nothing is sorted: a filter keeps what is at or
+above some value, which is found by halving the range of float32's bit patterns. Axes: R rows, V
+vocabulary, padded with -inf.
 """
 
 from collections.abc import Callable
@@ -15,41 +15,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from bridge.contract import Sampling
-from bridge.philox import uniforms
 from bridge_jax.compiled import compiled
 
 Array = jax.Array
 
-STEPS = 64  # of uniforms computed at a time
 LANES = 128  # V is a multiple of it
 ONE = int(np.float32(1).view(np.int32))
 INFINITY = int(np.float32(np.inf).view(np.int32))
-
-
-class Uniforms:
-    """The uniform of each step and place (clause 6.2), for rows that become fewer over time."""
-
-    def __init__(
-        self, rows: np.ndarray, prompts: np.ndarray, put: Callable[[np.ndarray], Array]
-    ) -> None:
-        """`rows [R]`, `prompts [R]`: the rows' and their prompts' numbers in the counter."""
-        self.rows, self.prompts, self.put = rows, prompts, put
-        self.seed: int | None = None
-        self.table: Array | None = None
-        self.first = 0
-
-    def move(self, places: np.ndarray) -> None:
-        """Place i holds from now on what `places[i]` held."""
-        self.rows, self.prompts = self.rows[places], self.prompts[places]
-        self.seed = None
-
-    def at(self, step: int, seed: int) -> tuple[Float[Array, "steps R"], int]:
-        """A table, and the line of it with the uniforms of one step."""
-        if seed != self.seed or self.table is None or not 0 <= step - self.first < STEPS:
-            steps = np.arange(step, step + STEPS)[:, None]
-            self.table = self.put(uniforms(seed, steps, self.rows, self.prompts))
-            self.seed, self.first = seed, step
-        return self.table, step - self.first
 
 
 class Settings(NamedTuple):

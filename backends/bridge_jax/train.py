@@ -23,8 +23,8 @@ from bridge.decoding.inputs import (
     check_state,
     check_temperature,
     check_trainable,
-    default_positions,
     micro_batches,
+    positions_of,
 )
 from bridge_jax import model as transformer
 from bridge_jax.block import take
@@ -102,9 +102,7 @@ def loss_and_grads(
     shapes disagree, that has no target, or lacks what the objective reads.
     """
     check_batch(batch, objective, model.config.vocab_size)
-    positions = default_positions(batch.active) if batch.positions is None else batch.positions
-    cells, layout, table = model.batch(batch.tokens, batch.groups, batch.active, positions)
-    targets = Targets.of(batch, layout.places, cells.tokens.shape[1])
+    cells, table, targets = _planned(model, batch)
     tokens = int(batch.target_mask.sum())
     metrics, grads = value_and_grads(
         leaves,
@@ -153,13 +151,18 @@ def logprobs(model: Transformer, batch: Batch, temperature: float) -> Float[np.n
     """Clause 7.12: lp of each target at the temperature, in the order of the mask."""
     check_batch(batch, SFT(), model.config.vocab_size)
     check_temperature(temperature)
-    positions = default_positions(batch.active) if batch.positions is None else batch.positions
-    cells, layout, table = model.batch(batch.tokens, batch.groups, batch.active, positions)
-    targets = Targets.of(batch, layout.places, cells.tokens.shape[1])
+    cells, table, targets = _planned(model, batch)
     lp = target_logprobs(
         model.params, cells, table, targets, temperature, config=model.config, quick=model.quick
     )
     return jax.device_get(lp)[: int(batch.target_mask.sum())]
+
+
+def _planned(model: Transformer, batch: Batch) -> tuple[transformer.Batch, Array, Targets]:
+    """A batch in the sizes that are compiled, its table of positions, and its targets."""
+    positions = positions_of(batch)
+    cells, layout, table = model.batch(batch.tokens, batch.groups, batch.active, positions)
+    return cells, table, Targets.of(batch, layout.places, cells.tokens.shape[1])
 
 
 @compiled(static_argnames="config")

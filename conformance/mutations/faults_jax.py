@@ -15,7 +15,9 @@ FAULTS = (
         "6.2",
         DRAWN,
         Edit(
-            "sampling", "not 0 <= step - self.first < STEPS", "not 0 <= step - self.first <= STEPS"
+            "decode",
+            "self.uniforms.at(self.step,",
+            "self.uniforms.at(self.step - (self.step % 65 == 64),",
         ),
         package="bridge_jax",
     ),
@@ -76,7 +78,7 @@ FAULTS = (
         Edit(
             "decode",
             "(P + step - slot < window)",
-            "(P - rows.padding[:, None] + step - slot < window)",
+            "(P - places.padding[:, None] + step - slot < window)",
         ),
         package="bridge_jax",
     ),
@@ -87,9 +89,8 @@ FAULTS = (
         READ,
         Edit(
             "decode",
-            "            self.rows = self.rows._replace(alive=",
-            "            self.group = group.astype(np.int32)\n"
-            "            self.rows = self.rows._replace(alive=",
+            "            self.places = self.places._replace(alive=",
+            "            self.rows = rows\n            self.places = self.places._replace(alive=",
         ),
         package="bridge_jax",
     ),
@@ -99,9 +100,11 @@ FAULTS = (
         "6.2",
         DRAWN,
         Edit(
-            "sampling",
-            "self.rows[places], self.prompts[places]",
-            "self.rows[: len(places)], self.prompts[: len(places)]",
+            "decode",
+            "        ids = layout.put(rows.row_ids), layout.put(rows.prompt_ids)\n",
+            '        first = self.__dict__.setdefault("first", rows)\n'
+            "        first = first.keep(np.arange(len(rows)))\n"
+            "        ids = layout.put(first.row_ids), layout.put(first.prompt_ids)\n",
         ),
         package="bridge_jax",
     ),
