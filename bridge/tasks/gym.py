@@ -5,12 +5,11 @@ quarter test's, under every config and seed. So no question of one split is in a
 trained on, even where a generator has few. Problem n of a split is found by drawing, from seeds
 that are functions of (seed, split, n), until a question of the split comes up.
 
-Generators run in a process of their own, in which texts hash the same in every run and the global
-random states are set before each draw, since some generators depend on either.
+Generators run in a process of their own (`gym_process`), in which texts hash the same in every run
+and the global random states are set before each draw, since some generators depend on either.
 """
 
 import weakref
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pickle import dumps, loads
 from typing import Any
@@ -19,9 +18,9 @@ from bridge.answers.conclusion import normalise
 from bridge.errors import BridgeError, show
 from bridge.processes.parent import Child, ChildLost
 from bridge.tasks.answers import INSTRUCTIONS, check_place, read_answer
+from bridge.tasks.gym_datasets import PREFIX, make_dataset
 from bridge.tasks.problem import Problem, check_number, check_threshold
 
-PREFIX = "reasoning-gym:"
 LIMIT = 120.0  # seconds that a problem may take to be made
 
 
@@ -107,14 +106,12 @@ class GymTask:
     def prepare(self) -> None:
         """Import what scoring needs."""
         if self.dataset is None:
-            from bridge.tasks.gym_process import make
-
-            self.dataset = make(self.generator, self.config, seed=0, size=1)
+            self.dataset = make_dataset(self.generator, self.config, seed=0, size=1)
 
     def _process(self) -> Child:
         if self.child is None or self.child.closed:
             setting = dumps((self.generator, self.config, self.seed))
-            self.child = Child("bridge.tasks.gym_process:generate_with", setting)
+            self.child = Child("bridge.tasks.gym_process:draw_with", setting)
             weakref.finalize(self, self.child.close)
         self.child.ready()
         return self.child
@@ -124,12 +121,3 @@ class GymTask:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "child": None, "dataset": None}
-
-
-def unknown_generator(name: str, known: list[str]) -> BridgeError:
-    """That there is no such generator, and which there are."""
-    near = get_close_matches(name, known, n=3, cutoff=0.5)
-    near += [k for k in known if name and name in k and k not in near][:3]
-    if near:
-        return BridgeError(f"{PREFIX}{name} is not there; did you mean {' or '.join(near)}?")
-    return BridgeError(f"{PREFIX}{name} is not there; there are {', '.join(known)}")

@@ -1,36 +1,33 @@
-"""The part of a reasoning-gym task that imports it: datasets made, and questions drawn for splits.
+"""The handler that draws problems, in the process of a `GymTask`: reasoning-gym's entries by split.
 
-Runs in the processes of `GymTask` and `Scorer`. A dataset of reasoning-gym is 64 draws from a seed;
-the draws of two seeds that are near each other are mostly the same, so seeds come from a hash.
+A dataset is 64 draws from a seed; the draws of two seeds that are near each other are mostly the
+same, so seeds come from a hash.
 """
 
-import contextlib
-import io
 import pickle
 import random
-from collections.abc import Callable, Mapping
-from dataclasses import fields
-from difflib import get_close_matches
+from collections.abc import Callable
 from functools import lru_cache
 from hashlib import sha256
 from typing import Any
 
 import numpy as np
 
-from bridge.errors import BridgeError, describe, show
-from bridge.tasks.gym import PREFIX, unknown_generator
+from bridge.errors import describe
+from bridge.processes.child import Handler
+from bridge.tasks.gym_datasets import make_dataset
 
 DRAWS = 64  # of a dataset
 ATTEMPTS = 200  # a split of a quarter is missed by as many in one of 10^25 problems
 QUARTERS = ("train", "train", "validation", "test")
 
 
-def generate_with(payload: bytes) -> Callable[[bytes], bytes]:
-    """The handler that takes a split and a number, and gives an entry, or a text that says what is
-    wrong."""
+def draw_with(payload: bytes) -> Handler:
+    """The handler of a `GymTask`: takes a split and a number, and gives an entry, or a text that
+    says what is wrong."""
     name, config, seed = pickle.loads(payload)
-    make(name, config, seed=0, size=1)
-    dataset = lru_cache(maxsize=16)(lambda key: make(name, config, seed=key, size=DRAWS))
+    make_dataset(name, config, seed=0, size=1)  # says what is wrong with them
+    dataset = lru_cache(maxsize=16)(lambda key: make_dataset(name, config, seed=key, size=DRAWS))
 
     def handle(request: bytes) -> bytes:
         split, number = pickle.loads(request)
@@ -65,38 +62,6 @@ def draw(dataset: Callable[[int], Any], stream: str, split: str, number: int) ->
 def split_of(question: str) -> str:
     """The split that a question belongs to, white space aside."""
     return QUARTERS[_hash(" ".join(question.split())) % 4]
-
-
-def make(name: str, config: Mapping[str, Any], *, seed: int, size: int) -> Any:
-    """A dataset. Raises BridgeError for an unknown generator or option, or a value that it does
-    not take."""
-    import reasoning_gym
-    from reasoning_gym.composite import DatasetSpec  # its import registers `composite`
-    from reasoning_gym.factory import DATASETS
-
-    if name not in DATASETS:
-        raise unknown_generator(name, sorted(DATASETS))
-    known = sorted(field.name for field in fields(DATASETS[name][1]))
-    for option in config:
-        if option not in known or option in ("seed", "size"):
-            raise _unknown_option(name, option, [k for k in known if k not in ("seed", "size")])
-    values = dict(config)
-    try:
-        if name == "composite":
-            values["datasets"] = [DatasetSpec(**each) for each in values.get("datasets", [])]
-        with contextlib.redirect_stdout(io.StringIO()):
-            return reasoning_gym.create_dataset(name, seed=seed, size=size, **values)
-    except Exception as error:
-        given = ", ".join(f"{key}={show(value)}" for key, value in config.items())
-        raise BridgeError(
-            f"{PREFIX}{name} does not take this config ({given or 'none'}): {describe(error)}"
-        ) from None
-
-
-def _unknown_option(name: str, option: str, known: list[str]) -> BridgeError:
-    near = get_close_matches(option, known, n=1)
-    mend = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
-    return BridgeError(f"{PREFIX}{name} has no option {option}; {mend}")
 
 
 def _hash(text: str) -> int:
