@@ -1,8 +1,8 @@
-"""The other end of a `Child`: reads requests, lets a handler answer, and survives what it can.
+"""What runs in a process of our own: it reads requests, lets a handler answer, and does no more.
 
-A handler is made once, of the payload; it maps bytes to bytes. What it prints goes nowhere. It is
-told apart from us by nothing but its process, so what it breaks here is mended by a new one. This
-module imports little, since a bare process starts with it.
+The handler is made once, of the payload, which is the first message; it maps bytes to bytes, and
+what it prints goes nowhere. Nothing but the process keeps it apart from the code here, so what it
+breaks is mended by a new one. This module imports little, since a bare process starts with it.
 """
 
 import os
@@ -15,49 +15,38 @@ from contextlib import suppress
 from importlib import import_module
 
 from bridge.errors import BridgeError, describe
-from bridge.processes.parent import LENGTH
+from bridge.processes.line import receive, send
 
 Handler = Callable[[bytes], bytes]
 
 
-def main(line: str, life: str, memory: str, what: str, handler: str) -> None:
-    """Serve until the line is closed; `what` the process is for, in words."""
+def main(line_end: str, life: str, memory: str, what: str, handler: str) -> None:
+    """Serve until the line is closed. `life`: the pipe that is closed when the parent ends;
+    `what`: what the process is for, in words."""
     _die_with(int(life))
-    connection = socket.socket(fileno=int(line))
+    line = socket.socket(fileno=int(line_end))
     try:
         module, _, function = handler.partition(":")
-        answer: Handler = getattr(import_module(module), function)(_receive(connection))
+        answer: Handler = getattr(import_module(module), function)(_next(line))
     except BridgeError as error:
-        return _send(connection, " ".join(str(error).split()).encode("utf-8", "replace"))
+        return send(line, " ".join(str(error).split()).encode("utf-8", "replace"))
     except BaseException as error:
-        return _send(connection, f"{what} fails to load: {describe(error)}".encode())
+        return send(line, f"{what} fails to load: {describe(error)}".encode())
     _limit(int(memory))
-    _send(connection, b"")
+    send(line, b"")
     own = os.getpid()
     while True:
-        reply = answer(_receive(connection))
+        reply = answer(_next(line))
         if os.getpid() != own:  # a copy that a reward made of us, and that came back
             os._exit(0)
-        _send(connection, reply)
+        send(line, reply)
 
 
-def _receive(connection: socket.socket) -> bytes:
-    [length] = LENGTH.unpack(_exactly(connection, LENGTH.size))
-    return _exactly(connection, length)
-
-
-def _exactly(connection: socket.socket, length: int) -> bytes:
-    data = bytearray()
-    while len(data) < length:
-        piece = connection.recv(min(length - len(data), 1 << 20))
-        if not piece:
-            os._exit(0)  # the line is closed
-        data += piece
-    return bytes(data)
-
-
-def _send(connection: socket.socket, data: bytes) -> None:
-    connection.sendall(LENGTH.pack(len(data)) + data)
+def _next(line: socket.socket) -> bytes:
+    try:
+        return receive(line)
+    except ConnectionResetError:
+        os._exit(0)  # the line is closed
 
 
 def _die_with(life: int) -> None:

@@ -1,27 +1,33 @@
-"""A process of our own that answers requests: what runs in it can hang, die or print as it likes.
+"""What we hold of a process of our own: its line, its time limit, and its end.
 
 It is a fresh interpreter, not a copy of ours, so that no script runs again and no thread or device
 is shared; it hashes texts the same way in every run. It is killed, with all that it started, when
 it takes too long, when we close it, and when we die ourselves, even by SIGKILL; Ctrl-C is not for
-it. Bytes go in and come out; what they mean is up to the handler that it is started with
-(`child.py`).
+it, and what it prints goes nowhere. Bytes go in and come out; what they mean is up to the handler
+that it is started with (`child.py`).
+
+No package that we know of keeps all of this. pebble comes nearest: it kills a worker that is late,
+but not what the worker has started; a worker that is held in C outlives a SIGKILL of its parent;
+what it prints is printed; and a few bytes written into its descriptors stop the whole pool, whose
+workers share a pipe. Like all that builds on multiprocessing (multiprocess, mpire) it copies us,
+threads and all, or imports the script that runs once more, which fails without `if __name__ ==
+"__main__"`. loky and joblib do neither, but end no task that hangs.
 """
 
 import json
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
 from contextlib import suppress
 
 from bridge.errors import BridgeError
+from bridge.processes.line import TooLong, receive, send
 
 START_LIMIT = 120.0  # seconds until a child has imported what it needs
 MOST = 1 << 26  # bytes of an answer
-LENGTH = struct.Struct("!Q")
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
 # A package whose modules can be imported without what `bridge/__init__.py` imports for its users.
@@ -121,7 +127,7 @@ class Child:
         self.limit, self.deadline = limit, time.monotonic() + limit
         self.busy = True
         try:
-            self._send(LENGTH.pack(len(request)) + request, self.deadline)
+            send(self.line, request, self.deadline)
         except OSError:  # it is gone, or does not read: taking the answer says which
             pass
         except BaseException:
@@ -132,11 +138,10 @@ class Child:
         """The answer to the question that it has. Raises ChildLost where none comes in time."""
         self.busy = False
         try:
-            [length] = LENGTH.unpack(self._receive(LENGTH.size, self.deadline))
-            if length > MOST:
-                self.close()
-                raise ChildLost("wrote into the line to its own process")
-            return self._receive(length, self.deadline)
+            return receive(self.line, self.deadline, MOST)
+        except TooLong:
+            self.close()
+            raise ChildLost("wrote into the line to its own process") from None
         except TimeoutError:
             self.close()
             raise ChildLate(f"took more than {self.limit:g} s") from None
@@ -145,21 +150,6 @@ class Child:
         except BaseException:  # Ctrl-C leaves an answer on its way, which the next must not read
             self.close()
             raise
-
-    def _send(self, data: bytes, deadline: float) -> None:
-        self.line.settimeout(max(0.001, deadline - time.monotonic()))
-        self.line.sendall(data)
-
-    def _receive(self, length: int, deadline: float) -> bytes:
-        data = bytearray()
-        while len(data) < length:
-            # What is there came in time, however late we look.
-            self.line.settimeout(max(0.001, deadline - time.monotonic()))
-            piece = self.line.recv(min(length - len(data), 1 << 20))
-            if not piece:
-                raise ConnectionResetError
-            data += piece
-        return bytes(data)
 
     def _cause(self) -> str:
         """How it came to its end."""

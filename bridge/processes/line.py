@@ -1,0 +1,48 @@
+"""Messages on the line between two processes: the length of each in eight bytes, then its bytes.
+
+Both ends read and write them here; nothing else that is written into the line means anything.
+"""
+
+import socket
+import struct
+import time
+
+LENGTH = struct.Struct("!Q")
+
+
+class TooLong(Exception):
+    """A message says that it is longer than any is: nobody sent it who knows how."""
+
+
+def send(line: socket.socket, message: bytes, deadline: float | None = None) -> None:
+    """Write one. Raises OSError where nobody reads it, TimeoutError not before the `deadline`."""
+    _wait_until(line, deadline)
+    line.sendall(LENGTH.pack(len(message)) + message)
+
+
+def receive(line: socket.socket, deadline: float | None = None, most: int | None = None) -> bytes:
+    """Read one, of at most `most` bytes.
+
+    `deadline`: of `time.monotonic`; None waits for ever. Raises OSError where none comes: a
+    TimeoutError where it is late, ConnectionResetError where the other end is closed.
+    """
+    [length] = LENGTH.unpack(_exactly(line, LENGTH.size, deadline))
+    if most is not None and length > most:
+        raise TooLong
+    return _exactly(line, length, deadline)
+
+
+def _exactly(line: socket.socket, length: int, deadline: float | None) -> bytes:
+    data = bytearray()
+    while len(data) < length:
+        _wait_until(line, deadline)
+        piece = line.recv(min(length - len(data), 1 << 20))
+        if not piece:
+            raise ConnectionResetError
+        data += piece
+    return bytes(data)
+
+
+def _wait_until(line: socket.socket, deadline: float | None) -> None:
+    # What is there came in time, however late we look.
+    line.settimeout(None if deadline is None else max(0.001, deadline - time.monotonic()))
