@@ -8,14 +8,14 @@ import json
 from fractions import Fraction
 
 import pytest
-from bridge.answers.conclusion import extract_answer, normalise
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bridge.answers.conclusion import extract_answer, normalise
 from bridge.answers.numbers import read_bare, read_quantity
 from bridge.evaluation.voting import majority
 from bridge.tasks import find_task
-from bridge.tasks.answers import read_answer
+from bridge.tasks.extraction import read_answer
 from tests.answer_pairs import EXACT, MATH, NUMERIC, PAIRS
 
 

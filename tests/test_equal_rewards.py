@@ -17,8 +17,8 @@ from bridge.decoding.generation import Response
 from bridge.decoding.inputs import check_batch
 from bridge.errors import BridgeError
 from bridge.evaluation.intervals import Interval, bootstrap, paired
+from bridge.numbers.rewards import equal, mean, reaches, std
 from bridge.tasks import Problem
-from bridge.tasks.rewards import equal, mean, reaches, std
 from bridge.training import grpo
 from bridge.training.log import read_log
 from bridge.training.rollouts import Rollout, summary

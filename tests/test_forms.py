@@ -5,7 +5,6 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-from bridge.config.quantization import Quantization
 from mlx_lm.convert import QUANT_RECIPES
 from mlx_lm.convert import convert as mlx_convert
 from safetensors.numpy import load_file, save_file
@@ -15,6 +14,7 @@ from bridge.checkpoints.conversion import convert
 from bridge.checkpoints.initialise import init
 from bridge.checkpoints.packing import quantise
 from bridge.checkpoints.reading import open_checkpoint
+from bridge.config.quantization import Quantization
 from bridge.errors import BridgeError
 
 Q = "self_attn.q_proj.weight"

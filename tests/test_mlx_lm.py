@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bridge.config.quantization import Quantization
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_host import write_host
@@ -21,6 +20,7 @@ from bridge.checkpoints.packing import Packed
 from bridge.checkpoints.reading import open_checkpoint
 from bridge.checkpoints.safetensors_io import specs_of, write_safetensors
 from bridge.config import FAMILIES
+from bridge.config.quantization import Quantization
 from bridge.contract import SFT, AdamW, Batch
 from bridge.errors import BridgeError
 from bridge_conformance import checks_decode, checks_model, strategies

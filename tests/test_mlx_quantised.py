@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from bridge.config.quantization import BITS, Quantization
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge.checkpoints.packing import Packed, quantise
 from bridge.config import bridge_shapes, parse_config, tensor_shapes
+from bridge.config.quantization import BITS, Quantization
 from bridge.contract import GRPO, SFT, AdamW, Batch, Sampling
 from bridge.errors import BridgeError
 from bridge_conformance import checks_decode, checks_model, checks_train, strategies

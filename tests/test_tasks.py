@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bridge.errors import BridgeError
 from bridge.tasks import SPLITS, Problem, Scorer, Task, find_task
-from bridge.tasks.answers import PLACES, read_answer
+from bridge.tasks.extraction import PLACES, read_answer
 from bridge.tasks.matching import check_match, read_number
 
 

@@ -4,10 +4,10 @@ from decimal import Decimal
 from fractions import Fraction
 
 import pytest
-from bridge.answers.conclusion import extract_answer, normalise
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bridge.answers.conclusion import extract_answer, normalise
 from bridge.evaluation.voting import majority
 
 

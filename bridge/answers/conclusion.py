@@ -1,7 +1,7 @@
 r"""What a response concludes, normalised: what votes count and tasks compare as text.
 
-Numbers are written as numbers: `1,200.0`, `\$1200.` and `1200 apples` are the same, and so are
-`1/2`, `\frac{1}{2}` and `0.5`.
+The answer is found, trimmed and written in one way. Numbers are written as numbers: `1,200.0`,
+`\$1200.` and `1200 apples` are the same, and so are `1/2`, `\frac{1}{2}` and `0.5`.
 """
 
 from bridge.answers.choices import read_choice

@@ -14,8 +14,8 @@ from bridge.decoding.generation import Done, Finished, ResponseSet, Token
 from bridge.errors import show
 from bridge.evaluation.records import Group, Journal, Row
 from bridge.model import Model
-from bridge.tasks.asking import calling
-from bridge.tasks.rewards import reaches
+from bridge.numbers.rewards import reaches
+from bridge.tasks.user_code import calling
 
 if TYPE_CHECKING:
     from bridge.tasks import Problem, Scores, Task

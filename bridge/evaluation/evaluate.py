@@ -23,7 +23,7 @@ from bridge.evaluation.summary import Evaluation, rows_are_independent, widths_d
 from bridge.model import Model
 from bridge.numbers.machine import check_memory
 from bridge.numbers.ranges import take
-from bridge.tasks.asking import take_problems, take_size
+from bridge.tasks.user_code import take_problems, take_size
 
 if TYPE_CHECKING:
     from bridge.tasks import Problem, Scores, Task

@@ -26,7 +26,7 @@ from bridge.evaluation.metrics import (
 )
 from bridge.evaluation.records import Group, Row
 from bridge.evaluation.voting import together
-from bridge.tasks.rewards import EQUAL, reaches
+from bridge.numbers.rewards import EQUAL, reaches
 
 TAUS = ("0.25", "0.5", "0.75", "1.0")
 GPASS = tuple(f"gpass@{tau}" for tau in TAUS)

@@ -1,5 +1,5 @@
-"""Numbers: what users may give, how floats are rounded, what this machine holds.
+"""Numbers: what users may give, how floats are rounded, when rewards are equal, what memory holds.
 
 In: values of any kind, arrays, sizes in bytes. Out: plain Python numbers and arrays of the wanted
-dtype; or one line that refuses them by name.
+dtype; or one line that refuses them by name. Knows neither files nor models.
 """

@@ -7,11 +7,11 @@ from typing import Any
 
 from bridge.errors import BridgeError, describe
 from bridge.files.opening import exists
-from bridge.tasks.functions import load_function
 from bridge.tasks.gym import GymTask
 from bridge.tasks.gym_datasets import PREFIX
 from bridge.tasks.jsonl import JsonlTask
 from bridge.tasks.problem import Task
+from bridge.tasks.user_code import load_function
 
 
 def find_task(name: str, **options: Any) -> Task:

@@ -17,7 +17,7 @@ from typing import Any
 from bridge.answers.conclusion import normalise
 from bridge.errors import BridgeError, show
 from bridge.processes.parent import Child, ChildLost
-from bridge.tasks.answers import INSTRUCTIONS, check_place, read_answer
+from bridge.tasks.extraction import INSTRUCTIONS, check_place, read_answer
 from bridge.tasks.gym_datasets import PREFIX, make_dataset
 from bridge.tasks.problem import Problem, check_number, check_threshold
 
@@ -43,7 +43,7 @@ class GymTask:
         **config: Any,
     ) -> None:
         """`config`: of the generator, such as `min_terms`. `seed`: another one gives other
-        problems, of the same splits. `extract`: where answers stand (`bridge.tasks.answers`).
+        problems, of the same splits. `extract`: where answers stand (`bridge.tasks.extraction`).
         `instruction`: what the prompt says after the question; None: to put the answer there.
 
         Raises BridgeError where reasoning-gym is not installed, and for an unknown generator or

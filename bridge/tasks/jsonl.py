@@ -18,10 +18,10 @@ from bridge.answers.conclusion import normalise
 from bridge.decoding.prompts import are_messages
 from bridge.errors import BridgeError, show
 from bridge.files.jsonl import read_lines
-from bridge.tasks.answers import check_place, read_answer
-from bridge.tasks.functions import load_function
+from bridge.tasks.extraction import check_place, read_answer
 from bridge.tasks.matching import check_match, read_number
 from bridge.tasks.problem import SPLITS, Problem, check_number, check_split, check_threshold
+from bridge.tasks.user_code import load_function
 
 FIELDS = ("prompt", "messages", "answer", "split")
 TENTHS = ("test", "validation", *["train"] * 8)
@@ -45,7 +45,7 @@ class JsonlTask:
     ) -> None:
         """`match`: how answers are compared (`bridge.tasks.matching`); None is numeric where the
         right answer of the line is a number, and else exact. `extract`: where they stand in a
-        response (`bridge.tasks.answers`). `instruction`: what each prompt says at its end.
+        response (`bridge.tasks.extraction`). `instruction`: what each prompt says at its end.
         `reward`: "module:function", instead of `match`; lines then need no answer.
 
         Raises BridgeError, with the number of the line, for whatever is wrong with the file; for

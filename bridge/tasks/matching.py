@@ -1,4 +1,4 @@
-r"""Whether an answer is the right one: exactly, as a number, or as mathematics.
+r"""The option `match`: whether an answer is the right one, exactly, as a number or as mathematics.
 
     exact     the same characters, also in case, apart from Markdown, `$`, `\text{}` and a full
               stop around them, and from looks: (3,4) is (3, 4), \dfrac is \frac; x = 5 is also 5,

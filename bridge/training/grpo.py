@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from bridge.contract import GRPO, Batch
 from bridge.errors import BridgeError
 from bridge.model import Model
-from bridge.tasks.asking import take_problems
-from bridge.tasks.rewards import equal, scaled
+from bridge.numbers.rewards import equal, scaled
+from bridge.tasks.user_code import take_problems
 from bridge.training.batches import Group, make_batch, pack
 from bridge.training.loop import Run
 from bridge.training.rollouts import (

@@ -16,9 +16,9 @@ from jaxtyping import Float
 from bridge.decoding.generation import Response, ResponseSet
 from bridge.errors import BridgeError
 from bridge.model import Model
+from bridge.numbers.rewards import equal, mean, reaches, std
 from bridge.tasks import Problem, Scores, Task
-from bridge.tasks.asking import take_problems, take_size
-from bridge.tasks.rewards import equal, mean, reaches, std
+from bridge.tasks.user_code import take_problems, take_size
 from bridge.training.settings import Settings
 
 

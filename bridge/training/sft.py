@@ -20,8 +20,8 @@ from bridge.errors import BridgeError
 from bridge.files.growing_jsonl import MEND, GrowingJsonl
 from bridge.files.jsonl import read_objects, read_own
 from bridge.model import Model
-from bridge.tasks.asking import take_problems
-from bridge.tasks.rewards import reaches
+from bridge.numbers.rewards import reaches
+from bridge.tasks.user_code import take_problems
 from bridge.training.batches import Group, check_fits, pack
 from bridge.training.loop import Run
 from bridge.training.rollouts import Rollout, roll_out, split_size

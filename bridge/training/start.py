@@ -23,7 +23,7 @@ from bridge.decoding.stops import read_stops
 from bridge.errors import BridgeError
 from bridge.model import Model, build, trainable_names
 from bridge.tasks import Scorer, Scores, Task, find_task
-from bridge.tasks.asking import take_problems
+from bridge.tasks.user_code import take_problems
 from bridge.training import grpo
 from bridge.training.batches import Group, check_fits
 from bridge.training.directory import RunDirectory, absolute, check_directory

@@ -60,9 +60,8 @@ def convert(
 
     Example: bridge convert ./smol-bridge ./smol-adapter --to torch --adapter
     """
-    from bridge.config.quantization import parse_quantization
-
     from bridge.checkpoints.conversion import convert as make
+    from bridge.config.quantization import parse_quantization
 
     with byte_bar(json) as progress:
         made = make(

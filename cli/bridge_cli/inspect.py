@@ -121,10 +121,10 @@ def inspect(
     if trace is not None:
         return _trace(ctx)
     _refuse_given(ctx, TRACES, "is of a trace; add --trace PROMPT")
-    from bridge.config.sizes import WIDTHS
     from rich.console import Console
 
     from bridge.checkpoints.sizes import inspect as look
+    from bridge.config.sizes import WIDTHS
     from bridge.errors import BridgeError
     from bridge.model import BUNDLED
     from bridge.registry import ALIASES

@@ -1,15 +1,19 @@
-"""Functions of the user, named "module:function", from the working directory or what is installed.
+"""Code of the user: functions by their names, and tasks asked; what it raises is one line.
 
-Importing a module runs it, which is what its user asks for. Whatever goes wrong is a BridgeError.
+A function is named "module:function", from the working directory or what is installed. Importing a
+module runs it, which is what its user asks for. Whatever goes wrong is a BridgeError that names the
+function or the task.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
 from bridge.errors import BridgeError, describe
+from bridge.tasks.problem import Problem, Task
 
 
 def load_function(name: str, field: str) -> Callable[..., Any]:
@@ -47,3 +51,35 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
         what = "is no function" if function is not None else "is not there"
         raise BridgeError(f"{field} {name}: {function_name} {what} in {module_name}; {hint}")
     return function
+
+
+@contextmanager
+def calling(task: Task, what: str) -> Iterator[None]:
+    """Make of whatever a task raises here a BridgeError that names both."""
+    try:
+        yield
+    except BridgeError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise BridgeError(
+            f"task {task.name}: {what} fails ({describe(error)}); mend the task"
+        ) from error
+
+
+def take_size(task: Task, split: str) -> int | None:
+    """How many problems a split has; None: it is endless."""
+    with calling(task, f"size of {split}"):
+        return task.size(split)
+
+
+def take_problems(task: Task, split: str, numbers: Sequence[int]) -> list[Problem]:
+    """Problems of a split by their numbers. Raises BridgeError, naming task and problem, for
+    whatever the task raises, and for what is no problem."""
+    found = []
+    for number in numbers:
+        with calling(task, f"problem {number} of {split}"):
+            problem = task.problem(split, number)
+            for field in ("number", "prompt", "answer"):
+                getattr(problem, field)
+        found.append(problem)
+    return found

@@ -1,4 +1,4 @@
-r"""Where in a response its answer stands: five places, each with a rule, or the first there is.
+r"""The option `extract`: where in a response its answer stands, and what a prompt says of that.
 
     tag       inside the last `<answer>...</answer>`
     boxed     inside the last `\boxed{...}` whose braces balance
@@ -6,11 +6,12 @@ r"""Where in a response its answer stands: five places, each with a rule, or the
     number    the last number: 1,200.50, -3, 1/2, 25%; a minus after a value is a difference
     text      the whole response, without white space around it
     auto      tag, else boxed, else hashes or what follows "answer is" or "answer:" to the end of
-              the sentence, whichever comes last, else number; what only
-              says that "the answer is correct", or "below", is passed over
+              the sentence, whichever comes last, else number; what only says that "the answer is
+              correct", or "below", is passed over
 
-An answer is the whole expression in its own spelling, never empty, and says nothing about whether
-it is right. Votes (`bridge.evaluation.voting`) read as `auto` does.
+How each is found is in `bridge.answers.places`. An answer is the whole expression in its own
+spelling, never empty, and says nothing about whether it is right. Votes
+(`bridge.evaluation.voting`) read as `auto` does.
 """
 
 from collections.abc import Callable
