@@ -14,9 +14,9 @@ from math import prod
 from typing import Any
 
 import numpy as np
-from bridge.config.sizes import token_bytes
 
 from bridge.config import ModelConfig, parse_config, tensor_shapes
+from bridge.config.sizes import token_bytes
 from bridge.contract import SFT, AdamW, Backend, BackendModel, Batch, Sampling
 from bridge.model import trainable_names
 

@@ -26,7 +26,7 @@ import ml_dtypes
 import numpy as np
 from record import RESULTS, record
 
-from bridge.checkpoints.safetensors_io import TensorSpec
+from bridge.checkpoints.tensor_specs import TensorSpec
 from bridge.checkpoints.writing import write_checkpoint
 from bridge.config import BridgeConfig, parse_config, tensor_shapes
 from bridge_cli.bench import processor

@@ -21,7 +21,7 @@ from true_float64 import true_float64
 import bridge
 from bridge import remote_code
 from bridge.checkpoints.reading import open_checkpoint
-from bridge.checkpoints.safetensors_io import TensorSpec
+from bridge.checkpoints.tensor_specs import TensorSpec
 from bridge.checkpoints.writing import write_checkpoint
 from bridge.config import FAMILIES, SPEC_VERSION, bridge_shapes
 from bridge.decoding.inputs import default_positions

@@ -17,7 +17,6 @@ import numpy as np
 from bridge import remote_code as code
 from bridge.checkpoints.forms import BLOCK, FORMS, Entry, PackedPlace, arrange, plain_config
 from bridge.checkpoints.gguf import as_directory
-from bridge.checkpoints.initialise import float_dtype
 from bridge.checkpoints.older_rope import with_older_rope
 from bridge.checkpoints.packing import SCALES
 from bridge.checkpoints.reading import (
@@ -28,7 +27,7 @@ from bridge.checkpoints.reading import (
     open_checkpoint,
     read_adapter,
 )
-from bridge.checkpoints.safetensors_io import TensorSpec
+from bridge.checkpoints.tensor_specs import TensorSpec, float_dtype
 from bridge.checkpoints.tensors import entry_pieces
 from bridge.checkpoints.writing import (
     SHARD_SIZE,

@@ -20,7 +20,8 @@ import numpy as np
 from bridge import remote_code
 from bridge.checkpoints.older_rope import without_older_rope
 from bridge.checkpoints.packing import packing, side_names
-from bridge.checkpoints.safetensors_io import SafetensorsFile, TensorSpec
+from bridge.checkpoints.safetensors_io import SafetensorsFile
+from bridge.checkpoints.tensor_specs import TensorSpec
 from bridge.config import ModelConfig
 from bridge.config.quantization import Quantization
 from bridge.errors import BridgeError, show

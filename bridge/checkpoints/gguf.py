@@ -19,7 +19,7 @@ import numpy as np
 
 from bridge.checkpoints.gguf_config import config_of
 from bridge.checkpoints.gguf_tokenizer import save_tokenizer
-from bridge.checkpoints.safetensors_io import TensorSpec
+from bridge.checkpoints.tensor_specs import TensorSpec
 from bridge.checkpoints.writing import write_checkpoint, write_json
 from bridge.config import ModelConfig, parse_config, tensor_shapes
 from bridge.errors import BridgeError, one_line, show
@@ -28,12 +28,7 @@ from bridge.numbers.rounding import first_not_finite
 
 FACTORS = "rope_freqs.weight"  # by which llama.cpp divides rope's frequencies
 COMPUTED = re.compile(r"blk\.\d+\.attn_rot_embd(\.weight)?")  # rope's frequencies, in old files
-LONG = (
-    "tokens",
-    "token_type",
-    "scores",
-    "merges",
-)  # arrays of the vocabulary, told by their length
+LONG = ("tokens", "token_type", "scores", "merges")  # of the vocabulary, told by their length
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 MERGE = "merge the parts by llama-gguf-split --merge FIRST-PART OUT"
 

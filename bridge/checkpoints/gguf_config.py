@@ -242,10 +242,8 @@ def _rope(keys: _Keys, factors: np.ndarray | None, head_dim: int) -> dict[str, A
         "beta_fast": keys.number("rope.scaling.yarn_beta_fast"),
         "beta_slow": keys.number("rope.scaling.yarn_beta_slow"),
     }
-    if (extrapolated := keys.take("rope.scaling.yarn_ext_factor", 1)) not in (
-        1,
-        -1,
-    ):  # -1: not said
+    extrapolated = keys.take("rope.scaling.yarn_ext_factor", 1)
+    if extrapolated not in (1, -1):  # -1: not said
         keys.refuse("rope.scaling.yarn_ext_factor", f"{show(extrapolated)} is not supported")
     if (value := keys.take("rope.scaling.yarn_attn_factor")) is not None and kind == "yarn":
         why = "is the factor of cos and sin to some writers, and a multiple of yarn's own to others"

@@ -15,8 +15,8 @@ import numpy as np
 
 from bridge.checkpoints.forms import plain_config
 from bridge.checkpoints.gguf import as_directory
-from bridge.checkpoints.reading import FLOATS, Checkpoint, open_checkpoint
-from bridge.checkpoints.safetensors_io import DTYPES, TensorSpec
+from bridge.checkpoints.reading import Checkpoint, open_checkpoint
+from bridge.checkpoints.tensor_specs import TensorSpec, float_dtype
 from bridge.checkpoints.writing import write_adapter, write_checkpoint
 from bridge.config import BridgeConfig, ModelConfig, bridge_shapes, parse_config, tensor_shapes
 from bridge.errors import BridgeError, show
@@ -25,7 +25,6 @@ from bridge.numbers.machine import check_disk, check_memory
 from bridge.numbers.ranges import take
 from bridge.numbers.rounding import rounded
 from bridge.philox import philox4x32
-from bridge.registry import ALIASES
 
 TENSOR_IDS = {"q_proj": 0, "k_proj": 1, "v_proj": 2, "up_proj": 3}  # in the counter
 
@@ -209,12 +208,3 @@ def parse_layers(layers: str | Sequence[int], count: int) -> tuple[int, ...]:
 
 def _is_layer(text: str) -> bool:
     return text.isdecimal() and len(text) < 20  # a longer one is none, and no integer to Python
-
-
-def float_dtype(name: str) -> tuple[str, np.dtype]:
-    """A dtype to store by its name or alias. Raises BridgeError for any other."""
-    name = ALIASES.get(name, name)
-    codes = {value: code for code, value in FLOATS.items()}
-    if name not in codes:
-        raise BridgeError(f"dtype {name!r} cannot be stored; use one of {', '.join(codes)}")
-    return name, DTYPES[codes[name]]

@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, UInt
 
-from bridge.checkpoints.safetensors_io import TensorSpec
-from bridge.config.quantization import Quantization, _check
+from bridge.checkpoints.tensor_specs import TensorSpec
+from bridge.config.quantization import Quantization
 from bridge.errors import BridgeError
 from bridge.numbers.rounding import rounded
 
@@ -65,7 +65,7 @@ def quantise(weight: Float[np.ndarray, "out in"], how: Quantization) -> Packed:
     Raises BridgeError for bits or a group size that MLX lacks, for rows that are no whole number of
     groups, and for a dtype that MLX does not quantise.
     """
-    _check(how, "quantize")
+    how.check("quantize")
     (outputs, inputs), steps = weight.shape, np.float32((1 << how.bits) - 1)
     if inputs % how.group_size:
         raise BridgeError(
@@ -139,7 +139,7 @@ def packing(
             f"{where}: {weight.shape[1]} words a row are no packing of {inputs} numbers, which "
             "config.json calls for"
         )
-    _check(how, where)
+    how.check(where)
     return how
 
 

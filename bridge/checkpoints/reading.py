@@ -15,7 +15,8 @@ from typing import Any
 
 from bridge.checkpoints.forms import BLOCK, Place, Source, find_packed, form_of, locate
 from bridge.checkpoints.packing import side_names
-from bridge.checkpoints.safetensors_io import CODES, DAMAGED, SafetensorsFile, TensorSpec
+from bridge.checkpoints.safetensors_io import DAMAGED, SafetensorsFile
+from bridge.checkpoints.tensor_specs import CODES, FLOATS, TensorSpec
 from bridge.checkpoints.tensors import CheckpointTensors, content_hash, same_bytes
 from bridge.config import ModelConfig, read_config, tensor_shapes
 from bridge.config.quantization import Quantization, parse_quantization
@@ -26,7 +27,6 @@ from bridge.files.strict_json import read_object
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BLOCKS = "bridge.safetensors"  # beside a host in the mlx form; alone in an adapter
 ADAPTER = "bridge_adapter.json"
-FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ reads in passing reads into a buffer of its own instead (`read_into`).
 
 import itertools
 import json
-import math
 import mmap
 import os
 import weakref
@@ -19,11 +18,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from bridge.checkpoints.tensor_specs import CODES, DTYPES, TensorSpec
 from bridge.errors import BridgeError, show
 from bridge.files.atomic import new_file
 from bridge.files.opening import open_file
@@ -34,37 +33,6 @@ MAX_HEADER = 100_000_000  # bytes, as in the format's own library
 MAX_AXES = 64  # as in NumPy
 MAX_NUMBER = 2**63 - 1
 DAMAGED = "the file is damaged, copy it again"
-
-DTYPES: dict[str, np.dtype] = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-    "U64": np.dtype("<u8"),
-    "U32": np.dtype("<u4"),
-    "U16": np.dtype("<u2"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("?"),
-}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
-
-
-class TensorSpec(NamedTuple):
-    """What a header says of a tensor."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk."""
-        return self.dtype.itemsize * math.prod(self.shape)
 
 
 class SafetensorsFile(Mapping[str, np.ndarray]):

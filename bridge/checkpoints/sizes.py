@@ -12,8 +12,8 @@ from typing import Any
 
 from bridge.checkpoints.forms import PackedPlace, parts_of
 from bridge.checkpoints.initialise import parse_layers
-from bridge.checkpoints.reading import ADAPTER, FLOATS, Checkpoint, open_checkpoint
-from bridge.checkpoints.safetensors_io import CODES
+from bridge.checkpoints.reading import ADAPTER, Checkpoint, open_checkpoint
+from bridge.checkpoints.tensor_specs import CODES, FLOATS
 from bridge.config import BridgeConfig, ModelConfig, parse_config, read_config, tensor_shapes
 from bridge.config.sizes import WIDTHS, token_bytes
 from bridge.errors import BridgeError

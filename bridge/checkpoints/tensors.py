@@ -13,7 +13,8 @@ import numpy as np
 
 from bridge.checkpoints.forms import Entry, PackedPlace, Place, Source, parts_of
 from bridge.checkpoints.packing import Packed, quantise, side_names
-from bridge.checkpoints.safetensors_io import CODES, SafetensorsFile, TensorSpec
+from bridge.checkpoints.safetensors_io import SafetensorsFile
+from bridge.checkpoints.tensor_specs import CODES, TensorSpec
 from bridge.config.quantization import Quantization
 from bridge.errors import BridgeError
 from bridge.numbers.rounding import first_not_finite, rounded

@@ -15,7 +15,8 @@ import numpy as np
 
 from bridge.checkpoints.forms import BLOCK, METADATA, Entry, arrange
 from bridge.checkpoints.reading import ADAPTER, BLOCKS, INDEX, SINGLE, Checkpoint, host_hash
-from bridge.checkpoints.safetensors_io import TensorSpec, write_pieces, write_safetensors
+from bridge.checkpoints.safetensors_io import write_pieces, write_safetensors
+from bridge.checkpoints.tensor_specs import TensorSpec
 from bridge.config import SPEC_VERSION
 from bridge.errors import BridgeError
 from bridge.files.atomic import new_directory, new_file

@@ -7,8 +7,8 @@ from typing import Any
 from bridge.errors import BridgeError, one_line, show
 
 BITS = (2, 3, 4, 5, 6, 8)
-UNSAID = {"bits": 4, "group_size": 64}  # what MLX takes where it is told nothing
 GROUP_SIZES = (32, 64, 128)
+UNSAID = {"bits": 4, "group_size": 64}  # what MLX takes where it is told nothing
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,17 @@ class Quantization:
         """The `quantization` object of a config.json, as mlx-lm writes it."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": "affine"}
 
+    def check(self, where: str) -> None:
+        """Raise BridgeError, beginning with `where`, for bits or a group size that MLX lacks."""
+        for name, known in (("bits", BITS), ("group_size", GROUP_SIZES)):
+            if (value := getattr(self, name)) not in known:
+                raise BridgeError(f"{where}: {name} {show(value)} is not one of {known}")
+
 
 def parse_quantization(raw: Mapping[str, Any], source: str = "config.json") -> Quantization | None:
     """What a config says of its quantised weights; None where it says nothing.
 
-    Settings of single layers, which mlx-lm may add by their path, say what `packing` tells from the
+    Settings of single layers, which mlx-lm may add by their path, say what a reader tells from the
     tensors themselves; there a key may be missing. A null, as mlx-lm's recipes write, is MLX's own
     default. Raises BridgeError, naming the key, for another mode than affine, for bits or a group
     size that MLX lacks, and for another program's quantisation.
@@ -65,11 +71,5 @@ def _parse_one(settings: Mapping[str, Any], where: str) -> Quantization:
         if type(value) is not int:
             raise BridgeError(f"{where}.{key} must be an integer, not {show(value)}")
     how = Quantization(**said)
-    _check(how, where)
+    how.check(where)
     return how
-
-
-def _check(how: Quantization, where: str) -> None:
-    for name, known in (("bits", BITS), ("group_size", GROUP_SIZES)):
-        if (value := getattr(how, name)) not in known:
-            raise BridgeError(f"{where}: {name} {show(value)} is not one of {known}")

@@ -1,8 +1,7 @@
-"""Files and their JSON, opened with distrust: plain files of bounded size, each thing said once.
+"""JSON read strictly: one object that says each key once, not too deep, and whose text is text.
 
-A name in a checkpoint may be a link, since Hugging Face's cache is made of them, but only to a file
-of the same directory, or of the cache's `blobs` of the same repository; a file that the user named
-may be any link. A pipe or a device is not even opened. Raises BridgeError of one line.
+A text goes in, or the file that holds it; a plain dict comes out, or what is wrong, in words that
+follow the name of the place. What readers of JSON differ in is refused, never guessed.
 """
 
 import json

@@ -11,7 +11,7 @@ import numpy as np
 
 from bridge.checkpoints.conversion import convert
 from bridge.checkpoints.reading import open_checkpoint
-from bridge.checkpoints.safetensors_io import TensorSpec
+from bridge.checkpoints.tensor_specs import TensorSpec
 from bridge.checkpoints.writing import SHARD_SIZE, write_checkpoint
 from bridge.config import tensor_shapes
 from bridge.errors import BridgeError
