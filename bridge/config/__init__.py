@@ -1,11 +1,11 @@
 """Configurations: Hugging Face's `config.json` in, one normalised frozen dataclass out.
 
-What follows from one alone is here too: the shape of every tensor, and the bytes that work takes.
+What follows from one alone is here too: the shape of every tensor (`shapes`), and the bytes that
+work takes (`sizes`). Reads no tensor, and knows no form of a checkpoint.
 """
 
+from bridge.config.families import DEFAULTS, FAMILIES
 from bridge.config.model import (
-    DEFAULTS,
-    FAMILIES,
     MAX_LAYERS,
     MAX_SIZE,
     SPEC_VERSION,
@@ -16,7 +16,7 @@ from bridge.config.model import (
     read_config,
 )
 from bridge.config.quantization import Quantization, parse_quantization
-from bridge.config.sizes import bridge_shapes, tensor_shapes
+from bridge.config.shapes import bridge_shapes, tensor_shapes
 
 __all__ = [
     "DEFAULTS",

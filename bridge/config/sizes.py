@@ -1,54 +1,10 @@
-"""What follows from a config alone: the shape of every tensor, and the bytes that work takes."""
+"""The bytes that work takes, as far as they follow from a config alone."""
 
 from collections.abc import Sequence
 
 from bridge.config.model import ModelConfig
 
 WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # bytes of an element
-
-
-def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a checkpoint by its Hugging Face name, in canonical order (clause 9.3)."""
-    D, F = config.hidden_size, config.intermediate_size
-    q_width = config.num_attention_heads * config.head_dim
-    kv_width = config.num_key_value_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, D)}
-    for i in range(config.num_hidden_layers):
-        layer: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (D,)}
-        for name, width in (("q", q_width), ("k", kv_width), ("v", kv_width)):
-            layer[f"self_attn.{name}_proj.weight"] = (width, D)
-            if config.qkv_bias:
-                layer[f"self_attn.{name}_proj.bias"] = (width,)
-        layer["self_attn.o_proj.weight"] = (D, q_width)
-        if config.o_bias:
-            layer["self_attn.o_proj.bias"] = (D,)
-        if config.qk_norm:
-            layer["self_attn.q_norm.weight"] = layer["self_attn.k_norm.weight"] = (config.head_dim,)
-        layer["post_attention_layernorm.weight"] = (D,)
-        for name, shape in (("gate", (F, D)), ("up", (F, D)), ("down", (D, F))):
-            layer[f"mlp.{name}_proj.weight"] = shape
-            if config.mlp_bias:
-                layer[f"mlp.{name}_proj.bias"] = shape[:1]
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-        shapes |= bridge_shapes(config, i)
-    shapes["model.norm.weight"] = (D,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, D)
-    return shapes
-
-
-def bridge_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
-    """The Bridge tensors of one layer; empty where the layer has no block (clauses 3.1, 8.1)."""
-    bridge, D = config.bridge, config.hidden_size
-    if bridge is None or layer not in bridge.layers:
-        return {}
-    E = bridge.inner
-    if bridge.kind == "attention":
-        shapes = {"q_proj": (E, D), "k_proj": (E, D), "v_proj": (E, D), "o_proj": (D, E)}
-    else:
-        shapes = {"up_proj": (2 * E, D), "down_proj": (D, 2 * E)}
-    prefix = f"model.layers.{layer}.bridge"
-    return {f"{prefix}.{name}.weight": shape for name, shape in {"norm": (D,), **shapes}.items()}
 
 
 def token_bytes(config: ModelConfig, dtype: str) -> int:
