@@ -27,13 +27,12 @@ from bridge.decoding.inputs import check_optimizer, default_positions, positions
 from bridge.decoding.memory import check_decoding
 from bridge.decoding.prompts import (
     Prompt,
-    check_range,
-    integers,
+    encode_prompt,
     list_prompt_ids,
     list_prompts,
     list_widths,
     read_prompt,
-    to_python,
+    read_rows,
 )
 from bridge.decoding.stops import read_stops
 from bridge.errors import BridgeError, show
@@ -152,25 +151,8 @@ class Model:
         the row fed a real token there (None: everywhere); `positions [B, S]` (None: how many
         active cells the row has before this one). Where not active, logits are unspecified.
         """
-        tokens = integers(tokens, "tokens", 2)
-        B, S = tokens.shape
-        check_range(tokens, "tokens", self.config.vocab_size)
-        groups = integers(groups, "groups", 1)
-        if len(groups) != B:
-            raise BridgeError(f"groups must have one number a row: {B}, not {len(groups)}")
-        try:
-            active = np.ones((B, S), bool) if active is None else np.asarray(to_python(active))
-        except ValueError:
-            raise BridgeError(f"active must be bool [{B}, {S}], in a regular array") from None
-        if active.dtype != bool or active.shape != (B, S):
-            raise BridgeError(f"active must be bool [{B}, {S}], not {active.dtype} {active.shape}")
-        if positions is None:
-            positions = default_positions(active)
-        positions = integers(positions, "positions", 2)
-        if positions.shape != (B, S):
-            raise BridgeError(f"positions must be [{B}, {S}], not {list(positions.shape)}")
-        check_range(positions, "positions", self.config.max_position_embeddings)
-        return self.implementation.logits(tokens, groups, active, positions)
+        rows = read_rows(self.config, tokens, groups, active, positions)
+        return self.implementation.logits(*rows)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[ResponseSet]:
         """The answers to each prompt; options as for `stream`."""
@@ -295,26 +277,7 @@ class Model:
     ) -> tuple[str, list[int]]:
         """A prompt's text, or what its last message says, and its ids."""
         fed = read_prompt(prompt, chat, system, name)
-        if isinstance(fed, np.ndarray):
-            check_range(fed, name, self.config.vocab_size)
-            return "", fed.tolist()
-        if self.tokenizer is None:
-            raise BridgeError(
-                f"{name} is text, but the checkpoint has no tokenizer.json; add it or give ids"
-            )
-        if not self.eos_ids:
-            raise BridgeError(
-                "tokenizer_config.json: no eos_token, and no eos_token_id in config.json; "
-                "set one, or answers would never end"
-            )
-        if isinstance(fed, str):
-            text, tokens = fed, self.tokenizer.encode(fed)
-        else:
-            text, tokens = str(fed[-1].get("content", "")), self.tokenizer.encode_chat(fed)
-        if not tokens:
-            raise BridgeError(f"{name} has no tokens")
-        check_range(np.asarray(tokens), f"{name} (by tokenizer.json)", self.config.vocab_size)
-        return text, tokens
+        return encode_prompt(fed, self.tokenizer, self.eos_ids, self.config.vocab_size, name)
 
 
 def trainable_names(config: ModelConfig, trainable: str | Sequence[str]) -> list[str]:

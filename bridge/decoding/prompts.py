@@ -1,19 +1,21 @@
-"""What users pass as prompts, widths and ids, made plain: texts, ids, messages, and integers.
+"""What users pass as prompts, rows, widths and ids, made plain: texts, messages, ids and integers.
 
-Arrays and tensors of any framework count as the lists and numbers that they hold. Whatever else is
-refused in one line. It knows nothing of tokenizers and models.
+Arrays and tensors of any framework count as the lists and numbers that they hold. Texts and
+messages become ids by a checkpoint's tokenizer. Whatever else is refused in one line.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
-from bridge.decoding.inputs import outside
+from bridge.config import ModelConfig
+from bridge.decoding.inputs import default_positions, outside
 from bridge.errors import BridgeError, show
 from bridge.numbers.ranges import take
 from bridge.text.chat import Message
+from bridge.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Message]
 
@@ -96,6 +98,68 @@ def read_prompt(
     if system is not None:
         raise BridgeError(f"system goes with a text in a chat, but {name} is {kind}; {mend}")
     return fed
+
+
+def encode_prompt(
+    fed: str | Int[np.ndarray, " P"] | list[Message],
+    tokenizer: Tokenizer | None,
+    eos_ids: Sequence[int],
+    vocab_size: int,
+    name: str,
+) -> tuple[str, list[int]]:
+    """The text of a prompt that `read_prompt` gave, or of its last message, and its ids.
+
+    Raises BridgeError, which calls it `name`, for a text without a tokenizer or whose answers would
+    never end, and for ids outside the vocabulary.
+    """
+    if isinstance(fed, np.ndarray):
+        check_range(fed, name, vocab_size)
+        return "", fed.tolist()
+    if tokenizer is None:
+        raise BridgeError(
+            f"{name} is text, but the checkpoint has no tokenizer.json; add it or give ids"
+        )
+    if not eos_ids:
+        raise BridgeError(
+            "tokenizer_config.json: no eos_token, and no eos_token_id in config.json; "
+            "set one, or answers would never end"
+        )
+    if isinstance(fed, str):
+        text, tokens = fed, tokenizer.encode(fed)
+    else:
+        text, tokens = str(fed[-1].get("content", "")), tokenizer.encode_chat(fed)
+    if not tokens:
+        raise BridgeError(f"{name} has no tokens")
+    check_range(np.asarray(tokens), f"{name} (by tokenizer.json)", vocab_size)
+    return text, tokens
+
+
+def read_rows(
+    config: ModelConfig, tokens: Any, groups: Any, active: Any, positions: Any
+) -> tuple[
+    Int[np.ndarray, "B S"], Int[np.ndarray, " B"], Bool[np.ndarray, "B S"], Int[np.ndarray, "B S"]
+]:
+    """Rows to be fed as they are, as arrays; where `active` and `positions` are None, what they
+    stand for. Raises BridgeError, by the name, for whatever does not fit."""
+    tokens = integers(tokens, "tokens", 2)
+    B, S = tokens.shape
+    check_range(tokens, "tokens", config.vocab_size)
+    groups = integers(groups, "groups", 1)
+    if len(groups) != B:
+        raise BridgeError(f"groups must have one number a row: {B}, not {len(groups)}")
+    try:
+        active = np.ones((B, S), bool) if active is None else np.asarray(to_python(active))
+    except ValueError:
+        raise BridgeError(f"active must be bool [{B}, {S}], in a regular array") from None
+    if active.dtype != bool or active.shape != (B, S):
+        raise BridgeError(f"active must be bool [{B}, {S}], not {active.dtype} {active.shape}")
+    if positions is None:
+        positions = default_positions(active)
+    positions = integers(positions, "positions", 2)
+    if positions.shape != (B, S):
+        raise BridgeError(f"positions must be [{B}, {S}], not {list(positions.shape)}")
+    check_range(positions, "positions", config.max_position_embeddings)
+    return tokens, groups, active, positions
 
 
 def integers(value: Any, name: str, ndim: int) -> Int[np.ndarray, "..."]:
