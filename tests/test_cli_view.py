@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from bridge.decoding.generation import Finished, Started, Token
-from bridge_cli.text import count, harmless, one_line, size
+from bridge_cli.text import count, harmless, harmless_line, size
 from bridge_cli.view import View, arrange, recent
 
 HOSTILE = "\x1b[2J\x1b]0;title\x07[bold red]markup[/] \u202edrow \x9b31m\r\b\x7f :smile: [link=x]y"
@@ -135,7 +135,7 @@ def test_harmless_text_keeps_its_length_and_its_words(text):
     assert len(shown) == len(text)
     assert harmless(shown) == shown
     shown.encode("utf-8")
-    assert "\n" not in one_line(text)
+    assert "\n" not in harmless_line(text)
 
 
 def test_harmless_keeps_what_scripts_need():

@@ -8,7 +8,7 @@ import typer
 
 from bridge_cli.options import integer
 from bridge_cli.progress import byte_bar
-from bridge_cli.text import one_line, print_json, size
+from bridge_cli.text import harmless_line, print_json, size
 
 
 def convert(
@@ -88,7 +88,7 @@ def convert(
         assert most is not None
         how = f"{most.bits} bits in groups of {most.group_size}, the rest in {made.dtype}"
     tensors = f"{made.tensors} tensors, {size(made.bytes)}; {how}"
-    print(f"{one_line(str(dst))}: {made.form} {what}, {tensors}")
+    print(f"{harmless_line(str(dst))}: {made.form} {what}, {tensors}")
     if made.dequantised:
         print(f"Dequantised to {made.dtype}: the form {made.form} stores no quantised weights.")
     print(f"Try: bridge generate {shlex.quote(str(dst))} 'What is 17 + 25?' --width 8")

@@ -30,7 +30,7 @@ from bridge_cli.options import (
     number,
     read_task_options,
 )
-from bridge_cli.text import one_line, print_json
+from bridge_cli.text import harmless_line, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -167,7 +167,7 @@ def evaluate(
         return print_json(said)
     show(found)
     if out is not None:
-        print(f"Responses, figures and plots are in {one_line(str(out))}")
+        print(f"Responses, figures and plots are in {harmless_line(str(out))}")
 
 
 def _widths(text: str) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bridge_cli.text import one_line
+from bridge_cli.text import harmless_line
 
 if TYPE_CHECKING:
     from bridge.evaluation.summary import Evaluation, Figures, Report
@@ -63,7 +63,7 @@ def stopped(out: Path | None, asked: Asked) -> str:
             if width in asked.widths.get(name, ()) and problem < problems and number < asked.groups
         ]
         of = f" of {asked.each * sum(map(len, asked.widths.values()))}"
-    return f"kept {len(found)}{of} groups in {one_line(str(out))}; the same command goes on"
+    return f"kept {len(found)}{of} groups in {harmless_line(str(out))}; the same command goes on"
 
 
 def show(report: "Report") -> None:
@@ -123,7 +123,7 @@ def _numbers(figures: "Figures", metric: str, sign: str) -> list[str]:
 def _remarks(report: "Report") -> "Iterator[str]":
     ours, settings = report.evaluation, report.evaluation.settings
     yield (
-        f"{one_line(settings['task'])}, {_counted(len(ours.problems), 'problem')} of "
+        f"{harmless_line(settings['task'])}, {_counted(len(ours.problems), 'problem')} of "
         f"{settings['split']}, "
         f"{_counted(ours.groups, 'group')} each; temperature "
         f"{settings['temperature']:g}, seed {settings['seed']}; percent, with 95 % intervals over "
@@ -148,5 +148,5 @@ def _of_one(name: str, evaluation: "Evaluation", figures: "list[Figures]") -> "I
         limit = evaluation.settings["max_new_tokens"]
         yield f"{name}: up to {cut:.1%} of rows were cut off at {limit} tokens"
     if troubles := evaluation.troubles():
-        first = one_line(troubles[0])
+        first = harmless_line(troubles[0])
         yield f"{name}: {len(troubles)} responses could not be scored and count 0, such as: {first}"

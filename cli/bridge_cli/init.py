@@ -8,7 +8,7 @@ import typer
 
 from bridge_cli.options import integer
 from bridge_cli.progress import byte_bar
-from bridge_cli.text import count, one_line, print_json, size
+from bridge_cli.text import count, harmless_line, print_json, size
 
 
 def init(
@@ -64,9 +64,9 @@ def init(
     if json:
         return print_json(made.to_json())
     print(
-        f"{one_line(str(out))}: {count(made.host_parameters)} host parameters, and {made.layers} "
-        f"{kind} blocks with {count(made.bridge_parameters)} ({made.share:.1%} of the host); "
-        f"{size(made.bytes)} in {made.dtype}\n"
+        f"{harmless_line(str(out))}: {count(made.host_parameters)} host parameters, and "
+        f"{made.layers} {kind} blocks with {count(made.bridge_parameters)} "
+        f"({made.share:.1%} of the host); {size(made.bytes)} in {made.dtype}\n"
         "The fresh blocks add zero: until they are trained, rows answer as the host alone would.\n"
         f"Try: bridge generate {shlex.quote(str(out))} 'What is 17 + 25?' --width 8"
     )

@@ -21,7 +21,7 @@ from bridge_cli.options import (
     TopP,
     integer,
 )
-from bridge_cli.text import count, one_line, print_json, size
+from bridge_cli.text import count, harmless_line, print_json, size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -162,7 +162,7 @@ def inspect(
         print()
         for name, spec in summary.tensors.items():
             packed = f" {spec['bits']}-bit" if "bits" in spec else ""
-            print(f"{one_line(name):60} {spec['dtype']:5} {spec['shape']}{packed}")
+            print(f"{harmless_line(name):60} {spec['dtype']:5} {spec['shape']}{packed}")
 
 
 def _trace(ctx: typer.Context) -> None:
@@ -250,7 +250,7 @@ def _listing(lines: dict[str, str]) -> "Table":
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in lines.items():
-        table.add_row(name, Text(one_line(value)))
+        table.add_row(name, Text(harmless_line(value)))
     return table
 
 

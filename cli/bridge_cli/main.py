@@ -25,7 +25,7 @@ from bridge_cli import (
     train,
 )
 from bridge_cli.allocator import keep_memory
-from bridge_cli.text import one_line
+from bridge_cli.text import harmless_line
 
 
 class Commands(TyperGroup):
@@ -52,7 +52,7 @@ class Commands(TyperGroup):
             if message is None:
                 _shorten(error)
                 raise
-        print(f"error: {one_line(message)}", file=sys.stderr)
+        print(f"error: {harmless_line(message)}", file=sys.stderr)
         raise typer.Exit(2)
 
 

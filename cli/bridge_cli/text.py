@@ -1,7 +1,7 @@
 """How the commands write numbers, and text that they did not write themselves.
 
-Nothing that comes out of `harmless` can steer a terminal, and nothing out of `one_line` can be
-mistaken for a second message.
+Nothing that comes out of `harmless` can steer a terminal, and nothing out of `harmless_line` can be
+mistaken for a second message. Neither shortens: what messages quote, `bridge.errors` has shortened.
 """
 
 import json
@@ -20,7 +20,7 @@ def harmless(text: str) -> str:
     return "".join(c if c in "\n\t" or not _steers(c) else _visible(c) for c in text)
 
 
-def one_line(text: str) -> str:
+def harmless_line(text: str) -> str:
     """Harmless text without line breaks."""
     return " ".join(harmless(text).split())
 

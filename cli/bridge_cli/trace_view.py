@@ -11,7 +11,7 @@ from rich.style import Style
 from rich.text import Text
 
 from bridge.tracing.trace import Trace
-from bridge_cli.text import one_line
+from bridge_cli.text import harmless_line
 from bridge_cli.trace_colours import Scale, is_bright, scale_of
 from bridge_cli.view import heading
 
@@ -48,7 +48,7 @@ class View:
         ):
             line = Text.assemble(heading(row, len(self.trace.words[row]), reason), " · ")
             room = self.console.width - line.cell_len
-            said = one_line(text)
+            said = harmless_line(text)
             # An answer's end says more than its beginning.
             line.append(said if len(said) <= room else f"…{said[1 - room :]}")
             line.truncate(self.console.width)

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from bridge_cli.options import number, read_task_options
-from bridge_cli.text import count, one_line, print_json, size
+from bridge_cli.text import count, harmless_line, print_json, size
 
 if TYPE_CHECKING:
     from bridge.training import Result
@@ -175,7 +175,7 @@ def _option(f: "Field[Any]", hint: Any) -> tuple[Any, Any]:
 
 def _print_result(result: "Result") -> None:
     """What came of the run, in two or three lines."""
-    out = one_line(result.final)
+    out = harmless_line(result.final)
     went = "" if result.resumed_from is None else f", the first {result.resumed_from} before"
     print(f"{out}: {result.kind}, {result.steps} steps{went}")
     if result.best is not None:
@@ -195,7 +195,7 @@ def _print_plan(plan: "Plan") -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in _plan_lines(plan).items():
-        table.add_row(name, one_line(value))
+        table.add_row(name, harmless_line(value))
     Console(highlight=False, soft_wrap=False).print(table)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from bridge_cli.text import one_line
+from bridge_cli.text import harmless_line
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -92,13 +92,13 @@ class View:
     def note(self, text: str) -> None:
         """A line of its own."""
         if self.live is None:
-            print(one_line(text), file=sys.stderr)
+            print(harmless_line(text), file=sys.stderr)
         else:
-            self.live.console.print(one_line(text))
+            self.live.console.print(harmless_line(text))
 
     def _say(self, text: str) -> None:
         if not self.quiet:
-            print(one_line(text), file=sys.stderr, flush=True)
+            print(harmless_line(text), file=sys.stderr, flush=True)
 
     def _left(self) -> str:
         """How long it may take yet."""
