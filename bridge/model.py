@@ -23,7 +23,7 @@ from bridge.decoding.generation import (
     row_length,
     run,
 )
-from bridge.decoding.inputs import check_optimizer, default_positions, positions_of
+from bridge.decoding.inputs import check_optimizer, positions_of
 from bridge.decoding.memory import check_decoding
 from bridge.decoding.prompts import (
     Prompt,

@@ -13,7 +13,8 @@ from training_toys import LETTERS, write_model
 import bridge
 from bridge.errors import BridgeError
 from bridge.evaluation.records import RESULTS, Group, Journal, Row, kept
-from bridge.files.jsonl import lines_of, read_lines, read_objects, read_own, to_line, whole_text
+from bridge.files.jsonl import lines_of, read_lines, read_objects, read_own, to_line
+from bridge.files.utf8 import whole_text
 from bridge.tasks import find_task
 from bridge.training import SFTSettings
 from bridge.training.log import Log, read_log

@@ -5,7 +5,7 @@ messages become ids by a checkpoint's tokenizer. Whatever else is refused in one
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -24,20 +24,6 @@ def to_python(value: Any) -> Any:
     """An array or a tensor as (nested) lists, a number of NumPy's as Python's, others as they
     are."""
     return value.tolist() if hasattr(value, "tolist") and not isinstance(value, str) else value
-
-
-def are_messages(value: Any) -> TypeGuard[list[Message]]:
-    """Whether a value of a file is the messages of a chat: one or more objects, each with texts as
-    role and content."""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(message, Mapping)
-            and all(isinstance(message.get(key), str) for key in ("role", "content"))
-            for message in value
-        )
-    )
 
 
 def list_prompts(prompts: Any) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from bridge.decoding.prompts import to_python
 from bridge.errors import BridgeError, show
-from bridge.files.opening import is_text
+from bridge.files.utf8 import is_text
 from bridge.text.streaming import TextStream
 from bridge.text.tokenizer import Tokenizer
 

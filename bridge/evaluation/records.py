@@ -18,9 +18,10 @@ from typing import Annotated, Any
 from bridge.errors import BridgeError, show
 from bridge.files.atomic import new_file
 from bridge.files.fields import Count, Number
-from bridge.files.jsonl import Line, read_own, whole_text
+from bridge.files.jsonl import Line, read_own
 from bridge.files.opening import read_text
 from bridge.files.strict_json import Unreadable, parse_object
+from bridge.files.utf8 import whole_text
 from bridge.numbers.ranges import RANGES
 
 SETTINGS, RESULTS = "settings.json", "results.jsonl"

@@ -17,6 +17,7 @@ from bridge.errors import BridgeError
 from bridge.files.fields import read_as
 from bridge.files.opening import MAX_TEXT, open_file, open_named
 from bridge.files.strict_json import Unreadable, parse_object
+from bridge.files.utf8 import whole_text
 
 MARK = b"\xef\xbb\xbf"  # the byte order mark in UTF-8
 Result = TypeVar("Result")
@@ -125,10 +126,3 @@ def to_line(value: Mapping[str, Any]) -> bytes:
     takes, becomes a replacement character."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     return whole_text(text).encode() + b"\n"
-
-
-def whole_text(text: str) -> str:
-    """A text in which halves of surrogate pairs are replacement characters."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

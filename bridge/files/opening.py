@@ -74,16 +74,6 @@ def read_text(path: Path, *, links: bool = False) -> str:
             raise BridgeError(f"{path}: is not UTF-8 (at byte {error.start})") from None
 
 
-def is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8. Bytes of a command line or a path that are none reach us
-    as lone surrogates, which no tokenizer and no file of ours takes."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _refuse_special(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         what = KINDS.get(stat.S_IFMT(mode), "a device")

@@ -47,7 +47,7 @@ def parse_object(text: str, *, finite: bool = True) -> dict[str, Any]:
 
     try:
         value = json.loads(
-            text, object_pairs_hook=unique_keys, parse_float=number, parse_constant=number
+            text, object_pairs_hook=_unique_keys, parse_float=number, parse_constant=number
         )
         check_depth(value)
         if "\\u" in text:
@@ -100,7 +100,7 @@ def _not_finite(value: Any, name: str) -> str:
     return next(filter(None, (_not_finite(item, where) for where, item in inner)), "")
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For `json.loads`: an object. Raises ValueError for a key that comes twice."""
     seen: dict[str, Any] = {}
     for key, value in pairs:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from bridge.answers.conclusion import normalise
-from bridge.decoding.prompts import are_messages
 from bridge.errors import BridgeError, show
 from bridge.files.jsonl import read_lines
 from bridge.tasks.extraction import check_place, read_answer
 from bridge.tasks.matching import check_match, read_number
 from bridge.tasks.problem import SPLITS, Problem, check_number, check_split, check_threshold
 from bridge.tasks.user_code import load_function
+from bridge.text.chat import are_messages
 
 FIELDS = ("prompt", "messages", "answer", "split")
 TENTHS = ("test", "validation", *["train"] * 8)

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import wait
+from typing import Any, TypeGuard
 
 from bridge.errors import BridgeError, one_line
 from bridge.processes.parent import MOST, Child, ChildLate, ChildLost
@@ -29,6 +30,20 @@ MEMORY = 1 << 29  # bytes; a chat of ten million characters takes a quarter
 LOOK = 0.1  # seconds between looks at its memory, where the system does not limit it
 
 Message = Mapping[str, str]
+
+
+def are_messages(value: Any) -> TypeGuard[list[Message]]:
+    """Whether a value of a file is the messages of a chat: one or more objects, each with texts as
+    role and content."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(message, Mapping)
+            and all(isinstance(message.get(key), str) for key in ("role", "content"))
+            for message in value
+        )
+    )
 
 
 def render_chat(

@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from bridge.errors import BridgeError, show
 from bridge.files.fields import NAMES
-from bridge.files.opening import is_text
 from bridge.files.strict_json import MAX_DEPTH
+from bridge.files.utf8 import is_text
 from bridge.numbers.ranges import LARGE, RANGES, take
 from bridge.training.schedule import SCHEDULES
 

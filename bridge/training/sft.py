@@ -15,13 +15,14 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from bridge.decoding.prompts import are_messages, check_range, read_prompt
+from bridge.decoding.prompts import check_range, read_prompt
 from bridge.errors import BridgeError
 from bridge.files.growing_jsonl import MEND, GrowingJsonl
 from bridge.files.jsonl import read_objects, read_own
 from bridge.model import Model
 from bridge.numbers.rewards import reaches
 from bridge.tasks.user_code import take_problems
+from bridge.text.chat import are_messages
 from bridge.training.batches import Group, check_fits, pack
 from bridge.training.loop import Run
 from bridge.training.rollouts import Rollout, roll_out, split_size

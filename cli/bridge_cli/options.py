@@ -73,7 +73,7 @@ def read_task_options(pairs: Sequence[str]) -> dict[str, Any]:
     a text. Raises BridgeError for what is not KEY=VALUE.
     """
     from bridge.errors import BridgeError, show
-    from bridge.files.opening import is_text
+    from bridge.files.utf8 import is_text
 
     options: dict[str, Any] = {}
     for pair in pairs:

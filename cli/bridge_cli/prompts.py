@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from bridge.decoding.prompts import are_messages
 from bridge.errors import BridgeError, show
 from bridge.files.jsonl import Line, lines_of, read_lines
-from bridge.files.opening import MAX_TEXT, is_text
+from bridge.files.opening import MAX_TEXT
+from bridge.files.utf8 import is_text
+from bridge.text.chat import are_messages
 
 if TYPE_CHECKING:
     from bridge.text.tokenizer import Tokenizer
