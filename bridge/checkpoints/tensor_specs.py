@@ -36,7 +36,7 @@ FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float1
 
 
 class TensorSpec(NamedTuple):
-    """What a header says of a tensor."""
+    """A tensor as it is stored, and as a file's header says it."""
 
     dtype: np.dtype
     shape: tuple[int, ...]

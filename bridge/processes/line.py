@@ -1,6 +1,7 @@
 """Messages on the line between two processes: the length of each in eight bytes, then its bytes.
 
-Both ends read and write them here; nothing else that is written into the line means anything.
+Both ends read and write them here. What anybody else writes into the line begins, nearly always,
+with a length that no message has.
 """
 
 import socket
@@ -11,11 +12,11 @@ LENGTH = struct.Struct("!Q")
 
 
 class TooLong(Exception):
-    """A message says that it is longer than any is: nobody sent it who knows how."""
+    """What came is no message: it would be longer than any is."""
 
 
 def send(line: socket.socket, message: bytes, deadline: float | None = None) -> None:
-    """Write one. Raises OSError where nobody reads it, TimeoutError not before the `deadline`."""
+    """Write one. Raises OSError where nobody reads it, a TimeoutError at the `deadline`."""
     _wait_until(line, deadline)
     line.sendall(LENGTH.pack(len(message)) + message)
 
