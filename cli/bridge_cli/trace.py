@@ -5,9 +5,7 @@ loaded, and files are written whole or not at all.
 """
 
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +16,6 @@ if TYPE_CHECKING:
     from bridge.contract import Sampling
     from bridge.model import Model
     from bridge.tracing.trace import Trace
-
-SHOWN_AFTER = 1.0  # seconds of work before progress is shown
 
 
 @dataclass(frozen=True)
@@ -51,6 +47,7 @@ def show_trace(asked: Request) -> None:
     from bridge.decoding.generation import check_sampling
     from bridge.model import load
     from bridge.tracing.trace import trace
+    from bridge_cli.progress import late_bar
     from bridge_cli.prompts import read_prompts
 
     sampling = check_sampling(**asked.sampling)
@@ -58,7 +55,7 @@ def show_trace(asked: Request) -> None:
     _refuse(asked)
     path, base = asked.checkpoint, asked.base
     model = load(path, base=base, backend=asked.backend, device=asked.device, dtype=asked.dtype)
-    with _progress("answering", asked.json) as update:
+    with late_bar("answering", asked.json) as update:
         answers, chat = _answer(model, prompt, asked, update)
     ran = {"backend": model.backend, "device": model.device, "dtype": model.dtype}
     exact = "float64" if model.dtype == "float64" else "float32"
@@ -67,7 +64,7 @@ def show_trace(asked: Request) -> None:
     else:
         del model  # its memory is the reference's
         reference = load(path, base=base, backend="numpy", dtype=exact)
-    with _progress("replaying", asked.json) as update:
+    with late_bar("replaying", asked.json) as update:
         found = trace(reference, answers, sampling, update)
     _write(found, asked, sampling)
     if asked.json:
@@ -145,28 +142,6 @@ def _answer(
         elif isinstance(event, Done):
             return event.sets[0], chat
     raise AssertionError("a stream ends with Done")
-
-
-@contextmanager
-def _progress(name: str, quiet: bool) -> "Iterator[Callable[[int, int], None]]":
-    """A bar on stderr for what takes longer than a second; nothing where that is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
-    quiet = quiet or not sys.stderr.isatty()
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-    bar = Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=quiet)
-    task, began = bar.add_task(name), time.monotonic()
-
-    def update(done: int, total: int) -> None:
-        if not bar.live.is_started and time.monotonic() - began > SHOWN_AFTER:
-            bar.start()
-        bar.update(task, completed=done, total=total)
-
-    try:
-        yield update
-    finally:
-        bar.stop()
 
 
 def _write(found: "Trace", asked: Request, sampling: "Sampling") -> None:
