@@ -15,7 +15,7 @@ from bridge.config import BridgeConfig
 from bridge.contract import Sampling
 from bridge.decoding.inputs import default_positions
 from bridge.errors import BridgeError
-from bridge.tracing.alike import agree_from, agreement, distinct_n, diversity, edit_distance
+from bridge.tracing.diversity import agree_from, agreement, distinct_n, diversity, edit_distance
 from bridge.tracing.trace import trace
 from bridge_ref.block import bridge_block
 from bridge_ref.model import hidden_states

@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 import bridge
 from bridge.contract import Sampling
 from bridge.model import BUNDLED
-from bridge.tracing.plots import plot_trace
+from bridge.tracing.colours import VIRIDIS, Scale, is_bright, scale_of
+from bridge.tracing.export import page, picture
 from bridge.tracing.trace import trace
 from bridge_cli.main import app
-from bridge_cli.trace_colours import VIRIDIS, Scale, is_bright, scale_of
-from bridge_cli.trace_html import page
+from bridge_cli.text import harmless
 from bridge_cli.trace_view import View
 
 PLAIN = {"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"}
@@ -170,7 +170,7 @@ def test_the_picture_is_bright_where_a_row_is_heard_and_blank_where_it_has_ended
         "words": [["x"] * 4] * 2,
         "prompt": HOSTILE + " 你好",
     }
-    plot_trace(tmp_path / "a.png", hand_made(attention=weights, **changes))
+    (tmp_path / "a.png").write_bytes(picture(hand_made(attention=weights, **changes)))
     assert_drawn(tmp_path / "a.png")
     # Across the map of what rows are heard: row 0, dark, above row 1, bright.
     dark, bright = (
@@ -180,15 +180,13 @@ def test_the_picture_is_bright_where_a_row_is_heard_and_blank_where_it_has_ended
     assert len(dark) > 20 and len(bright) > 20 and dark.max() < bright.min()
     changes |= {"tokens": np.array([[1, 2, 3, 4], [1, -1, -1, -1]])}
     weights[:, :, 1:] = [[1.0, 0.0], [np.nan, np.nan]]
-    plot_trace(tmp_path / "b.png", hand_made(attention=weights, **changes))
+    (tmp_path / "b.png").write_bytes(picture(hand_made(attention=weights, **changes)))
     white = (255, 255, 255)
     assert alike(tmp_path / "b.png", white).sum() > alike(tmp_path / "a.png", white).sum() + 10_000
 
 
 class Page(HTMLParser):
     """Tags, attributes and words of a page; a tag that is not closed in order fails."""
-
-    VOID = ("meta", "rect", "line", "polyline", "circle")
 
     def __init__(self, text):
         super().__init__()
@@ -199,10 +197,8 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
         self.attributes += attrs
-        if tag not in self.VOID or not self.get_starttag_text().endswith("/>"):
+        if tag != "meta":
             self.open.append(tag)
-        if tag == "meta":
-            self.open.pop()
 
     def handle_startendtag(self, tag, attrs):
         self.tags.add(tag)
@@ -218,12 +214,12 @@ class Page(HTMLParser):
 def test_the_page_needs_nothing_and_trusts_no_text():
     changes = {"prompt": HOSTILE, "answers": [HOSTILE] * 3}
     changes["words"] = [[HOSTILE, '" onclick="x'], [HOSTILE, "\x00\n"], [HOSTILE]]
-    text = page(hand_made(**changes), HOSTILE, Sampling(top_p=0.9))
+    text = page(hand_made(**changes), HOSTILE, Sampling(top_p=0.9), harmless)
     found = Page(text)
     assert found.tags <= {
         *("html", "head", "meta", "title", "style", "body", "main", "p", "h1", "h2", "pre", "dl"),
-        *("div", "dt", "dd", "table", "thead", "tbody", "tr", "th", "td", "svg", "rect", "text"),
-        *("line", "polyline", "circle", "figure", "figcaption"),
+        *("div", "dt", "dd", "table", "tr", "th", "td", "i", "span", "svg", "rect", "path"),
+        *("figure", "figcaption"),
     }
     names = {name for name, _ in found.attributes}
     assert not any(name.startswith("on") for name in names) and not names & {"src", "href"}
@@ -235,14 +231,15 @@ def test_the_page_needs_nothing_and_trusts_no_text():
 
 
 def test_the_page_says_row_step_token_and_figure():
-    found = Page(page(hand_made(), "model", Sampling()))
-    titles = [value for name, value in found.attributes if name == "title"]
-    assert "row 1, step 1: c\nattention from the others 0.500\nentropy 0.000 nats" in [
-        title.replace(":  ", ": ") for title in titles
-    ]
-    words = [word.replace("  ", " ") for word in found.words]
-    assert "layer 1, step 1: 0.625 to others (even 0.500)\nrow 0 b 0.750\nrow 1 c 0.500" in words
-    assert "layer 3: row 1 looks at row 0: 0.667" in words
+    found = Page(page(hand_made(), "model", Sampling(), harmless))
+    titles = [value.replace("  ", " ") for name, value in found.attributes if name == "title"]
+    assert "row 1, step 1: c\nattention from the others 0.500\nentropy 0.000 nats" in titles
+    assert "layer 1, step 1: 0.625 to others (even 0.500)\nrow 0 b 0.750\nrow 1 c 0.500" in titles
+    assert "layer 3: row 1 looks at row 0: 0.667" in titles
+    assert {"step 1: mean entropy 0.250 nats", "step 1: 50% say the same"} <= {*found.words}
+    # Entropies up to 2: a line down from 1 to 0.5, and a dash at 0 of the row with one step.
+    lines = [value for name, value in found.attributes if name == "d"]
+    assert {"M0.5,0.5000L1.5,0.7500", "M0.3,1.0000h0.4"} <= {*lines}
 
 
 def test_files_are_written_beside_the_view(traced, tmp_path):

@@ -18,7 +18,7 @@ from bridge.decoding.generation import ResponseSet
 from bridge.decoding.inputs import default_positions
 from bridge.errors import BridgeError
 from bridge.model import Model
-from bridge.tracing.alike import Diversity, agree_from, agreement, diversity
+from bridge.tracing.diversity import Diversity, agree_from, agreement, diversity
 from bridge.training.batches import Group, make_batch
 
 
@@ -68,6 +68,10 @@ class Trace:
         seen = self._attention().mean(axis=1)
         return 1 - np.diagonal(seen, axis1=-2, axis2=-1)
 
+    def by_layer(self) -> Float[np.ndarray, "layers T"]:
+        """`to_others`, mean over the active rows."""
+        return np.nanmean(self.to_others(), axis=2)
+
     def even(self) -> Float[np.ndarray, " T"]:
         """`to_others` of rows that look at all rows alike: (n - 1) / n of n active rows."""
         n = self.active.sum(axis=0)
@@ -80,50 +84,65 @@ class Trace:
         `layer`: by its number in the model; None is the mean over layers. Raises BridgeError for
         one without a block.
         """
-        seen = self._attention()
-        if layer is not None:
-            seen = seen[[self.index(layer)]]
-        return np.nanmean(seen, axis=(0, 1, 2))
+        return np.nanmean(self._attention(layer), axis=(0, 1, 2))
 
     def heard(self, layer: int | None = None) -> Float[np.ndarray, "T N"]:
         """How much each row is looked at by the others: the mean over the other active rows of the
         weight that they give to it. Even attention gives 1 / n of n active rows. NaN where the row
         has ended or is alone. `layer`: as for `looks`."""
-        seen = self._attention()
-        if layer is not None:
-            seen = seen[[self.index(layer)]]
-        given = seen.mean(axis=(0, 1))  # [T, who looks, at whom]
+        given = self._attention(layer).mean(axis=(0, 1))  # [T, who looks, at whom]
         others = np.where(np.eye(self.width, dtype=bool), np.nan, given)
         there, n = self.active.T, self.active.sum(axis=0)[:, None]
         received = np.nansum(others, axis=1) / np.maximum(n - 1, 1)
         return np.where(there & (n > 1), received, np.nan)
-
-    def index(self, layer: int) -> int:
-        """Where a layer stands among those with a block. Raises BridgeError if it has none."""
-        if layer not in self.layers:
-            known = ", ".join(map(str, self.layers))
-            raise BridgeError(f"layer {layer} has no Bridge block; layers with one: {known}")
-        return self.layers.index(layer)
 
     def mean_entropy(self) -> Float[np.ndarray, " T"]:
         """Mean over the rows active at each step."""
         return np.nanmean(self.entropy, axis=0)
 
     def agreement(self) -> Float[np.ndarray, " T"]:
-        """See `trace_alike.agreement`."""
+        """See `diversity.agreement`."""
         return agreement(self.tokens)
 
     def agree_from(self) -> int | None:
-        """See `trace_alike.agree_from`."""
+        """See `diversity.agree_from`."""
         return agree_from(self.tokens)
 
     def diversity(self) -> Diversity:
-        """See `trace_alike.diversity`; the token that ended a row for good (EOS) is left out."""
+        """See `diversity.diversity`; the token that ended a row for good (EOS) is left out."""
         said = [
             row[row >= 0][: -1 if reason == "eos" else None].tolist()
             for row, reason in zip(self.tokens, self.reasons, strict=True)
         ]
         return diversity(self.answers, said)
+
+    def remarks(self) -> list[str]:
+        """What the figures mean, and what should be known of them, a sentence each."""
+        alike, start = self.diversity(), self.agree_from()
+        said = [f"{alike.distinct} of {alike.answers} answers are distinct"]
+        if alike.edit_distance is not None:
+            said.append(
+                f"two differ by {alike.edit_distance:.1f} token edits ({alike.edit_share:.0%} of "
+                "the longer) in the mean"
+            )
+        for n, share in enumerate((alike.distinct_1, alike.distinct_2), 1):
+            said += [] if share is None else [f"distinct-{n} is {share:.2f}"]
+        lines = ["; ".join(said) + "."]
+        if self.width > 1:
+            since = f"From step {start} on (the last is {self.steps - 1}),"
+            since = "There is no step from which on" if start is None else since
+            lines.append(f"{since} at least half of the rows, and two or more, say the same token.")
+        greedy = " (answers are greedy; this is of the softmax)" if self.greedy else ""
+        lines.append(f"Entropy is in nats, of what tokens are drawn from{greedy}.")
+        if self.kind != "attention":
+            lines.append(
+                "P-Match blocks (kind mlp) read no other rows: there is no attention to show."
+            )
+        elif not self.norm_ratios.any():
+            lines.append(
+                "All norm ratios are 0: these blocks add nothing yet, as fresh ones do not."
+            )
+        return lines
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists for machines: rounded to six decimals, null where a row has ended.
@@ -162,10 +181,16 @@ class Trace:
         """Mean over active cells."""
         return np.nanmean(1 - np.diagonal(self._attention(), axis1=-2, axis2=-1), axis=(2, 3))
 
-    def _attention(self) -> Float[np.ndarray, "layers H T N N"]:
+    def _attention(self, layer: int | None = None) -> Float[np.ndarray, "layers H T N N"]:
+        """Of all layers, or of one, by its number in the model."""
         if self.attention is None:
             raise BridgeError(f"{self.kind} blocks read no other rows, so there is no attention")
-        return self.attention
+        if layer is None:
+            return self.attention
+        if layer not in self.layers:
+            known = ", ".join(map(str, self.layers))
+            raise BridgeError(f"layer {layer} has no Bridge block; layers with one: {known}")
+        return self.attention[[self.layers.index(layer)]]
 
 
 def trace(
@@ -217,6 +242,11 @@ def trace(
         entropy=np.where(there, entropy[:, first:], np.nan),
         greedy=greedy,
     )
+
+
+def layers_shown(layer: int | None) -> str:
+    """What is shown where one layer, or none, is asked for."""
+    return "mean over layers" if layer is None else f"layer {layer}"
 
 
 def plain(figures: np.ndarray) -> list[Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bridge_cli.text import print_json
+from bridge_cli.text import harmless, print_json
 
 if TYPE_CHECKING:
     from bridge.contract import Sampling
@@ -96,7 +96,7 @@ def _refuse(asked: Request) -> None:
         if path is not None:
             refuse_existing(path)
     if asked.png is not None:
-        from bridge.tracing.plots import need_matplotlib
+        from bridge.tracing.export import need_matplotlib
 
         need_matplotlib()
     bridge = open_checkpoint(asked.checkpoint, asked.base, headers_only=True).config.bridge
@@ -146,14 +146,13 @@ def _answer(
 
 def _write(found: "Trace", asked: Request, sampling: "Sampling") -> None:
     from bridge.files.atomic import new_file
+    from bridge.tracing.export import page, picture
 
     if asked.png is not None:
-        from bridge.tracing.plots import plot_trace
-
-        plot_trace(asked.png, found, asked.layer)
+        drawn = picture(found, asked.layer)
+        with new_file(asked.png) as file:
+            file.write(drawn)
     if asked.html is not None:
-        from bridge_cli.trace_html import page
-
-        text = page(found, str(asked.checkpoint), sampling, asked.layer)
+        text = page(found, str(asked.checkpoint), sampling, harmless, asked.layer)
         with new_file(asked.html) as file:
-            file.write(text.encode("utf-8", "backslashreplace"))
+            file.write(text.encode())

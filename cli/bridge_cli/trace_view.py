@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from bridge.tracing.trace import Trace
+from bridge.tracing.colours import Scale, scale_of
+from bridge.tracing.trace import Trace, layers_shown
 from bridge_cli.text import harmless_line
-from bridge_cli.trace_colours import Scale, is_bright, scale_of
 from bridge_cli.view import heading
 
 LABEL, FIGURE = 8, 8  # columns on the left, and on the right where figures stand
@@ -55,17 +55,12 @@ class View:
             self.console.print(line)
 
     def _by_layer(self) -> None:
-        trace = self.trace
-        shares = trace.to_others()
-        means = np.nanmean(shares, axis=2)
+        trace, means = self.trace, self.trace.by_layer()
         scale = scale_of(means)
         self._title("attention to other rows", "by layer, mean over rows and heads", "norm ratio")
         for number, mean, ratio in zip(trace.layers, means, trace.norm_ratios, strict=True):
-            line = self._line(f"layer {number}" if number < 10 else f"L {number}")
-            line.append_text(self._cells(mean, scale))
-            line.append(f" {ratio:>{FIGURE - 1}.2g}")
-            self.console.print(line)
-        self._ruler()
+            self._line(_layer(number), self._cells(mean, scale), f"{ratio:.2g}")
+        self._numbers()
         even = trace.even()
         ends = f"{even.min():.2f} to {even.max():.2f}" if np.ptp(even) else f"{even[0]:.2f}"
         self._legend(scale, f"attention that is even: {ends}")
@@ -75,35 +70,31 @@ class View:
         if np.isnan(heard).all():  # a group of one
             return
         scale = scale_of(heard)
-        self._title("attention from other rows", f"to each row, {self._layers()}", "mean")
+        self._title("attention from other rows", f"to each row, {layers_shown(self.layer)}", "mean")
         for row, figures in enumerate(heard.T):
-            line = self._line(f"row {row}")
-            line.append_text(self._cells(figures, scale))
-            mean = "" if np.isnan(figures).all() else f"{np.nanmean(figures):.2f}"
-            line.append(f" {mean:>{FIGURE - 1}}")
-            self.console.print(line)
-        self._ruler()
+            self._line(f"row {row}", self._cells(figures, scale), _mean(figures))
+        self._numbers()
         self._legend(scale, "blank: the row has ended")
 
     def _looks(self) -> None:
         looks = self.trace.looks(self.layer)
         width, room = len(looks), self.console.width - LABEL
         scale = scale_of(looks)
-        self._title("who looks at whom", f"percent, mean over steps, {self._layers()}")
-        size = 4 if 4 * width <= room else 1
+        self._title("who looks at whom", f"percent, mean over steps, {layers_shown(self.layer)}")
         if width > room:
             return self.console.print(f"{width} rows are too many for this terminal; see --html")
+        size = 4 if 4 * width <= room else 1
         if size > 1:
             numbers = "".join(f"{row:>{size - 1}} " for row in range(width))
-            self.console.print(Text(f"{'':{LABEL}}{numbers}".rstrip(), "dim"))
+            self._dim(f"{'':{LABEL}}{numbers}".rstrip())
         for row, weights in enumerate(looks):
-            line = self._line(f"row {row}")
+            cells = Text()
             for weight in weights:
-                said = f"{100 * weight:>{size - 1}.0f} " if size > 1 else scale.digit(weight)
-                line.append(said if size > 1 or not self.coloured else " ", self._on(weight, scale))
-            self.console.print(line)
+                said = f"{100 * weight:>{size - 1}.0f} " if size > 1 else self._digit(weight, scale)
+                cells.append(said, self._on(weight, scale))
+            self._line(f"row {row}", cells)
         if size == 1:
-            self._legend(scale, "")
+            self._legend(scale)
 
     def _ratios(self) -> None:
         """Of blocks without attention: a bar a layer."""
@@ -111,29 +102,20 @@ class View:
         self._title("norm ratio", "of what a block adds to what it reads, by layer")
         room = self.console.width - LABEL - FIGURE
         for number, ratio in zip(self.trace.layers, ratios, strict=True):
-            line = self._line(f"layer {number}" if number < 10 else f"L {number}")
             bar = "█" * round(room * ratio / max(ratios.max(), 1e-12))
-            line.append(f"{bar:{room}} {ratio:>{FIGURE - 1}.2g}")
-            self.console.print(line)
+            self._line(_layer(number), Text(f"{bar:{room}}"), f"{ratio:.2g}")
 
     def _curves(self) -> None:
         entropy, agreement = self.trace.mean_entropy(), self.trace.agreement()
         self._title("entropy and agreement", "by step", "mean")
-        for name, figures, most in (
-            ("entropy", entropy, float(entropy.max())),
-            ("agree", agreement, 1.0),
-        ):
-            line = self._line(name)
-            line.append(self._bars(figures, most), "cyan")
-            mean = "" if np.isnan(figures).all() else f"{np.nanmean(figures):.2f}"
-            line.append(f" {mean:>{FIGURE - 1}}")
-            self.console.print(line)
-        self._ruler()
+        self._line("entropy", self._bars(entropy, float(entropy.max())), _mean(entropy))
+        self._line("agree", self._bars(agreement, 1.0), _mean(agreement))
+        self._numbers()
 
     def _remarks(self) -> None:
         self.console.print()
-        for line in remarks(self.trace):
-            self.console.print(Text(line, "dim"))
+        for line in self.trace.remarks():
+            self._dim(line)
 
     def _title(self, title: str, what: str, right: str = "") -> None:
         self.console.print()
@@ -145,8 +127,12 @@ class View:
         line.truncate(self.console.width)
         self.console.print(line)
 
-    def _line(self, label: str) -> Text:
-        return Text(f"{label:{LABEL}}")
+    def _line(self, label: str, shown: Text, figure: str | None = None) -> None:
+        line = Text(f"{label:{LABEL}}").append_text(shown)
+        self.console.print(line if figure is None else line.append(f" {figure:>{FIGURE - 1}}"))
+
+    def _dim(self, line: str) -> None:
+        self.console.print(Text(line, "dim"))
 
     def _binned(self, figures: Float[np.ndarray, " T"]) -> list[float]:
         """A figure a column: the mean of its steps, without those that have none."""
@@ -156,72 +142,42 @@ class View:
     def _cells(self, figures: Float[np.ndarray, " T"], scale: Scale) -> Text:
         cells = Text()
         for value in self._binned(figures):
-            said = " " if self.coloured else scale.digit(value)
-            cells.append(said * self.wide, self._on(value, scale))
+            cells.append(self._digit(value, scale) * self.wide, self._on(value, scale))
         return cells
+
+    def _digit(self, value: float, scale: Scale) -> str:
+        """What stands in a cell that has no number."""
+        return " " if self.coloured else scale.digit(value)
 
     def _on(self, value: float, scale: Scale) -> Style:
         """A background, and letters that can be read on it."""
-        if np.isnan(value) or not self.coloured:
-            return Style()
-        colour = scale.colour(value)
-        ink = "#000000" if is_bright(colour) else "#ffffff"
-        r, g, b = colour
-        return Style(color=ink, bgcolor=f"#{r:02x}{g:02x}{b:02x}")
+        paint = scale.paint(value) if self.coloured else None
+        return Style(bgcolor=paint[0], color=paint[1]) if paint else Style()
 
-    def _bars(self, figures: Float[np.ndarray, " T"], most: float) -> str:
-        def bar(value: float) -> str:
-            said = " " if np.isnan(value) else BARS[round(value / max(most, 1e-12) * 7)]
-            return said * self.wide
+    def _bars(self, figures: Float[np.ndarray, " T"], most: float) -> Text:
+        shares = np.array(self._binned(figures)) / max(most, 1e-12)
+        said = (" " if np.isnan(share) else BARS[round(7 * share)] for share in shares)
+        return Text("".join(bar * self.wide for bar in said), "cyan")
 
-        return "".join(map(bar, self._binned(figures)))
-
-    def _ruler(self) -> None:
-        """Numbers of steps, every ten cells, or five wide ones."""
+    def _numbers(self) -> None:
+        """Of steps, every ten cells, or five wide ones."""
         every = 10 if self.wide == 1 else 5
         places = range(0, self.cells, every)
         marks = "".join(f"{i * self.each:<{every * self.wide}}" for i in places).rstrip()
-        self.console.print(Text(f"{'step':{LABEL}}{marks}", "dim"))
+        self._dim(f"{'step':{LABEL}}{marks}")
 
-    def _legend(self, scale: Scale, note: str) -> None:
-        line = self._line("")
-        line.append(f"{scale.low:.2f} ")
+    def _legend(self, scale: Scale, note: str = "") -> None:
+        shown = Text(f"{scale.low:.2f} ")
         for i in range(10):
             value = scale.low + (i + 0.5) / 10 * (scale.high - scale.low)
-            line.append(" " if self.coloured else scale.digit(value), self._on(value, scale))
-        line.append(f" {scale.high:.2f}")
-        line.append(f" · {note}" if note else "", "dim")
-        self.console.print(line)
-
-    def _layers(self) -> str:
-        if self.layer is not None:
-            return f"layer {self.layer}"
-        return "mean over layers"
+            shown.append(self._digit(value, scale), self._on(value, scale))
+        shown.append(f" {scale.high:.2f}").append(f" · {note}" if note else "", "dim")
+        self._line("", shown)
 
 
-def remarks(trace: Trace) -> list[str]:
-    """What the figures mean, and what should be known of them, a sentence each."""
-    alike, start = trace.diversity(), trace.agree_from()
-    said = [f"{alike.distinct} of {alike.answers} answers are distinct"]
-    if alike.edit_distance is not None:
-        said.append(
-            f"two differ by {alike.edit_distance:.1f} token edits ({alike.edit_share:.0%} of the "
-            "longer) in the mean"
-        )
-    for n, share in enumerate((alike.distinct_1, alike.distinct_2), 1):
-        said += [] if share is None else [f"distinct-{n} is {share:.2f}"]
-    lines = ["; ".join(said) + "."]
-    if trace.width > 1:
-        lines.append(
-            f"From step {start} on (the last is {trace.steps - 1}),"
-            if start is not None
-            else "There is no step from which on"
-        )
-        lines[-1] += " at least half of the rows, and two or more, say the same token."
-    greedy = " (answers are greedy; this is of the softmax)" if trace.greedy else ""
-    lines.append(f"Entropy is in nats, of what tokens are drawn from{greedy}.")
-    if trace.kind != "attention":
-        lines.append("P-Match blocks (kind mlp) read no other rows: there is no attention to show.")
-    elif not trace.norm_ratios.any():
-        lines.append("All norm ratios are 0: these blocks add nothing yet, as fresh ones do not.")
-    return lines
+def _layer(number: int) -> str:
+    return f"layer {number}" if number < 10 else f"L {number}"
+
+
+def _mean(figures: Float[np.ndarray, " T"]) -> str:
+    return "" if np.isnan(figures).all() else f"{np.nanmean(figures):.2f}"

@@ -7,19 +7,11 @@ from math import ceil, floor, isnan
 
 import numpy as np
 
+Colour = tuple[int, ...]  # red, green and blue, up to 255
+
 # Nine colours of viridis, evenly apart (Smith, van der Walt and Firing); between them, straight.
-VIRIDIS = (
-    (68, 1, 84),
-    (71, 44, 122),
-    (59, 81, 139),
-    (44, 113, 142),
-    (33, 144, 141),
-    (39, 173, 129),
-    (92, 200, 99),
-    (170, 220, 50),
-    (253, 231, 37),
-)
-Colour = tuple[int, int, int]
+NINE = "440154 472c7a 3b518b 2c718e 21908d 27ad81 5cc863 aadc32 fde725"
+VIRIDIS: tuple[Colour, ...] = tuple(tuple(bytes.fromhex(colour)) for colour in NINE.split())
 
 
 @dataclass(frozen=True)
@@ -37,11 +29,15 @@ class Scale:
         """Of a value; it must not be NaN."""
         place = self.share(value) * (len(VIRIDIS) - 1)
         i = min(int(place), len(VIRIDIS) - 2)
-        r, g, b = (
-            round(x + (place - i) * (y - x))
-            for x, y in zip(VIRIDIS[i], VIRIDIS[i + 1], strict=True)
-        )
-        return r, g, b
+        ends = zip(VIRIDIS[i], VIRIDIS[i + 1], strict=True)
+        return tuple(round(x + (place - i) * (y - x)) for x, y in ends)
+
+    def paint(self, value: float) -> tuple[str, str] | None:
+        """The colour of a value, and that of letters on it, as `#rrggbb`; None for NaN."""
+        if isnan(value):
+            return None
+        colour = self.colour(value)
+        return f"#{bytes(colour).hex()}", "#000000" if is_bright(colour) else "#ffffff"
 
     def digit(self, value: float) -> str:
         """A value as a digit, where there is no colour; blank for NaN."""

@@ -4,7 +4,6 @@ Tokens in, figures out; it knows nothing of models. Axes: N rows, T steps; a tok
 the row has ended.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -70,11 +69,8 @@ def distinct_n(tokens: Sequence[Sequence[int]], n: int) -> float | None:
 def agreement(tokens: Int[np.ndarray, "N T"]) -> Float[np.ndarray, " T"]:
     """At each step, the share of the active rows that say the commonest token; NaN where fewer than
     two rows are active, since one has nobody to agree with."""
-    found = np.full(tokens.shape[1], np.nan)
-    for t, (count, active) in enumerate(_commonest(tokens)):
-        if active >= 2:
-            found[t] = count / active
-    return found
+    alike, active = _alike(tokens)
+    return np.where(active >= 2, alike / np.maximum(active, 1), np.nan)
 
 
 def agree_from(tokens: Int[np.ndarray, "N T"]) -> int | None:
@@ -84,21 +80,14 @@ def agree_from(tokens: Int[np.ndarray, "N T"]) -> int | None:
     None where there is no such step: rows differ at the last step at which two are active. *Two*,
     since of two rows that differ each is a half.
     """
-    first = None
-    for t, (count, active) in enumerate(_commonest(tokens)):
-        if active < 2:
-            continue
-        if count < 2 or 2 * count < active:
-            first = None
-        elif first is None:
-            first = t
-    return first
+    alike, active = _alike(tokens)
+    differ = (active >= 2) & ((alike < 2) | (2 * alike < active))
+    start = int(np.flatnonzero(differ).max(initial=-1)) + 1
+    return start if (active[start:] >= 2).any() else None
 
 
-def _commonest(tokens: Int[np.ndarray, "N T"]) -> list[tuple[int, int]]:
+def _alike(tokens: Int[np.ndarray, "N T"]) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"]]:
     """At each step, how many rows say the commonest token, and how many are active."""
-    found = []
-    for column in tokens.T:
-        said = Counter(column[column >= 0].tolist())
-        found.append((max(said.values(), default=0), said.total()))
-    return found
+    there = tokens >= 0
+    said = [((tokens == row) & there).sum(axis=0) for row in tokens]
+    return np.max(said, axis=0), there.sum(axis=0)
