@@ -12,6 +12,10 @@ from importlib.metadata import files
 from pathlib import Path
 from typing import Any
 
+# Test processes whose threads outnumber the cores wait for each other; libraries read this once.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
