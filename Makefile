@@ -12,11 +12,12 @@ MODEL  ?= demo/bridge
 WIDTH  ?= 8
 export QUESTION ?= There are 5 bags with 8 marbles in each bag. How many marbles are there in total?
 
-.PHONY: help setup demo test lint format golden bench clean
+.PHONY: help setup demo test test-slow lint format golden bench clean
 
 help:
 	@echo "make demo    eight answers from SmolLM2-135M-Instruct with fresh blocks, and what trained ones do"
-	@echo "make test    ruff, pyright, the arrows between rooms and the whole test suite"
+	@echo "make test    ruff, pyright, the arrows between rooms and the test suite"
+	@echo "make test-slow  the suite's dear tests: more cases, more kills, longer texts"
 	@echo "make golden  regenerate the golden vectors of the spec"
 	@echo "make bench   decode and prefill figures, as ratios against transformers"
 	@echo "make clean   remove the virtual environment and the demo's files"
@@ -46,6 +47,10 @@ demo: $(MODEL)
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2 tests
+
+# The dear forms of what `make test` holds on fewer cases.
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -q -n 2 -m slow tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

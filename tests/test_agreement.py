@@ -39,8 +39,9 @@ def run(models, prompt, width, steps, sampling, eos_ids=()) -> Agreement:
     return last
 
 
-def test_the_real_model_says_the_same_on_every_backend(smollm2, tmp_path):
-    """SmolLM2 with blocks that are not zero, width 4, temperature 0.8, 48 tokens, float32."""
+@pytest.mark.parametrize("steps,least", [(16, 60), pytest.param(48, 100, marks=pytest.mark.slow)])
+def test_the_real_model_says_the_same_on_every_backend(smollm2, tmp_path, steps, least):
+    """SmolLM2 with blocks that are not zero, width 4, temperature 0.8, float32."""
     init(smollm2, tmp_path / "bridge", heads=2, head_dim=48)
     sampling = Sampling(temperature=0.8, seed=0)
     models, prompt, eos_ids = {}, None, ()
@@ -50,12 +51,12 @@ def test_the_real_model_says_the_same_on_every_backend(smollm2, tmp_path):
         prompt = model.tokenizer.encode_chat([{"role": "user", "content": QUESTION}])
         eos_ids = model.eos_ids
     prompts = [np.asarray(prompt)]
-    result = run(models, prompts[0], 4, 48, sampling, eos_ids)
+    result = run(models, prompts[0], 4, steps, sampling, eos_ids)
     reference = load(tmp_path / "bridge", "numpy").implementation
     first = next(iter(models.values()))
-    replay("numpy", reference, first, prompts, [4], 48, result, sampling)
+    replay("numpy", reference, first, prompts, [4], steps, result, sampling)
     assert result.backends == [*FAST, "numpy"]
-    assert result.draws == len(FAST) * sum(map(len, result.tokens)) > 100 * len(FAST)
+    assert result.draws == len(FAST) * sum(map(len, result.tokens)) > least * len(FAST)
     assert result.flips == [], result.flips
 
 

@@ -1,15 +1,13 @@
 """Every property of the contract, for every backend that is here, in every dtype (chapter 10).
 
 The checks are `bridge_conformance`'s, run as `bridge conformance` runs them, a level a test; the
-reference itself must pass them too. Narrow dtypes on JAX, where every case is compiled anew, run
-profile `quick` here and `ci` by the command; long texts and lives run in narrow dtypes by the
-command alone. HYPOTHESIS_PROFILE=thorough runs many cases.
+reference itself must pass them too. Profile `ci` of JAX, where every case is compiled anew, and of
+the reference is among the slow tests, and `quick` here; in narrow dtypes JAX runs `ci` by the
+command, and so do long texts and lives on every backend. HYPOTHESIS_PROFILE=thorough runs many
+cases.
 """
 
 import os
-
-# Test processes whose threads outnumber the cores wait for each other.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from rich.console import Console
@@ -28,11 +26,25 @@ TARGETS = [
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 
 
+def profiles(backend, dtype):
+    """That of `make test` and that of `make test-slow`, if any."""
+    if THOROUGH:
+        return "thorough", None
+    if backend == "jax" and dtype not in WIDEST:  # float16 is the same code as bfloat16
+        return (None, "quick") if dtype == "float16" else ("quick", None)
+    return ("quick", "ci") if backend in ("jax", "numpy") else ("ci", None)
+
+
+def runs():
+    for backend, device, dtype in TARGETS:
+        for profile, marks in zip(profiles(backend, dtype), ([], [pytest.mark.slow]), strict=True):
+            if profile:
+                yield pytest.param(backend, device, dtype, profile, marks=marks)
+
+
 @pytest.mark.parametrize("level", LEVELS, ids=lambda level: f"L{level}")
-@pytest.mark.parametrize("backend,device,dtype", TARGETS)
-def test_conformance(backend, device, dtype, level):
-    brief = backend == "jax" and dtype in ("bfloat16", "float16")
-    profile = "thorough" if THOROUGH else "quick" if brief else "ci"
+@pytest.mark.parametrize("backend,device,dtype,profile", list(runs()))
+def test_conformance(backend, device, dtype, profile, level):
     left_out = () if THOROUGH or dtype in WIDEST else PROFILES["quick"].wide
     report = run(
         backend,

@@ -1,4 +1,4 @@
-"""`bridge convert` killed at fifty moments of its writing: DST absent or whole, SRC untouched.
+"""`bridge convert` killed at many moments of its writing: DST absent or whole, SRC untouched.
 
 It kills itself (SIGKILL): once so many of its bytes are with the system, or, every other time, at
 one of the interpreter's audit events, among which are files being opened, renamed and removed. So
@@ -18,7 +18,7 @@ from unittest import mock
 
 import pytest
 
-KILLS = 50
+KILLS = [16, pytest.param(50, marks=pytest.mark.slow)]
 
 
 def die():
@@ -86,7 +86,8 @@ def source(tmp_path_factory):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-def test_a_killed_conversion_leaves_nothing_half_done(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kills", KILLS)
+def test_a_killed_conversion_leaves_nothing_half_done(source, tmp_path, monkeypatch, kills):
     context = multiprocessing.get_context("forkserver")
     # What a process then need not import before it starts to write. The server imports it, and
     # passes over in silence what it does not find.
@@ -113,7 +114,7 @@ def test_a_killed_conversion_leaves_nothing_half_done(source, tmp_path, monkeypa
         total[form] = size, events
         shutil.rmtree(home / "dst")
     rng, interrupted = random.Random(0), 0
-    for kill in range(KILLS):
+    for kill in range(kills):
         form = ("jax", "mlx")[kill % 2]
         size, events = total[form]
         if kill // 2 % 2:
@@ -129,4 +130,4 @@ def test_a_killed_conversion_leaves_nothing_half_done(source, tmp_path, monkeypa
         assert all(name == "dst" or name.startswith(".dst.partial-") for name in left)
         for name in left:
             shutil.rmtree(home / name)
-    assert KILLS // 2 <= interrupted < KILLS
+    assert kills // 2 <= interrupted < kills

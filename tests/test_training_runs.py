@@ -25,7 +25,13 @@ def settings(toy_model, tmp_path):
     return toy_run(toy_model, tmp_path / "run")
 
 
-@pytest.mark.parametrize("backend, kills", [("torch", 50), ("jax", 5), ("mlx", 5)])
+FEW = [("torch", 8), ("jax", 1), ("mlx", 2)]
+MANY = [
+    pytest.param(*many, marks=pytest.mark.slow) for many in (("torch", 50), ("jax", 5), ("mlx", 5))
+]
+
+
+@pytest.mark.parametrize("backend, kills", FEW + MANY)
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path, backend, kills):
     command = [sys.executable, TESTS / "training_kills.py", backend, kills, 0, tmp_path]
     alone = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
