@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from training_toys import InProcess
 
 import bridge
 from bridge.errors import BridgeError
@@ -53,12 +54,27 @@ T_OF_TWO = 12.7062  # Student's t of two seeds, as tables print it: 97.5 %, one 
 ALL = plans.ARMS | plans.ABLATIONS
 
 
+class Near(InProcess):
+    """Scores without a process, one a stage; the stages done again below have their own."""
+
+    def __init__(self, task, time_limit):
+        super().__init__(task)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        pass
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Two seeds of the three arms, and one of the ablations."""
     root = tmp_path_factory.mktemp("experiment") / "runs"
-    run.run_seed(root / "search" / "seed-0", TOY, 0, ALL)
-    run.run_seed(root / "search" / "seed-1", TOY, 1, plans.ARMS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bridge.tasks.Scorer", Near)
+        run.run_seed(root / "search" / "seed-0", TOY, 0, ALL)
+        run.run_seed(root / "search" / "seed-1", TOY, 1, plans.ARMS)
     return root
 
 
