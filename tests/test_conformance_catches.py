@@ -1,9 +1,9 @@
 """Tests of the tests: faults planted in a backend, one at a time, each of which must be caught.
 
 The faults are `conformance/mutations`; each runs here against the one check that it names, on the
-cases that profile `ci` draws. The same cases must pass without a fault. Of JAX's faults, each of
-which is compiled anew, a few run here and all by `python -m mutations`, or under
-HYPOTHESIS_PROFILE=thorough.
+cases that profile `ci` draws. The same cases pass without a fault: test_conformance runs them, and
+those of the first level are run here as faults are. Of JAX's faults, each of which is compiled
+anew, a few run here and all by `python -m mutations`, or under HYPOTHESIS_PROFILE=thorough.
 """
 
 import importlib
@@ -18,6 +18,7 @@ import bridge.checkpoints.conversion
 from bridge.checkpoints import reading
 from bridge_conformance import checks_checkpoint
 from bridge_conformance.checks import CHECKS
+from bridge_conformance.runner import PROFILES, WIDEST
 from bridge_conformance.tolerance import DTYPES
 from bridge_ref.losses import group_advantages
 from mutations import FAULTS, harness
@@ -36,7 +37,7 @@ USED = sorted(
     {
         ("bridge_torch" if f.package in OWN else f.package, f.check, f.dtype)
         for f in FAULTS.values()
-        if f.check in CHECKS and f.package != "bridge_jax"  # whose cases test_conformance runs
+        if f.check in CHECKS and f.package != "bridge_jax" and CHECKS[f.check].level == 1
     }
 )
 
@@ -64,6 +65,13 @@ def test_every_fault_fits_the_source(name):
 @pytest.mark.parametrize("package,check,dtype", USED)
 def test_without_a_fault_the_same_cases_pass(package, check, dtype):
     assert list(harness.failing(harness.backend_of(package), dtype, [CHECKS[check]])) == []
+
+
+def test_the_cases_of_every_fault_are_run_without_it():
+    """By test_conformance, which leaves out some checks in narrow dtypes."""
+    for fault in FAULTS.values():
+        if fault.check in CHECKS and fault.dtype not in WIDEST:
+            assert CHECKS[fault.check].cases not in PROFILES["quick"].wide, fault.name
 
 
 def test_right_advantages_meet_their_vector():
