@@ -466,6 +466,7 @@ def test_logits_of_the_real_model_are_torchs(with_blocks):
     assert np.abs(mlx - exact).max() <= 4 * np.abs(torch - exact).max()
 
 
+@pytest.mark.slow  # draws of the real model are compared in test_agreement
 def test_greedy_continuation_of_the_real_model_is_torchs(with_blocks):
     turns = [{"role": "user", "content": "Write one sentence about the sea."}]
     options = {"width": 2, "max_new_tokens": 16, "temperature": 0}
