@@ -95,7 +95,7 @@ def test_a_planted_fault_leaves_the_package_as_it_was():
     after = {name: sys.modules[name] for name in sys.modules if name.startswith("bridge_torch")}
     assert after == before
     assert planted["block"] is not before["bridge_torch.block"]
-    assert planted["decode"].Grid is planted["block"].Grid  # of the copy, throughout
+    assert planted["cache"].Grid is planted["block"].Grid  # of the copy, throughout
 
 
 def test_a_fault_of_files_leaves_whoever_reads_them_as_they_were():

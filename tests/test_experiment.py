@@ -28,7 +28,8 @@ import report
 import run
 from base import Size
 
-from bridge_torch.block import Block, Grid
+from bridge_torch.block import Grid, mix
+from bridge_torch.decode import step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -217,8 +218,7 @@ def test_a_row_excluded_from_what_it_reads_reads_the_others():
 def test_cut_gradients_are_the_same_numbers_and_stay_in_their_row():
     qkv, H, _, grid, active = _cells(np.random.default_rng(1))
     y = ablations.read(qkv, H, grid, active, "cut-gradients")
-    block: Block = object.__new__(Block)
-    whole = block._mix(qkv, H, grid, active)
+    whole = mix(qkv, H, grid, active)
     there = active.numpy()
     np.testing.assert_allclose(y.detach()[there], whole.detach()[there], rtol=1e-12)
     for mixed, alone in ((y, True), (whole, False)):
@@ -243,7 +243,7 @@ def test_decoding_says_what_training_learns_from(runs, mixing):
         found = model.implementation.logprobs(batch)
         decoded = decoder_logprobs(model, prompt, said, 1.0)
         plain = bridge.load(place, backend="torch").implementation
-        assert plain.prefill([np.array(prompt)], [3], 4).fused is None
+        assert plain.prefill([np.array(prompt)], [3], 4).forward is step
     for row, values in enumerate(decoded):
         np.testing.assert_allclose(found[row][batch.target_mask[row]], values, rtol=1e-9)
     assert np.array_equal(model.implementation.logprobs(batch), usual)

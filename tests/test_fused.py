@@ -11,6 +11,7 @@ from bridge.config import parse_config
 from bridge_conformance.cases import random_tensors
 from bridge_torch import fused
 from bridge_torch.backend import TorchBackend
+from bridge_torch.decode import step as plain_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 needs_compiler = pytest.mark.skipif(fused.kernels() is None, reason="no C compiler here")
@@ -47,10 +48,10 @@ def decode(model, plain=False):
     """Logits of seven steps; every other row leaves at the fifth."""
     decoder = model.prefill([np.arange(5), np.arange(2), np.arange(9)], [3, 1, 4], 8)
     if plain:
-        decoder.fused = None
+        decoder.forward = plain_step
     logits = []
     for step in range(7):
-        rows = len(decoder.group)
+        rows = len(decoder.cache.group)
         keep = np.arange(rows) % 2 == 0 if step == 4 else np.ones(rows, bool)
         decoder.advance((np.arange(rows) * 7 + step) % 40, keep)
         logits.append(decoder.logits())
@@ -63,7 +64,7 @@ def test_it_is_as_near_to_float64_as_the_plain_step(head_dim):
     model = load(head_dim)
     exact = decode(load(head_dim, "float64"))
     own = np.abs(decode(model, plain=True) - exact).max()
-    assert model.prefill([np.arange(3)], [1], 2).fused is not None
+    assert model.prefill([np.arange(3)], [1], 2).forward is fused.step
     # Clause 10.2's allowance, with the plain step as the one whose error is measured.
     allowed = 4 * max(own, 8 * np.finfo(np.float32).eps * np.abs(exact).max())
     assert np.abs(decode(model) - exact).max() <= allowed
@@ -74,18 +75,18 @@ def test_it_is_as_near_to_float64_as_the_plain_step(head_dim):
 def test_nan_of_one_group_stays_in_it(plain):
     model = load(16)
     decoder = model.prefill([np.arange(5), np.arange(6)], [2, 2], 4)
-    decoder.own[:, :, 0] = np.nan
+    decoder.cache.own[:, :, 0] = np.nan
     if plain:
-        decoder.fused = None
+        decoder.forward = plain_step
     decoder.advance(np.zeros(4, int))
-    decoder.own[:, :, 0] = np.nan
+    decoder.cache.own[:, :, 0] = np.nan
     decoder.advance(np.zeros(4, int))
     assert np.isnan(decoder.logits()[:2]).all()
     assert np.isfinite(decoder.logits()[2:]).all()
 
 
 def test_it_is_only_for_float32():
-    assert load(16, "bfloat16").prefill([np.arange(3)], [1], 2).fused is None
+    assert load(16, "bfloat16").prefill([np.arange(3)], [1], 2).forward is plain_step
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def test_without_it_the_plain_step_decodes(fresh, monkeypatch, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     model = load(16)
-    assert model.prefill([np.arange(3)], [1], 2).fused is None
+    assert model.prefill([np.arange(3)], [1], 2).forward is plain_step
     assert np.isfinite(decode(model)).all()
     assert not fresh.exists() or not list(fresh.iterdir())
 

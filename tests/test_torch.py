@@ -15,7 +15,8 @@ from bridge_conformance.cases import ModelCase, random_tensors
 from bridge_ref.sampling import sample as reference_sample
 from bridge_torch.backend import TorchBackend, add_up_in_float32
 from bridge_torch.block import Grid
-from bridge_torch.linear import can_pack, packed, plain
+from bridge_torch.decode import step
+from bridge_torch.linear import blocked, can_block, plain
 from bridge_torch.sampling import nucleus_floor, sample
 
 RAW = {
@@ -59,9 +60,7 @@ def of_attention(counts):
 
 
 def test_a_prompt_is_read_once_whatever_the_width():
-    model = load()
-    model.transformer.unpack()  # the counter does not know the packed layout
-    model.transformer.pack = lambda: None
+    model = load("float64")  # the counter does not know the blocked layout
     one, many = (flops(lambda w=w: model.prefill([PROMPT], [w], 4)) for w in (1, 16))
     assert one == many
 
@@ -69,7 +68,7 @@ def test_a_prompt_is_read_once_whatever_the_width():
 def step_cost(widths):
     model = load()
     decoder = model.prefill([PROMPT] * len(widths), widths, 8)
-    decoder.fused = None  # the counter does not see into it
+    decoder.forward = step  # the counter does not see into the fused one
     tokens = np.zeros(sum(widths), np.int64)
     decoder.advance(tokens)
     return of_attention(flops(lambda: decoder.advance(tokens)))
@@ -84,13 +83,13 @@ def test_groups_cost_their_number_times_the_square_of_their_width():
 def test_rows_that_end_leave_the_computation():
     model = load()
     decoder = model.prefill([PROMPT, PROMPT[:4]], [4, 2], 8)
-    decoder.fused = None
+    decoder.forward = step
     decoder.advance(np.zeros(6, np.int64))
     full = of_attention(flops(lambda: decoder.advance(np.zeros(6, np.int64))))
     keep = np.array([True, False, False, True, False, False])
     fewer = of_attention(flops(lambda: decoder.advance(np.zeros(6, np.int64), keep)))
     assert fewer < full / 2
-    assert decoder.logits().shape == (2, 40) and decoder.prefix.shape[2] == 1
+    assert decoder.logits().shape == (2, 40) and decoder.cache.prefix.shape[2] == 1
     decoder.advance(np.zeros(2, np.int64), np.zeros(2, bool))
     assert decoder.sample(Sampling()).shape == (0,)
 
@@ -136,10 +135,10 @@ def test_a_grid_holds_every_row_once(groups):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packing_keeps_every_byte(dtype):
-    if not can_pack("cpu", dtype):
+    if not can_block("cpu", dtype):
         pytest.skip("this build of torch has no oneDNN layout")
     weight = torch.randn(37, 21).to(dtype)
-    assert packed(weight).is_mkldnn and torch.equal(plain(packed(weight)), weight)
+    assert blocked(weight).is_mkldnn and torch.equal(plain(blocked(weight)), weight)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -1,7 +1,8 @@
 """The backend `torch`: CPUs and CUDA devices, in float32, bfloat16, float16 or float64.
 
-NumPy arrays at its borders, torch inside. A model is a `Transformer`; what it can do is in the
-modules beside this one, with the same names as in the other backends.
+NumPy arrays at its borders, torch inside. A model is a `Transformer`, an `nn.Module` with the
+checkpoint's names, or while it decodes the same weights packed; what it can do is in the modules
+beside this one, with the same names as in the other backends.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from bridge.errors import BridgeError
 from bridge_torch.decode import Decoder
 from bridge_torch.model import Transformer
 from bridge_torch.train import Trainer, logprobs, loss_and_grads
+from bridge_torch.weights import Weights
 
 DTYPES = {
     "float64": torch.float64,
@@ -61,15 +63,30 @@ class TorchBackend:
             tensor = from_numpy(take_tensor(tensors, name, shapes[name], dtype))
             return tensor.to(device, DTYPES[dtype])
 
-        return TorchModel(Transformer(config, get), device, dtype)
+        return TorchModel(Weights(Transformer.read(config, get)))
 
 
 class TorchModel:
     """See `bridge.contract.BackendModel` for what each method promises."""
 
-    def __init__(self, transformer: Transformer, device: str, dtype: str) -> None:
-        self.transformer, self.device, self.dtype = transformer, device, dtype
-        self.config = transformer.config
+    def __init__(self, weights: Weights) -> None:
+        self.weights, self.config = weights, weights.config
+
+    @property
+    def device(self) -> str:
+        """Where it runs."""
+        return str(self.weights.device)
+
+    @property
+    def dtype(self) -> str:
+        """What it computes in."""
+        return str(self.weights.dtype).removeprefix("torch.")
+
+    @property
+    def transformer(self) -> Transformer:
+        """The model as a module, to change in any way that torch knows. From now on each call
+        that reads its weights packed packs them anew, since they may have changed."""
+        return self.weights.lend()
 
     @torch.inference_mode()
     def block(
@@ -77,11 +94,11 @@ class TorchModel:
     ) -> np.ndarray:
         """The Bridge block of one layer: `hidden [B, S, D]` in, updated residual out."""
         check_block(self.config, layer)
-        block = self.transformer.layers[layer].block
+        weights = self.weights.packed()
+        block = weights.layers[layer].block
         assert block is not None
-        positions = np.zeros(active.shape, np.int64)
-        cells = self.transformer.cells(groups, active, positions)
-        h = from_numpy(hidden).to(self.device, DTYPES[self.dtype])
+        cells = weights.cells(groups, active, np.zeros(active.shape, np.int64))
+        h = from_numpy(hidden).to(weights.embed)
         return to_numpy(block(h, cells.grid, cells.active))
 
     @torch.inference_mode()
@@ -89,19 +106,22 @@ class TorchModel:
         self, tokens: np.ndarray, groups: np.ndarray, active: np.ndarray, positions: np.ndarray
     ) -> np.ndarray:
         """Teacher-forced logits `[B, S, V]` in float32, or float64 for a float64 model."""
-        self.transformer.pack()
-        cells = self.transformer.cells(groups, active, positions)
-        ids = torch.from_numpy(np.where(active, tokens, 0).astype(np.int64)).to(self.device)
-        return to_numpy(self.transformer.logits(self.transformer.forward(ids, cells)))
+        weights = self.weights.packed()
+        cells = weights.cells(groups, active, positions)
+        return to_numpy(weights.logits(weights.read(self._ids(tokens, active), cells)))
 
     @torch.inference_mode()
     def norm_ratios(
         self, tokens: np.ndarray, groups: np.ndarray, active: np.ndarray, positions: np.ndarray
     ) -> np.ndarray:
         """How much each block adds to what it reads (clause 3.9), one a block, wide."""
-        cells = self.transformer.cells(groups, active, positions)
-        ids = torch.from_numpy(np.where(active, tokens, 0).astype(np.int64)).to(self.device)
-        return to_numpy(self.transformer.norm_ratios(ids, cells))
+        weights = self.weights.packed()
+        cells = weights.cells(groups, active, positions)
+        return to_numpy(weights.norm_ratios(self._ids(tokens, active), cells))
+
+    def _ids(self, tokens: np.ndarray, active: np.ndarray) -> Tensor:
+        ids = np.where(active, tokens, 0).astype(np.int64)
+        return torch.from_numpy(ids).to(self.weights.device)
 
     def prefill(
         self,
@@ -111,22 +131,20 @@ class TorchModel:
         prompt_ids: Sequence[int] | None = None,
     ) -> Decoder:
         """Read each prompt once, and start `widths[g]` rows from prompt g (clause 4.2)."""
-        self.transformer.pack()
-        return Decoder(self.transformer, prompts, widths, max_new_tokens, prompt_ids)
+        return Decoder(self.weights.packed(), prompts, widths, max_new_tokens, prompt_ids)
 
     def loss_and_grads(
         self, batch: Batch, objective: Objective, trainable: Sequence[str]
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Metrics with `loss`, and the gradient of each tensor named in `trainable`, wide."""
-        parts = dict(self.transformer.parts())
-        check_trainable(parts, trainable)
-        leaves = {name: parts[name] for name in trainable}
-        metrics, grads = loss_and_grads(self.transformer, leaves, batch, objective)
+        module = self.weights.module()
+        check_trainable(dict(module.named_parameters()), trainable)
+        metrics, grads = loss_and_grads(module, trainable, batch, objective)
         return metrics, {name: to_numpy(grad) for name, grad in grads.items()}
 
     def logprobs(self, batch: Batch, temperature: float = 1.0) -> np.ndarray:
         """The log-probability of each target, `[B, S]` wide; 0 where there is none."""
-        found = to_numpy(logprobs(self.transformer, batch, temperature))
+        found = to_numpy(logprobs(self.weights.module(), batch, temperature))
         out = np.zeros(batch.target_mask.shape, found.dtype)
         out[batch.target_mask] = found
         return out
@@ -140,16 +158,12 @@ class TorchModel:
         checkpoint_activations: bool = False,
     ) -> Trainer:
         """A trainer that updates this model's `trainable` tensors in place."""
-        return Trainer(self.transformer, objective, optimizer, trainable, checkpoint_activations)
+        return Trainer(self.weights, objective, optimizer, trainable, checkpoint_activations)
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor by its Hugging Face name, in canonical order, in the model's dtype."""
-        parts, ready = self.transformer.parts(), {}
-        for name in tensor_shapes(self.config):
-            while name not in ready:  # the model keeps another order within a layer
-                found, part = next(parts)
-                ready[found] = part
-            yield name, to_numpy(ready.pop(name)).copy()
+        for name, part in self.weights.parts():
+            yield name, to_numpy(part).copy()
 
 
 def add_up_in_float32() -> None:

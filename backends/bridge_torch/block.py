@@ -5,16 +5,17 @@ Rows of G groups of up to N rows become a grid `[G, N]`, so the cost is G * N^2 
 a padded one. Also holds what the host shares with the block: the RMS norm.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from bridge.config import ModelConfig
 from bridge_torch.linear import Linear
 
 
@@ -36,6 +37,17 @@ def rms_norm(x: Float[Tensor, "... D"], weight: Float[Tensor, " D"], eps: float)
 @cache
 def _scalar(value: float, dtype: torch.dtype) -> Tensor:
     return torch.tensor(value, dtype=dtype)
+
+
+class Norm(nn.Module):
+    """`rms_norm` with a weight that is learnt."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        return rms_norm(x, self.weight, self.eps)
 
 
 @dataclass(frozen=True)
@@ -83,15 +95,56 @@ class Grid:
         return cells if self.to_rows is None else cells.index_select(dim, self.to_rows)
 
 
-@dataclass
-class Block:
+class Block(nn.Module):
+    """One layer's block, which learns; `PackedBlock` is the one that decodes. A q, k, v and o
+    projection, or an up and a down one: P-Match, the MLP baseline (clause 8.1)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        bridge, D = config.bridge, config.hidden_size
+        assert bridge is not None
+        E = bridge.inner
+        self.norm = Norm(D, bridge.norm_eps)
+        self.num_heads = bridge.num_heads if bridge.kind == "attention" else None
+        if self.num_heads is None:
+            self.up_proj = nn.Linear(D, 2 * E, bias=False)
+            self.down_proj = nn.Linear(2 * E, D, bias=False)
+        else:
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(D, E, bias=False) for _ in "qkv")
+            self.o_proj = nn.Linear(E, D, bias=False)
+
+    def inward(self) -> dict[str, nn.Linear]:
+        """What reads the stream, by name, in stacking order."""
+        if self.num_heads is None:
+            return {"up_proj": self.up_proj}
+        return {"q_proj": self.q_proj, "k_proj": self.k_proj, "v_proj": self.v_proj}
+
+    def outward(self) -> dict[str, nn.Linear]:
+        """What adds to it, by name."""
+        return {"down_proj": self.down_proj} if self.num_heads is None else {"o_proj": self.o_proj}
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "B S D"],
+        grid: Grid,
+        active: Bool[Tensor, "B S"] | None = None,
+    ) -> Float[Tensor, "B S D"]:
+        """What a `PackedBlock` of the same weights gives, with gradients."""
+        x = self.norm(cleared(hidden, active))
+        x = torch.cat([project(x) for project in self.inward().values()], -1)
+        x = mix(x, self.num_heads, grid, active)
+        (project,) = self.outward().values()
+        return hidden + cleared(project(x), active)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBlock:
     """One layer's weights. `inward`: q, k and v stacked (P-Match: up); `outward`: o (down)."""
 
-    norm_name: str
     norm: Float[Tensor, " D"]
     inward: Linear
     outward: Linear
-    num_heads: int | None  # None: P-Match, the MLP baseline (clause 8.1)
+    num_heads: int | None  # None: P-Match
     eps: float
 
     def __call__(
@@ -104,13 +157,10 @@ class Block:
 
         `active` None: every cell is. Inactive cells influence nothing, even if they hold NaN.
         """
-        inactive = None if active is None else ~active[..., None]
-        # A zero residual gives zero q, k and v: nothing of the cell is left, not even NaN.
-        x = hidden if inactive is None else hidden.masked_fill(inactive, 0)
-        x = self._read(x, grid, active)
-        if inactive is None:
+        x = self._read(cleared(hidden, active), grid, active)
+        if active is None:
             return self.outward.add_to(hidden, x)
-        return hidden + self.outward(x).masked_fill(inactive, 0)
+        return hidden + cleared(self.outward(x), active)
 
     def norm_ratio(
         self,
@@ -120,7 +170,7 @@ class Block:
     ) -> Float[Tensor, ""]:
         """The norm of what a call adds to that of `hidden`, its mean over active cells, in float32
         or wider (clause 3.9)."""
-        h = hidden if active is None else hidden.masked_fill(~active[..., None], 0)
+        h = cleared(hidden, active)
         y = self.outward(self._read(h, grid, active))
         added, before = (torch.linalg.vector_norm(z, dim=-1, dtype=wide(z.dtype)) for z in (y, h))
         ratio = (added / before).masked_fill(before == 0, 0)  # so where not active, too
@@ -129,54 +179,48 @@ class Block:
     def _read(
         self, x: Float[Tensor, "R S D"], grid: Grid, active: Bool[Tensor, "R S"] | None
     ) -> Float[Tensor, "R S E"]:
-        """What the outward projection is to project."""
         x = self.inward(rms_norm(x, self.norm, self.eps))
-        return F.silu(x) if self.num_heads is None else self._mix(x, self.num_heads, grid, active)
+        return mix(x, self.num_heads, grid, active)
 
-    def _mix(
-        self,
-        qkv: Float[Tensor, "R S three_E"],
-        H: int,
-        grid: Grid,
-        active: Bool[Tensor, "R S"] | None,
-    ) -> Float[Tensor, "R S E"]:
-        S, E = qkv.shape[1], qkv.shape[2] // 3
-        if grid.width == 1:  # a softmax over one row is 1 (clause 3.8)
-            return qkv[..., 2 * E :]
-        G, N = grid.groups, grid.width
-        cells = grid.spread(qkv).view(G, N, S, 3, H, -1).permute(3, 0, 2, 4, 1, 5)
-        if S > 1:  # a decoding step has one timestep, and its views need no copy
-            cells = cells.contiguous()
-        q, k, v = cells.view(3, G * S, H, N, -1).unbind()
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self._allowed(grid, active, S))
-        mixed = mixed.view(G, S, H, N, -1).permute(0, 3, 1, 2, 4).reshape(G * N, S, E)
-        return grid.collect(mixed)
 
-    def _allowed(self, grid: Grid, active: Tensor | None, S: int) -> Tensor | None:
-        """Clause 3.4 as `[G * S, 1, N, N]`. A blocked row may read its own zeros, so that no
-        softmax is empty."""
-        if active is None and grid.filled is None:
-            return None
-        G, N = grid.groups, grid.width
-        keys = torch.ones((), dtype=torch.bool)
-        if active is not None:
-            keys = grid.spread(active).reshape(G, N, S)
-        if grid.filled is not None:
-            keys = keys.to(grid.filled.device) & grid.filled[:, :, None].expand(G, N, S)
-        keys = keys.transpose(1, 2).reshape(G * S, 1, 1, N)
-        return keys | torch.eye(N, dtype=torch.bool, device=keys.device)
+def cleared(
+    x: Float[Tensor, "R S D"], active: Bool[Tensor, "R S"] | None
+) -> Float[Tensor, "R S D"]:
+    """Zeros where a cell is not active. A zero residual gives zero q, k and v: nothing of the cell
+    is left, not even NaN."""
+    return x if active is None else x.masked_fill(~active[..., None], 0)
 
-    def parts(self) -> Iterator[tuple[str, Tensor]]:
-        """Its tensors by checkpoint name, in canonical order."""
-        yield self.norm_name, self.norm
-        yield from self.inward.parts()
-        yield from self.outward.parts()
 
-    def substitute(self, tensors: Mapping[str, Tensor]) -> "Block":
-        """This block with some tensors replaced, differentiably."""
-        return replace(
-            self,
-            norm=tensors.get(self.norm_name, self.norm),
-            inward=self.inward.substitute(tensors),
-            outward=self.outward.substitute(tensors),
-        )
+def mix(
+    x: Float[Tensor, "R S F"], H: int | None, grid: Grid, active: Bool[Tensor, "R S"] | None
+) -> Float[Tensor, "R S E"]:
+    """What the outward projection is to project. `x`: q, k and v of H heads, one after the other;
+    H None: what P-Match projected upwards."""
+    if H is None:
+        return F.silu(x)
+    S, E = x.shape[1], x.shape[2] // 3
+    if grid.width == 1:  # a softmax over one row is 1 (clause 3.8)
+        return x[..., 2 * E :]
+    G, N = grid.groups, grid.width
+    cells = grid.spread(x).view(G, N, S, 3, H, -1).permute(3, 0, 2, 4, 1, 5)
+    if S > 1:  # a decoding step has one timestep, and its views need no copy
+        cells = cells.contiguous()
+    q, k, v = cells.view(3, G * S, H, N, -1).unbind()
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed(grid, active, S))
+    mixed = mixed.view(G, S, H, N, -1).permute(0, 3, 1, 2, 4).reshape(G * N, S, E)
+    return grid.collect(mixed)
+
+
+def allowed(grid: Grid, active: Bool[Tensor, "R S"] | None, S: int) -> Tensor | None:
+    """Clause 3.4 as `[G * S, 1, N, N]`. A blocked row may read its own zeros, so that no softmax
+    is empty."""
+    if active is None and grid.filled is None:
+        return None
+    G, N = grid.groups, grid.width
+    keys = torch.ones((), dtype=torch.bool)
+    if active is not None:
+        keys = grid.spread(active).reshape(G, N, S)
+    if grid.filled is not None:
+        keys = keys.to(grid.filled.device) & grid.filled[:, :, None].expand(G, N, S)
+    keys = keys.transpose(1, 2).reshape(G * S, 1, 1, N)
+    return keys | torch.eye(N, dtype=torch.bool, device=keys.device)

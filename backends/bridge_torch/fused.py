@@ -16,17 +16,16 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from bridge_torch.block import Block
-    from bridge_torch.decode import Decoder
-    from bridge_torch.model import Layer
+from bridge.config import ModelConfig
+from bridge_torch.block import PackedBlock
+from bridge_torch.cache import Cache
+from bridge_torch.packed import Packed, PackedLayer
 
 SOURCE = Path(__file__).with_name("fused.c")
 # Sums in any order, and no errno or signals: what -ffast-math has that leaves NaN and infinity be.
@@ -96,90 +95,88 @@ def _processor() -> str:
     return "\n".join(line for line in described if line.startswith(names))
 
 
-class FusedStep:
-    """One timestep of every row that is left; what `Decoder._forward` computes, in fewer calls."""
+def step(weights: Packed, cache: Cache, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
+    """One timestep of every row left; what `decode.step` computes, in fewer calls."""
+    library, eps = kernels(), weights.config.rms_norm_eps
+    assert library is not None
+    rope = weights.rope(torch.from_numpy(cache.positions), cache.end, weights.embed.dtype)
+    # Rows of a prompt lie together, and stay so as rows leave.
+    first, last = (np.searchsorted(cache.group, cache.group, side) for side in ("left", "right"))
+    scratch = torch.empty(_scratch_size(weights.config, len(tokens), cache.end))
+    h = weights.embed.index_select(0, tokens)
+    for i, layer in enumerate(weights.layers):
+        qkv = layer.qkv(_norm(library, h, layer.input_norm, eps))
+        h = layer.o.add_to(h, _attend(library, cache, i, layer, qkv, rope, scratch))
+        gate_up = layer.gate_up(_norm(library, h, layer.post_norm, eps))
+        h = layer.down.add_to(h, _swiglu(library, gate_up))
+        if layer.block is not None:
+            _add_block(library, h, layer.block, first, last, scratch)
+    return weights.head(_norm(library, h, weights.norm, eps))
 
-    def __init__(self, library: ctypes.CDLL, decoder: "Decoder") -> None:
-        self.library, self.decoder = library, decoder
-        config, rows = decoder.model.config, len(decoder.group)
-        self.eps = config.rms_norm_eps
-        slots = decoder.prefix.shape[4] + decoder.own.shape[4]
-        sizes = [config.num_attention_heads * slots]
-        for layer in decoder.model.layers:
-            if (block := layer.block) is not None:
-                D, E = block.outward.weight.shape
-                sizes.append(D + 4 * E + (block.num_heads or 0) * rows)
-        self.scratch = torch.empty(rows * max(sizes))
 
-    @classmethod
-    def of(cls, decoder: "Decoder") -> "FusedStep | None":
-        """The step of a decoder; None where the plain one is to be used."""
-        model = decoder.model
-        library = kernels() if serves(model.device.type, model.dtype) else None
-        return None if library is None else cls(library, decoder)
+def _scratch_size(config: ModelConfig, rows: int, slots: int) -> int:
+    """Floats that the kernels need besides, at most: see fused.c."""
+    bridge, attending = config.bridge, config.num_attention_heads * slots
+    if bridge is None:
+        return rows * attending
+    return rows * max(attending, config.hidden_size + 8 * bridge.inner + bridge.num_heads * rows)
 
-    def __call__(self, tokens: Tensor) -> Float[Tensor, "R V"]:
-        """Logits for the next timestep."""
-        decoder = self.decoder
-        model, group = decoder.model, decoder.group
-        rope = model.rope(torch.from_numpy(decoder.lengths[group] + decoder.step))
-        # Rows of a prompt lie together, and stay so as rows leave.
-        first, last = np.searchsorted(group, group), np.searchsorted(group, group, "right")
-        h = model.embed.index_select(0, tokens)
-        for i, layer in enumerate(model.layers):
-            qkv = layer.qkv(self._norm(h, layer.input_norm))
-            h = layer.o.add_to(h, self._attend(i, layer, qkv, rope))
-            gate_up = layer.gate_up(self._norm(h, layer.post_norm))
-            h = layer.down.add_to(h, self._swiglu(gate_up))
-            if layer.block is not None:
-                self._block(h, layer.block, first, last)
-        return model.head(self._norm(h, model.norm))
 
-    def _norm(self, x: Float[Tensor, "R D"], weight: Float[Tensor, " D"]) -> Tensor:
-        y = torch.empty_like(x)
-        self.library.rms_norm(y.data_ptr(), x.data_ptr(), weight.data_ptr(), self.eps, *x.shape)
-        return y
+def _norm(
+    library: ctypes.CDLL, x: Float[Tensor, "R D"], weight: Float[Tensor, " D"], eps: float
+) -> Float[Tensor, "R D"]:
+    y = torch.empty_like(x)
+    library.rms_norm(y.data_ptr(), x.data_ptr(), weight.data_ptr(), eps, *x.shape)
+    return y
 
-    def _swiglu(self, gate_up: Float[Tensor, "R two_I"]) -> Float[Tensor, "R I"]:
-        R, width = gate_up.shape[0], gate_up.shape[1] // 2
-        y = gate_up.new_empty(R, width)
-        self.library.swiglu(y.data_ptr(), gate_up.data_ptr(), R, width)
-        return y
 
-    def _attend(
-        self, i: int, layer: "Layer", qkv: Float[Tensor, "R heads_d"], rope: Tensor
-    ) -> Float[Tensor, "R heads_d"]:
-        decoder = self.decoder
-        prefix, own = decoder.prefix[i], decoder.own[i]
-        _, G, K, P, d = prefix.shape
-        _, rows, _, T, _ = own.shape
-        R, H = len(qkv), qkv.shape[1] // d - 2 * K
-        lost = 0 if layer.window is None else max(0, P + decoder.step + 1 - layer.window)
-        y = qkv.new_empty(R, H * d)
-        self.library.attend(
-            *(y.data_ptr(), qkv.data_ptr(), _pointer(layer.q_norm), _pointer(layer.k_norm)),
-            *(
-                self.eps,
-                rope.data_ptr(),
-                own.data_ptr(),
-                prefix.data_ptr(),
-                self.scratch.data_ptr(),
-            ),
-            *(decoder.group.ctypes.data, decoder.lengths.ctypes.data),
-            *(rows, R, H, K, d, G, P, T, decoder.step, lost),
-        )
-        return y
+def _swiglu(library: ctypes.CDLL, gate_up: Float[Tensor, "R two_I"]) -> Float[Tensor, "R I"]:
+    R, width = gate_up.shape[0], gate_up.shape[1] // 2
+    y = gate_up.new_empty(R, width)
+    library.swiglu(y.data_ptr(), gate_up.data_ptr(), R, width)
+    return y
 
-    def _block(
-        self, h: Float[Tensor, "R D"], block: "Block", first: np.ndarray, last: np.ndarray
-    ) -> None:
-        """In place, on a tensor that is the step's own."""
-        inward, outward = block.inward.weight, block.outward.weight
-        self.library.block(
-            *(h.data_ptr(), block.norm.data_ptr(), block.eps),
-            *(inward.data_ptr(), outward.data_ptr(), self.scratch.data_ptr()),
-            *(first.ctypes.data, last.ctypes.data, len(h), *outward.shape, block.num_heads or 0),
-        )
+
+def _attend(
+    library: ctypes.CDLL,
+    cache: Cache,
+    i: int,
+    layer: PackedLayer,
+    qkv: Float[Tensor, "R heads_d"],
+    rope: Float[Tensor, "two R d"],
+    scratch: Tensor,
+) -> Float[Tensor, "R heads_d"]:
+    """The cache takes the keys and values of this timestep, too."""
+    prefix, own = cache.prefix[i], cache.own[i]
+    _, G, K, P, d = prefix.shape
+    _, rows, _, T, _ = own.shape
+    R, H = len(qkv), qkv.shape[1] // d - 2 * K
+    lost = 0 if layer.window is None else max(0, P + cache.step + 1 - layer.window)
+    y = qkv.new_empty(R, H * d)
+    library.attend(
+        *(y.data_ptr(), qkv.data_ptr(), _pointer(layer.q_norm), _pointer(layer.k_norm)),
+        *(layer.config.rms_norm_eps, rope.data_ptr(), own.data_ptr(), prefix.data_ptr()),
+        *(scratch.data_ptr(), cache.group.ctypes.data, cache.lengths.ctypes.data),
+        *(rows, R, H, K, d, G, P, T, cache.step, lost),
+    )
+    return y
+
+
+def _add_block(
+    library: ctypes.CDLL,
+    h: Float[Tensor, "R D"],
+    block: PackedBlock,
+    first: np.ndarray,
+    last: np.ndarray,
+    scratch: Tensor,
+) -> None:
+    """In place, on a tensor that is the step's own."""
+    inward, outward = block.inward.weight, block.outward.weight
+    library.block(
+        *(h.data_ptr(), block.norm.data_ptr(), block.eps),
+        *(inward.data_ptr(), outward.data_ptr(), scratch.data_ptr()),
+        *(first.ctypes.data, last.ctypes.data, len(h), *outward.shape, block.num_heads or 0),
+    )
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -1,11 +1,13 @@
-"""Linear layers as the backend stores them: checkpoint matrices stacked along their outputs.
+"""Linear layers: a model's as decoding reads them, stacked, and the embedding that it learns with.
 
-One GEMM then reads q, k and v (or gate and up) at once, and `parts` splits the stack back byte for
-byte. On CPUs a weight is kept in oneDNN's blocked layout, and only there: a decoding step reads
-every weight once, and for a few rows that layout is two to three times as fast as a plain GEMM.
+A stack is checkpoint matrices one after the other along their outputs: one GEMM reads q, k and v
+(or gate and up) at once, and `parts` splits them again, byte for byte. A module's parameters may be
+views into such a stack, which is then nobody's copy. On CPUs a stack is kept in oneDNN's blocked
+layout: a decoding step reads every weight once, and for a few rows that layout is two to three
+times as fast as a plain GEMM.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,31 +15,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 ROWS = 16  # what the blocked layout is tuned for; it serves any number
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Linear:
-    """`x @ weight.T + bias` (clause 2.1: weights are `[out, in]`)."""
+    """`x @ weight.T + bias` (clause 2.1: weights are `[out, in]`), without gradients."""
 
     names: tuple[str, ...]  # checkpoint names without `.weight` and `.bias`, in stacking order
     sizes: tuple[int, ...]  # outputs of each
-    weight: Float[Tensor, "out in"]
+    weight: Float[Tensor, "out in"]  # plain or blocked
     bias: Float[Tensor, " out"] | None = None
-
-    @classmethod
-    def stack(cls, names: tuple[str, ...], get: Callable[[str], Tensor], bias: bool) -> "Linear":
-        """The matrices `names`, read through `get` and stacked along their outputs."""
-        weights = [get(f"{name}.weight") for name in names]
-        biases = [get(f"{name}.bias") for name in names] if bias else []
-        return cls(
-            names,
-            tuple(len(w) for w in weights),
-            weights[0] if len(weights) == 1 else torch.cat(weights),
-            torch.cat(biases) if biases else None,
-        )
 
     def __call__(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         if self.weight.is_mkldnn:
@@ -47,47 +37,64 @@ class Linear:
     def add_to(
         self, residual: Float[Tensor, "... out"], x: Float[Tensor, "... in"]
     ) -> Float[Tensor, "... out"]:
-        """`residual + self(x)`; packed, in one kernel that rounds once."""
+        """`residual + self(x)`; blocked, in one kernel that rounds once."""
         if self.weight.is_mkldnn:
             linear = torch.ops.mkldnn._linear_pointwise.binary
             return linear(x, residual, self.weight, self.bias, "add")
         return residual + self(x)
 
-    def pack(self) -> "Linear":
-        """Move the weight to the blocked layout where this machine has it; no gradients then."""
-        if can_pack(self.weight.device.type, self.weight.dtype):
-            self.weight = packed(self.weight)
-        return self
-
-    def unpack(self) -> "Linear":
-        """Back to the plain layout: the same bytes."""
-        self.weight = plain(self.weight)
-        return self
-
     def parts(self) -> Iterator[tuple[str, Tensor]]:
-        """Each stacked tensor by its checkpoint name; unless packed, views of what is computed
-        with, so that writing to one updates the layer."""
-        for kind, stacked in (("weight", plain(self.weight)), ("bias", self.bias)):
-            if stacked is not None:
-                for name, part in zip(self.names, stacked.split(self.sizes), strict=True):
-                    yield f"{name}.{kind}", part
+        """Each stacked tensor by its checkpoint name, in canonical order; views of what is computed
+        with, unless that is blocked."""
+        weights = plain(self.weight).split(self.sizes)
+        biases = (None,) * len(weights) if self.bias is None else self.bias.split(self.sizes)
+        for name, weight, bias in zip(self.names, weights, biases, strict=True):
+            yield f"{name}.weight", weight
+            if bias is not None:
+                yield f"{name}.bias", bias
 
-    def substitute(self, tensors: Mapping[str, Tensor]) -> "Linear":
-        """This layer with the tensors in `tensors` in place of its own, differentiably."""
-        mine = dict(self.parts())
-        if not mine.keys() & tensors.keys():
-            return self
-        return Linear.stack(
-            self.names, lambda name: tensors.get(name, mine[name]), self.bias is not None
-        )
+
+def stacked(parts: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "..."]:
+    """The parts along their first axis: their own memory where they lie in it one after the other,
+    contiguous, as the views of a stack do, and otherwise a copy."""
+    first = parts[0]
+    storage, end = first.untyped_storage().data_ptr(), first.storage_offset()
+    for part in parts:
+        there = part.untyped_storage().data_ptr() == storage and part.storage_offset() == end
+        if not (there and part.is_contiguous()):
+            return torch.cat(list(parts))
+        end += part.numel()
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+
+
+def stack_parameters(linears: Sequence[nn.Linear]) -> None:
+    """Move their weights, and their biases, into stacks of which they are views from then on."""
+    for kind in ("weight", "bias"):
+        parts = [p.detach() for linear in linears if (p := getattr(linear, kind)) is not None]
+        if len(parts) > 1:
+            views = torch.cat(parts).split([len(part) for part in parts])
+            for linear, view in zip(linears, views, strict=True):
+                setattr(linear, kind, nn.Parameter(view))
+
+
+class Embedding(nn.Embedding):
+    """`weight[tokens]` (clause 5.2). Its gradient adds up in float32: a common token has many
+    cells, which torch's own backward would add in the dtype of the weight."""
+
+    def forward(self, input: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
+        return _Embed.apply(self.weight, input)
 
 
 class _Embed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> Tensor:
+    def forward(weight: Tensor, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        weight, tokens = inputs
         ctx.save_for_backward(tokens)
         ctx.outputs = len(weight)
-        return F.embedding(tokens, weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -97,24 +104,18 @@ class _Embed(torch.autograd.Function):
         return add_up(wide, tokens, ctx.outputs, -1, False).to(gradient.dtype), None
 
 
-def embed(weight: Float[Tensor, "V D"], tokens: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
-    """`weight[tokens]` (clause 5.2). Its gradient adds up in float32: a common token has many
-    cells, which torch's own backward would add in the dtype of the weight."""
-    return _Embed.apply(weight, tokens)
-
-
-def packed(weight: Float[Tensor, "out in"]) -> Tensor:
-    """A weight in oneDNN's blocked layout."""
-    return weight if weight.is_mkldnn else torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+def blocked(weight: Float[Tensor, "out in"]) -> Tensor:
+    """A copy of a weight in oneDNN's blocked layout."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
 
 
 def plain(weight: Tensor) -> Float[Tensor, "out in"]:
-    """A weight in the plain layout."""
+    """A weight in the plain layout: the same bytes."""
     return weight.to_dense() if weight.is_mkldnn else weight
 
 
 @cache
-def can_pack(device: str, dtype: torch.dtype) -> bool:
+def can_block(device: str, dtype: torch.dtype) -> bool:
     """Whether the blocked layout works here, tried on a small matrix.
 
     What it needs is internal to torch and absent from some builds; without it all is the same,
@@ -125,7 +126,7 @@ def can_pack(device: str, dtype: torch.dtype) -> bool:
     weight = torch.arange(15, dtype=dtype).reshape(3, 5)
     x = torch.ones(2, 5, dtype=dtype)
     try:
-        got = Linear((), (), packed(weight))(x)
+        got = Linear((), (), blocked(weight))(x)
     except (AttributeError, RuntimeError, TypeError):
         return False
-    return torch.equal(got, F.linear(x, weight)) and torch.equal(plain(packed(weight)), weight)
+    return torch.equal(got, F.linear(x, weight)) and torch.equal(plain(blocked(weight)), weight)

@@ -1,49 +1,50 @@
 """A host decoder of the Llama family with Bridge blocks after its FFNs (chapters 3 and 5).
 
-The teacher-forced forward over `[B, S]` cells, of which some may be inactive. Prefill is the same
-forward with keys and values kept. Weights are plain tensors in dataclasses, in the order that data
-flows; autograd sees them as it sees any tensors.
+Modules whose parameters have the checkpoint's names, in its order, and whose forward is the
+teacher-forced one over `[B, S]` cells, of which some may be inactive: what a model learns by.
+Decoding reads the same weights packed (`packed.py`), by the functions of this file.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bridge.config import ModelConfig
+from bridge.config import ModelConfig, tensor_shapes
 from bridge.rope import inverse_frequencies
-from bridge_torch.block import Block, Grid, rms_norm, wide
-from bridge_torch.fused import serves
-from bridge_torch.linear import Linear, embed
+from bridge_torch.block import Block, Grid, Norm, cleared, wide
+from bridge_torch.linear import Embedding, stack_parameters
 
 
 class Rope:
     """Tables of cos and sin by position, from float64 on the host (clause 5.6)."""
 
-    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         self.frequencies, self.factor = inverse_frequencies(config.rope, config.head_dim)
-        self.device, self.dtype = device, wide(dtype)
-        self._grow(0)
+        self.tables = torch.empty(2, 0, config.head_dim)
 
-    def _grow(self, length: int) -> None:
+    def _grow(self, length: int, device: torch.device, dtype: torch.dtype) -> None:
         angles = np.arange(length)[:, None] * self.frequencies
         cos, sin = np.cos(angles) * self.factor, np.sin(angles) * self.factor
         # The sign of rotate_half is in the table: x * cos + (halves of x swapped) * sin.
         tables = np.stack([np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)])
-        self.tables = torch.from_numpy(tables).to(self.device, self.dtype)
+        self.tables = torch.from_numpy(tables).to(device, dtype)
 
-    def reserve(self, length: int) -> None:
-        """Make room for positions below `length`."""
-        if length > self.tables.shape[1]:
-            self._grow(-(-length // 256) * 256)
-
-    def __call__(self, positions: Int[Tensor, "..."]) -> Float[Tensor, "two ... d"]:
-        """cos and sin of positions below what was reserved."""
+    def __call__(
+        self, positions: Int[Tensor, "..."], end: int, dtype: torch.dtype
+    ) -> Float[Tensor, "two ... d"]:
+        """cos and sin of positions below `end`, in float32 or wider."""
+        device, dtype = positions.device, wide(dtype)
+        if (self.tables.device, self.tables.dtype) != (device, dtype):
+            self.tables = self.tables.new_empty(2, 0, self.tables.shape[-1])
+        if end > self.tables.shape[1]:
+            self._grow(-(-end // 256) * 256, device, dtype)
         rows = self.tables.index_select(1, positions.reshape(-1))
         return rows.reshape(2, *positions.shape, -1)
 
@@ -63,236 +64,43 @@ class Cells:
     active: Bool[Tensor, "B S"] | None  # None: all are
     masks: Mapping[int | None, Bool[Tensor, "B one S S"] | None]  # by window; None: causal
 
-
-@dataclass
-class Layer:
-    """One decoder layer, and the Bridge block that follows its FFN (clause 3.7)."""
-
-    prefix: str
-    input_norm: Float[Tensor, " D"]
-    qkv: Linear
-    q_norm: Float[Tensor, " d"] | None
-    k_norm: Float[Tensor, " d"] | None
-    o: Linear
-    post_norm: Float[Tensor, " D"]
-    gate_up: Linear
-    down: Linear
-    block: Block | None
-    window: int | None
-
-    def parts(self) -> Iterator[tuple[str, Tensor]]:
-        """Its tensors by checkpoint name."""
-        yield from self.norms().items()
-        for linear in (self.qkv, self.o, self.gate_up, self.down):
-            yield from linear.parts()
-        if self.block is not None:
-            yield from self.block.parts()
-
-    def linears(self) -> list[Linear]:
-        """Its linear layers, the block's too."""
-        host = [self.qkv, self.o, self.gate_up, self.down]
-        return host if self.block is None else [*host, self.block.inward, self.block.outward]
-
-    def pack(self) -> None:
-        """Weights in the layout that is fastest; the fused step reads those of a block as they
-        are."""
-        for linear in (self.qkv, self.o, self.gate_up, self.down):
-            linear.pack()
-        if self.block is not None and not serves(
-            self.input_norm.device.type, self.input_norm.dtype
-        ):
-            self.block.inward.pack()
-            self.block.outward.pack()
-
-    def norms(self) -> dict[str, Tensor]:
-        """The norms' weights by checkpoint name."""
-        named = {
-            f"{self.prefix}.input_layernorm.weight": self.input_norm,
-            f"{self.prefix}.self_attn.q_norm.weight": self.q_norm,
-            f"{self.prefix}.self_attn.k_norm.weight": self.k_norm,
-            f"{self.prefix}.post_attention_layernorm.weight": self.post_norm,
-        }
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-    def substitute(self, tensors: Mapping[str, Tensor]) -> "Layer":
-        """This layer with some tensors replaced, differentiably."""
-
-        def norm(name: str, own: Tensor | None) -> Tensor | None:
-            return tensors.get(f"{self.prefix}.{name}.weight", own)
-
-        return replace(
-            self,
-            input_norm=norm("input_layernorm", self.input_norm),
-            qkv=self.qkv.substitute(tensors),
-            q_norm=norm("self_attn.q_norm", self.q_norm),
-            k_norm=norm("self_attn.k_norm", self.k_norm),
-            o=self.o.substitute(tensors),
-            post_norm=norm("post_attention_layernorm", self.post_norm),
-            gate_up=self.gate_up.substitute(tensors),
-            down=self.down.substitute(tensors),
-            block=self.block and self.block.substitute(tensors),
-        )
-
-
-class Transformer:
-    """The weights of a model and its teacher-forced forward."""
-
-    def __init__(self, config: ModelConfig, get: Callable[[str], Tensor]) -> None:
-        """Read every tensor once, by its checkpoint name, through `get`."""
-        self.config = config
-        self.embed = get("model.embed_tokens.weight")
-        self.layers = []
-        for i in range(config.num_hidden_layers):
-            self.layers.append(_read_layer(config, i, get))
-            self.layers[i].pack()  # one by one: never two copies of the model
-        self.norm = get("model.norm.weight")
-        head = self.embed if config.tie_word_embeddings else get("lm_head.weight")
-        self.head = Linear(("lm_head",), (len(head),), head).pack()
-        self.device, self.dtype = self.embed.device, self.embed.dtype
-        self.rope = Rope(config, self.device, self.dtype)
-
-    def pack(self) -> None:
-        """Weights in the layout that is fastest to compute with."""
-        for layer in self.layers:
-            layer.pack()
-        self.head.pack()
-
-    def unpack(self) -> None:
-        """Weights in the layout that has gradients, a tied head sharing the embedding's memory."""
-        for linear in self.linears():
-            linear.unpack()
-        if self.config.tie_word_embeddings:
-            self.head.weight = self.embed
-
-    def linears(self) -> Iterator[Linear]:
-        """Every linear layer, the head last."""
-        for layer in self.layers:
-            yield from layer.linears()
-        yield self.head
-
-    def parts(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor by checkpoint name, as views of what the model computes with."""
-        yield "model.embed_tokens.weight", self.embed
-        for layer in self.layers:
-            yield from layer.parts()
-        yield "model.norm.weight", self.norm
-        if not self.config.tie_word_embeddings:
-            yield from self.head.parts()
-
-    def substitute(self, tensors: Mapping[str, Tensor]) -> "Transformer":
-        """This model with some tensors replaced, differentiably; shares all others."""
-        new = object.__new__(Transformer)
-        new.__dict__.update(self.__dict__)
-        new.embed = tensors.get("model.embed_tokens.weight", self.embed)
-        new.layers = [layer.substitute(tensors) for layer in self.layers]
-        new.norm = tensors.get("model.norm.weight", self.norm)
-        new.head = self.head.substitute(tensors)
-        if self.config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
-            new.head = replace(self.head, weight=new.embed)
-        return new
-
-    def cells(self, groups: np.ndarray, active: np.ndarray, positions: np.ndarray) -> Cells:
-        """Masks, rope and the grid of a batch `[B, S]`. Masks are `[B, 1, S, S]` where one is
-        needed; a causal batch without padding, inside every window, needs none."""
-        S = active.shape[1]
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        rope: Rope,
+        weight: Tensor,
+        groups: np.ndarray,
+        active: np.ndarray,
+        positions: np.ndarray,
+    ) -> "Cells":
+        """Masks, rope and the grid of a batch `[B, S]`, for a model with such a `weight`. Masks are
+        `[B, 1, S, S]` where one is needed; a causal batch without padding, inside every window,
+        needs none."""
+        S, device = active.shape[1], weight.device
         positions = np.where(active, positions, 0)  # of other cells they may be any numbers
-        self.rope.reserve(int(positions.max(initial=0)) + 1)
-        place = torch.tensor(positions, dtype=torch.int64, device=self.device)
+        place = torch.tensor(positions, dtype=torch.int64, device=device)
         full = bool(active.all())
-        on = None if full else torch.tensor(active, device=self.device)
+        on = None if full else torch.tensor(active, device=device)
         reach = int((positions.max(1) - positions.min(1)).max(initial=0))
         masks: dict[int | None, Tensor | None] = {}
-        for window in {layer.window for layer in self.layers}:
+        for window in set(config.sliding_windows or (None,)):
             if full and (window is None or reach < window):
                 masks[window] = None
                 continue
-            mask = torch.ones(S, S, dtype=torch.bool, device=self.device).tril()[None]
+            mask = torch.ones(S, S, dtype=torch.bool, device=device).tril()[None]
             if on is not None:
                 mask = mask & on[:, None, :]
             if window is not None:
                 mask = mask & (place[:, :, None] - place[:, None, :] < window)
             # Every cell may read itself, so that no softmax is empty; inactive ones give 0 below.
-            eye = torch.eye(S, dtype=torch.bool, device=self.device)
+            eye = torch.eye(S, dtype=torch.bool, device=device)
             masks[window] = (mask | eye).unsqueeze(1)
-        return Cells(Grid.of(groups, self.device), self.rope(place), on, masks)
-
-    def forward(
-        self,
-        tokens: Int[Tensor, "B S"],
-        cells: Cells,
-        keep: Callable[[int, Tensor, Tensor], None] | None = None,
-        recompute: bool = False,
-    ) -> Float[Tensor, "B S D"]:
-        """Hidden states after the last layer; `keep` receives each layer's keys and values.
-
-        `recompute`: the backward pass computes each layer again from its input (clause 7.11).
-        """
-        h = embed(self.embed, tokens)
-        for i, layer in enumerate(self.layers):
-            if recompute:
-                h = checkpoint(self._layer, i, layer, h, cells, keep, use_reentrant=False)
-            else:
-                h = self._layer(i, layer, h, cells, keep)
-        return h
-
-    def norm_ratios(self, tokens: Int[Tensor, "B S"], cells: Cells) -> Float[Tensor, " blocks"]:
-        """How much each block adds to what it reads, in order of layers (clause 3.9)."""
-        h, ratios = F.embedding(tokens, self.embed), []
-        for i, layer in enumerate(self.layers):
-            h = self._layer(i, replace(layer, block=None), h, cells, None)
-            if layer.block is not None:
-                ratios.append(layer.block.norm_ratio(h, cells.grid, cells.active))
-                h = layer.block(h, cells.grid, cells.active)
-        return torch.stack(ratios) if ratios else torch.empty(0)
-
-    def _layer(
-        self,
-        i: int,
-        layer: Layer,
-        h: Float[Tensor, "B S D"],
-        cells: Cells,
-        keep: Callable[[int, Tensor, Tensor], None] | None,
-    ) -> Float[Tensor, "B S D"]:
-        """Attention, FFN and block on the residual stream (clauses 5.3 and 3.7)."""
-        x = rms_norm(h, layer.input_norm, self.config.rms_norm_eps)
-        q, k, v = self.project(layer, x, cells.rope)
-        if keep is not None:
-            keep(i, k, v)
-        h = layer.o.add_to(h, _attend(q, k, v, cells, layer.window))
-        h = feed_forward(layer, h, rms_norm(h, layer.post_norm, self.config.rms_norm_eps))
-        return h if layer.block is None else layer.block(h, cells.grid, cells.active)
-
-    def project(
-        self, layer: Layer, x: Float[Tensor, "... D"], rope: Float[Tensor, "two ... d"]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """q `[..., heads, d]`, k and v `[..., kv_heads, d]`, with norms and rope applied."""
-        c = self.config
-        heads = layer.qkv(x).unflatten(-1, (-1, c.head_dim))
-        turning = c.num_attention_heads + c.num_key_value_heads
-        qk, v = heads[..., :turning, :], heads[..., turning:, :]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = qk[..., : c.num_attention_heads, :], qk[..., c.num_attention_heads :, :]
-            q = rms_norm(q, layer.q_norm, c.rms_norm_eps)
-            k = rms_norm(k, layer.k_norm, c.rms_norm_eps)
-            return rotate(q, rope), rotate(k, rope), v
-        qk = rotate(qk, rope)
-        return qk[..., : c.num_attention_heads, :], qk[..., c.num_attention_heads :, :], v
-
-    def logits(self, h: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-        """Final norm and head, in float32 or wider (clause 5.2)."""
-        h = rms_norm(h, self.norm, self.config.rms_norm_eps)
-        return self.head(h).to(wide(self.dtype))
+        turns = rope(place, int(positions.max(initial=0)) + 1, weight.dtype)
+        return cls(Grid.of(groups, device), turns, on, masks)
 
 
-def feed_forward(
-    layer: Layer, h: Float[Tensor, "... D"], x: Float[Tensor, "... D"]
-) -> Float[Tensor, "... D"]:
-    """SwiGLU of x on the residual stream h (clauses 5.3 and 5.8)."""
-    gate, up = layer.gate_up(x).chunk(2, -1)
-    return layer.down.add_to(h, F.silu(gate) * up)
-
-
-def _attend(
+def attend(
     q: Float[Tensor, "B S heads d"],
     k: Float[Tensor, "B S kv_heads d"],
     v: Float[Tensor, "B S kv_heads d"],
@@ -305,41 +113,148 @@ def _attend(
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
     )
-    out = out.transpose(1, 2).flatten(2)
-    return out if cells.active is None else out.masked_fill(~cells.active[..., None], 0)
+    return cleared(out.transpose(1, 2).flatten(2), cells.active)
 
 
-def _read_layer(config: ModelConfig, i: int, get: Callable[[str], Tensor]) -> Layer:
-    prefix = f"model.layers.{i}"
+class Attention(nn.Module):
+    """The host's attention (clauses 5.4 to 5.6)."""
 
-    def linear(part: str, *names: str, bias: bool) -> Linear:
-        return Linear.stack(tuple(f"{prefix}.{part}.{n}_proj" for n in names), get, bias)
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        D, d, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
+        queries, keys = config.num_attention_heads * d, config.num_key_value_heads * d
+        self.head_dim = d
+        self.window = config.sliding_windows[layer] if config.sliding_windows else None
+        self.q_proj = nn.Linear(D, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, keys, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(queries, D, bias=config.o_bias)
+        self.q_norm = Norm(d, eps) if config.qk_norm else None
+        self.k_norm = Norm(d, eps) if config.qk_norm else None
 
-    def norm(name: str) -> Tensor:
-        return get(f"{prefix}.{name}.weight")
+    def inward(self) -> dict[str, nn.Linear]:
+        """What reads the stream, by name, in stacking order."""
+        return {"q_proj": self.q_proj, "k_proj": self.k_proj, "v_proj": self.v_proj}
 
-    block = None
-    bridge = config.bridge
-    if bridge is not None and i in bridge.layers:
-        attention = bridge.kind == "attention"
-        block = Block(
-            norm_name=f"{prefix}.bridge.norm.weight",
-            norm=norm("bridge.norm"),
-            inward=linear("bridge", *("qkv" if attention else ("up",)), bias=False),
-            outward=linear("bridge", "o" if attention else "down", bias=False),
-            num_heads=bridge.num_heads if attention else None,
-            eps=bridge.norm_eps,
+    def forward(self, x: Float[Tensor, "B S D"], cells: Cells) -> Float[Tensor, "B S D"]:
+        """What a normed stream adds to itself."""
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_dim))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-    return Layer(
-        prefix=prefix,
-        input_norm=norm("input_layernorm"),
-        qkv=linear("self_attn", *"qkv", bias=config.qkv_bias),
-        q_norm=norm("self_attn.q_norm") if config.qk_norm else None,
-        k_norm=norm("self_attn.k_norm") if config.qk_norm else None,
-        o=linear("self_attn", "o", bias=config.o_bias),
-        post_norm=norm("post_attention_layernorm"),
-        gate_up=linear("mlp", "gate", "up", bias=config.mlp_bias),
-        down=linear("mlp", "down", bias=config.mlp_bias),
-        block=block,
-        window=config.sliding_windows[i] if config.sliding_windows else None,
-    )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cells.rope), rotate(k, cells.rope)
+        return self.o_proj(attend(q, k, v, cells, self.window))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (clause 5.8)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, inner, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(D, inner, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(inner, D, bias=config.mlp_bias)
+
+    def inward(self) -> dict[str, nn.Linear]:
+        """What reads the stream, by name, in stacking order."""
+        return {"gate_proj": self.gate_proj, "up_proj": self.up_proj}
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        """What a normed stream adds to itself."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """One decoder layer, and the Bridge block that follows its FFN (clauses 5.3 and 3.7)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = Norm(D, eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = Norm(D, eps)
+        self.mlp = FeedForward(config)
+        blocks = () if config.bridge is None else config.bridge.layers
+        self.bridge = Block(config) if layer in blocks else None
+
+    def forward(self, h: Float[Tensor, "B S D"], cells: Cells) -> Float[Tensor, "B S D"]:
+        """The residual stream after it."""
+        h = h + self.self_attn(self.input_layernorm(h), cells)
+        h = h + self.mlp(self.post_attention_layernorm(h))
+        return h if self.bridge is None else self.bridge(h, cells.grid, cells.active)
+
+
+class Body(nn.Module):
+    """What has a name under `model.` in a checkpoint: all but an untied head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = Norm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, tokens: Int[Tensor, "B S"], cells: Cells, recompute: bool = False
+    ) -> Float[Tensor, "B S D"]:
+        """Hidden states after the last layer."""
+        h = self.embed_tokens(tokens)
+        again = partial(checkpoint, use_reentrant=False)
+        for layer in self.layers:
+            h = again(layer, h, cells) if recompute else layer(h, cells)
+        return h
+
+
+class Transformer(nn.Module):
+    """A model whose `state_dict` is its checkpoint: `config.tensor_shapes`, in that order."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Weights as torch draws them; `read` is what takes a checkpoint's."""
+        super().__init__()
+        self.config, self.rope = config, Rope(config)
+        self.model = Body(config)
+        D, V = config.hidden_size, config.vocab_size
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(D, V, bias=False)
+
+    @classmethod
+    def read(cls, config: ModelConfig, get: Callable[[str], Tensor]) -> "Transformer":
+        """Take every tensor once, by its checkpoint name, through `get`. What reads the same input
+        lies in one stack, so that nothing is copied to pack it where there is no blocked layout."""
+        with torch.device("meta"):
+            made = cls(config)
+        made.load_state_dict({name: get(name) for name in tensor_shapes(config)}, assign=True)
+        for module in made.modules():
+            if isinstance(module, Attention | FeedForward | Block):
+                stack_parameters(list(module.inward().values()))
+        return made
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """A tensor, and its memory, in the place of a parameter."""
+        module, _, kind = name.rpartition(".")
+        setattr(self.get_submodule(module), kind, nn.Parameter(tensor))
+
+    def cells(self, groups: np.ndarray, active: np.ndarray, positions: np.ndarray) -> Cells:
+        """Of a batch `[B, S]`: what `forward` needs to know of it beside its tokens. `groups [B]`,
+        `active [B, S]` and `positions [B, S]` are those of `bridge.contract.Batch`."""
+        weight = self.model.embed_tokens.weight
+        return Cells.of(self.config, self.rope, weight, groups, active, positions)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "B S"],
+        cells: Cells,
+        read: Bool[Tensor, "B S"] | None = None,
+        recompute: bool = False,
+    ) -> Float[Tensor, "... V"]:
+        """Logits `[B, S, V]` in float32 or wider (clause 5.2); or `[N, V]` of the N cells in `read`
+        alone, for a vocabulary is wide. Ids of inactive cells may be any tokens.
+
+        `recompute`: the backward pass computes each layer again from its input (clause 7.11).
+        """
+        h = self.model(tokens, cells, recompute)
+        h = self.model.norm(h if read is None else h[read])
+        tied = self.model.embed_tokens.weight
+        logits = F.linear(h, tied) if self.lm_head is None else self.lm_head(h)
+        return logits.to(wide(logits.dtype))

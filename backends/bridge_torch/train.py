@@ -1,17 +1,18 @@
 """Losses and a whole training step (chapter 7), with autograd and `torch.optim.AdamW`.
 
-The trained tensors are leaves that stand in for the model's own; whatever else the model holds is
-frozen and shared. Master weights and moments are float32 or wider, whatever the model's dtype. A
-batch holds whole groups (clause 7.3): gradients flow across the rows of a group, so a group may
-not be split over two batches of an update.
+Gradients are those of the module's own parameters; all that are not asked for are frozen meanwhile.
+Master weights and moments are float32 or wider, whatever the model's dtype, and the module computes
+with them as rounded to it. A batch holds whole groups (clause 7.3): gradients flow across the rows
+of a group, so a group may not be split over two batches of an update.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from bridge.contract import SFT, AdamW, Batch, Objective
 from bridge.decoding.inputs import (
@@ -25,29 +26,28 @@ from bridge.decoding.inputs import (
 )
 from bridge_torch.block import wide
 from bridge_torch.model import Transformer
+from bridge_torch.weights import Weights
 
 Metrics = dict[str, float]
 
 
 def loss_and_grads(
     model: Transformer,
-    leaves: Mapping[str, Tensor],
+    trainable: Sequence[str],
     batch: Batch,
     objective: Objective,
     count: int | None = None,
     checkpoint_activations: bool = False,
 ) -> tuple[Metrics, dict[str, Tensor]]:
-    """Clauses 7.1 to 7.5: metrics, and the gradient of the loss at each leaf, in its wide dtype.
+    """Clauses 7.1 to 7.5: metrics, and the gradient of the loss at each parameter named in
+    `trainable`, in its wide dtype.
 
-    `leaves` stand in for the model's tensors of these names. `count`: see `loss`. Raises
-    BridgeError for a batch whose shapes disagree, that has no target, or lacks what the objective
-    reads.
+    `count`: see `loss`. Raises BridgeError for a batch whose shapes disagree, that has no target,
+    or lacks what the objective reads.
     """
     check_batch(batch, objective, model.config.vocab_size)
-    model.unpack()
-    leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
-    with torch.enable_grad():
-        logits = target_logits(model.substitute(leaves), batch, checkpoint_activations)
+    with learning(model, trainable) as leaves, torch.enable_grad():
+        logits = target_logits(model, batch, checkpoint_activations)
         value, metrics = loss(logits, batch, objective, count)
         # A tensor that the loss does not read at all has a gradient of zero.
         grads = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
@@ -55,12 +55,25 @@ def loss_and_grads(
     return {name: float(x) for name, x in metrics.items()}, wanted
 
 
+@contextmanager
+def learning(model: nn.Module, trainable: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """The parameters named, which alone ask for gradients while this lasts."""
+    parameters, asked = dict(model.named_parameters()), set(trainable)
+    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in asked)
+        yield {name: parameters[name] for name in trainable}
+    finally:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(before[name])
+
+
 @torch.no_grad()
 def logprobs(model: Transformer, batch: Batch, temperature: float) -> Float[Tensor, " tokens"]:
     """Clause 7.12: lp of each target at the temperature, in the order of the mask."""
     check_batch(batch, SFT(), model.config.vocab_size)
     check_temperature(temperature)
-    model.unpack()
     return at_targets(target_logits(model, batch), batch, temperature)[1]
 
 
@@ -72,8 +85,9 @@ def target_logits(
     positions = default_positions(batch.active) if batch.positions is None else batch.positions
     ids = torch.from_numpy(np.where(batch.active, batch.tokens, 0).astype(np.int64))
     cells = model.cells(batch.groups, batch.active, positions)
-    h = model.forward(ids.to(model.device), cells, recompute=checkpoint_activations)
-    return model.logits(h[torch.tensor(batch.target_mask, device=h.device)])
+    device = cells.rope.device
+    mask = torch.tensor(batch.target_mask, device=device)
+    return model(ids.to(device), cells, read=mask, recompute=checkpoint_activations)
 
 
 def at_targets(
@@ -139,18 +153,18 @@ class Trainer:
 
     def __init__(
         self,
-        model: Transformer,
+        weights: Weights,
         objective: Objective,
         optimizer: AdamW,
         trainable: Sequence[str],
         checkpoint_activations: bool = False,
     ) -> None:
         """Masters start at the model's own values, moments at 0 (clause 7.9)."""
-        parts = dict(model.parts())
-        check_trainable(parts, trainable)
-        self.model, self.objective, self.options = model, objective, optimizer
+        self.weights, self.objective, self.options = weights, objective, optimizer
         self.checkpoint_activations = checkpoint_activations
-        self.master = {n: parts[n].detach().to(wide(parts[n].dtype), copy=True) for n in trainable}
+        own = weights.module().state_dict()
+        check_trainable(own, trainable)
+        self.master = {n: own[n].to(wide(own[n].dtype), copy=True) for n in trainable}
         self.adamw = torch.optim.AdamW(
             list(self.master.values()),
             lr=optimizer.lr,
@@ -162,12 +176,12 @@ class Trainer:
     def step(self, batch: Batch | Sequence[Batch], *, lr: float | None = None) -> Metrics:
         """One update, of one batch or accumulated over several (clause 7.10); the loss's metrics,
         and `grad_norm` before clipping (clauses 7.7, 7.8)."""
-        batches, count = micro_batches(batch, self.objective, self.model.config.vocab_size)
-        leaves = {name: master.to(self.model.dtype) for name, master in self.master.items()}
+        batches, count = micro_batches(batch, self.objective, self.weights.config.vocab_size)
+        model, names = self.weights.module(), list(self.master)
         parts, total = [], {}
         for part in batches:
             metrics, grads = loss_and_grads(
-                self.model, leaves, part, self.objective, count, self.checkpoint_activations
+                model, names, part, self.objective, count, self.checkpoint_activations
             )
             parts.append(metrics)
             for name, grad in grads.items():
@@ -192,7 +206,7 @@ class Trainer:
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over what `state` gave. Raises BridgeError, and changes nothing, where an array is
         missing, left over or has another shape."""
-        check_state(self.model.config, self.master, state)
+        check_state(self.weights.config, self.master, state)
         step = torch.tensor(float(state["step"]))
         mine = self._tensors().items()
         given = {key: torch.from_numpy(np.array(state[key])).to(t) for key, t in mine}
@@ -218,7 +232,6 @@ class Trainer:
     @torch.no_grad()
     def _publish(self) -> None:
         """The model computes with the master weights rounded to its dtype."""
-        self.model.unpack()
-        for name, part in self.model.parts():
-            if name in self.master:
-                part.copy_(self.master[name])
+        own = self.weights.module().state_dict()
+        for name, master in self.master.items():
+            own[name].copy_(master)

@@ -4,9 +4,7 @@ from mutations.fault import Edit, Fault
 
 BLOCK = "block_is_within_the_numerics_rule"
 RATIOS = "norm_ratios_are_within_the_numerics_rule"
-ATTENTION = (
-    "mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self._allowed(grid, active, S))"
-)
+ATTENTION = "mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed(grid, active, S))"
 OWN_ZEROS = "return keys | torch.eye(N, dtype=torch.bool, device=keys.device)"
 # Makes a mask also where all rows of a batch are active and groups are equal.
 ALWAYS_MASKED = (
@@ -55,14 +53,14 @@ FAULTS = (
         "3.3",
         BLOCK,
         block(
-            f"        {ATTENTION}",
-            "        half, angle = q.shape[-1] // 2, torch.arange(N)[:, None].to(q)\n"
-            "        def turn(x):\n"
-            "            a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]\n"
-            "            c, s = angle.cos(), angle.sin()\n"
-            "            return torch.cat([a * c - b * s, b * c + a * s, rest], -1)\n"
-            "        q, k = turn(q), turn(k)\n"
-            f"        {ATTENTION}",
+            ATTENTION,
+            "half, angle = q.shape[-1] // 2, torch.arange(N)[:, None].to(q)\n"
+            "    def turn(x):\n"
+            "        a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]\n"
+            "        c, s = angle.cos(), angle.sin()\n"
+            "        return torch.cat([a * c - b * s, b * c + a * s, rest], -1)\n"
+            "    q, k = turn(q), turn(k)\n"
+            f"    {ATTENTION}",
         ),
     ),
     Fault(
@@ -71,9 +69,8 @@ FAULTS = (
         "3.3",
         "timesteps_do_not_mix_in_the_block",
         block(
-            "cells = grid.spread(qkv)",
-            "qkv = torch.cat([qkv[..., :E], qkv[..., E:].roll(1, 1)], -1)\n"
-            "        cells = grid.spread(qkv)",
+            "cells = grid.spread(x)",
+            "x = torch.cat([x[..., :E], x[..., E:].roll(1, 1)], -1)\n    cells = grid.spread(x)",
         ),
     ),
     Fault(
@@ -112,8 +109,8 @@ FAULTS = (
         block(
             OWN_ZEROS,
             "own = torch.eye(N, dtype=torch.bool, device=keys.device)\n"
-            "        others = keys & ~own\n"
-            "        return others | own & ~others.any(-1, keepdim=True)",
+            "    others = keys & ~own\n"
+            "    return others | own & ~others.any(-1, keepdim=True)",
         ),
     ),
     Fault(
@@ -125,7 +122,7 @@ FAULTS = (
         block(
             OWN_ZEROS,
             "eye = torch.eye(N, dtype=torch.bool, device=keys.device)\n"
-            "        return keys & eye.new_ones(N, N).tril() | eye",
+            "    return keys & eye.new_ones(N, N).tril() | eye",
         ),
     ),
     Fault(
@@ -133,7 +130,7 @@ FAULTS = (
         "A NaN in a padded cell becomes the NaN of a whole group.",
         "3.4",
         "blocked_rows_have_no_influence_on_the_block",
-        block("else hidden.masked_fill(inactive, 0)", "else hidden * ~inactive"),
+        block("else x.masked_fill(~active[..., None], 0)", "else x * active[..., None]"),
     ),
     Fault(
         "softmax in the compute dtype",
@@ -143,14 +140,14 @@ FAULTS = (
         block(
             ATTENTION,
             "score = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5\n"
-            "        mask = self._allowed(grid, active, S)\n"
-            "        if mask is not None:\n"
-            "            score = score.masked_fill(~mask, float('-inf'))\n"
-            "        weight = (score - score.amax(-1, keepdim=True)).exp()\n"
-            "        total = torch.zeros_like(weight[..., 0])\n"
-            "        for column in weight.unbind(-1):\n"
-            "            total = total + column\n"
-            "        mixed = (weight / total[..., None]) @ v",
+            "    mask = allowed(grid, active, S)\n"
+            "    if mask is not None:\n"
+            "        score = score.masked_fill(~mask, float('-inf'))\n"
+            "    weight = (score - score.amax(-1, keepdim=True)).exp()\n"
+            "    total = torch.zeros_like(weight[..., 0])\n"
+            "    for column in weight.unbind(-1):\n"
+            "        total = total + column\n"
+            "    mixed = (weight / total[..., None]) @ v",
         ),
         dtype="bfloat16",
     ),
@@ -193,7 +190,7 @@ FAULTS = (
         "Checkpoints whose norm_eps differs from the host's are computed slightly wrongly.",
         "3.2",
         BLOCK,
-        Edit("model", "eps=bridge.norm_eps", "eps=config.rms_norm_eps"),
+        block("Norm(D, bridge.norm_eps)", "Norm(D, config.rms_norm_eps)"),
     ),
     Fault(
         "the norm subtracts the mean",
@@ -210,7 +207,7 @@ FAULTS = (
         "Padded cells drift, and what is cached of them with them.",
         "3.6",
         BLOCK,
-        block("self.outward(x).masked_fill(inactive, 0)", "self.outward(x)"),
+        block("cleared(self.outward(x), active)", "self.outward(x)"),
     ),
     Fault(
         "the block replaces the stream",
@@ -218,7 +215,7 @@ FAULTS = (
         "3.6",
         BLOCK,
         block("return self.outward.add_to(hidden, x)", "return self.outward(x)"),
-        block("return hidden + self.outward(x)", "return self.outward(x)"),
+        block("return hidden + cleared(self", "return cleared(self"),
     ),
     Fault(
         "the block's output is transposed where it is square",
@@ -227,10 +224,13 @@ FAULTS = (
         BLOCK,
         Edit(
             "model",
-            'outward=linear("bridge", "o" if attention else "down", bias=False),',
-            "outward=(lambda o: replace(o, weight=o.weight.T.contiguous())\n"
-            "            if o.weight.shape[0] == o.weight.shape[1] else o)(\n"
-            '            linear("bridge", "o" if attention else "down", bias=False)),',
+            "{name: get(name) for name in tensor_shapes(config)}",
+            "{\n"
+            "            n: get(n).T.contiguous()\n"
+            "            if n.endswith(('bridge.o_proj.weight', 'bridge.down_proj.weight'))\n"
+            "            and s[1:] == s[:1] else get(n)\n"
+            "            for n, s in tensor_shapes(config).items()\n"
+            "        }",
         ),
     ),
     Fault(
@@ -238,7 +238,7 @@ FAULTS = (
         "The baseline of equal size is another one than the paper's.",
         "8.1",
         BLOCK,
-        block("F.silu(x) if self.num_heads", "F.gelu(x) if self.num_heads"),
+        block("return F.silu(x)", "return F.gelu(x)"),
     ),
     Fault(
         "the norm ratio counts inactive cells",
@@ -283,6 +283,10 @@ FAULTS = (
         "Figures of layers that the model does not compute.",
         "3.9",
         RATIOS,
-        Edit("model", "h = layer.block(h, cells.grid, cells.active)", "pass"),
+        Edit(
+            "packed",
+            "cells.active))\n                h = layer.block(h, cells.grid, cells.active)",
+            "cells.active))",
+        ),
     ),
 )

@@ -7,13 +7,19 @@ SHARED = "a_prompt_is_prefilled_once_for_its_group"
 DRAWN = "what_was_sampled_is_what_is_fed"
 LEAVE = """\
             fed = fed.index_select(0, torch.from_numpy(rows).to(device))
-            self._compact(rows)
-        if len(self.group) == 0:"""
+            cache.compact(rows)
+            self.uniforms.keep(rows)
+        if len(cache.group) == 0:"""
 
 
 def decode(old: str, new: str) -> Edit:
     """An edit of `decode.py`."""
     return Edit("decode", old, new)
+
+
+def cache(old: str, new: str) -> Edit:
+    """An edit of `cache.py`."""
+    return Edit("cache", old, new)
 
 
 FAULTS = (
@@ -24,12 +30,13 @@ FAULTS = (
         CACHED,
         decode(
             LEAVE,
-            "            logits = self._forward(fed)\n"
-            "            self.step += 1\n"
-            "            self._compact(rows)\n"
-            "            self.step -= 1\n"
+            "            logits = self.forward(self.weights, cache, fed)\n"
+            "            cache.step += 1\n"
+            "            cache.compact(rows)\n"
+            "            cache.step -= 1\n"
+            "            self.uniforms.keep(rows)\n"
             "            self.next_logits = logits[torch.from_numpy(rows)]\n"
-            "        elif len(self.group) == 0:",
+            "        elif len(cache.group) == 0:",
         ),
     ),
     Fault(
@@ -44,21 +51,21 @@ FAULTS = (
         "One user's prompt is read into another's.",
         "4.2",
         SHARED,
-        decode("model.cells(np.arange(G), active", "model.cells(np.zeros(G, int), active"),
+        decode("weights.cells(np.arange(G), active", "weights.cells(np.zeros(G, int), active"),
     ),
     Fault(
         "caches stay where they were",
         "After a row ends, those after it remember somebody else's text.",
         "4.3",
         CACHED,
-        decode("if new != old:", "if False:"),
+        cache("if new != old:", "if False:"),
     ),
     Fault(
         "the latest timestep is not moved",
         "After a row ends, those after it forget their last token but one.",
         "4.3",
         CACHED,
-        decode(
+        cache(
             "self.own[:, :, new, :, : self.step] = self.own[:, :, old, :, : self.step]",
             "n = max(self.step - 1, 0)\n"
             "                self.own[:, :, new, :, :n] = self.own[:, :, old, :, :n]",
@@ -69,14 +76,14 @@ FAULTS = (
         "After a prompt's rows have all ended, others go on from its prompt.",
         "4.3",
         CACHED,
-        decode("self.prefix.index_select(2, left)", "self.prefix[:, :, : len(left)]"),
+        cache("self.prefix.index_select(2, left)", "self.prefix[:, :, : len(left)]"),
     ),
     Fault(
         "lengths stay where they were",
         "After a prompt's rows have all ended, others jump to its positions.",
         "4.3",
         CACHED,
-        decode(
+        cache(
             "self.lengths, self.prefix = self.lengths[prompts]",
             "self.lengths, self.prefix = self.lengths[: len(prompts)]",
         ),
@@ -86,14 +93,14 @@ FAULTS = (
         "After a prompt's rows have all ended, others lose the start of theirs, or read padding.",
         "4.3",
         CACHED,
-        decode("self.padding.index_select(0, left)", "self.padding[: len(left)]"),
+        cache("self.padding.index_select(0, left)", "self.padding[: len(left)]"),
     ),
     Fault(
         "padding of prompts is read",
         "A short prompt beside a long one is answered differently.",
         "4.1",
         CACHED,
-        decode("if self.padding is not None:\n            score", "if False:\n            score"),
+        decode("if cache.padding is not None:", "if False:"),
     ),
     Fault(
         "prompts are read at padded positions",
@@ -101,7 +108,7 @@ FAULTS = (
         "2.4",
         CACHED,
         decode(
-            "np.maximum(np.arange(P) - (P - self.lengths[:, None]), 0)",
+            "np.maximum(np.arange(P) - (P - lengths[:, None]), 0)",
             "np.broadcast_to(np.arange(P), (G, P))",
         ),
     ),
@@ -110,23 +117,21 @@ FAULTS = (
         "A gap between every prompt and its answer.",
         "2.4",
         CACHED,
-        decode(
-            "self.lengths[self.group] + self.step)", "self.lengths[self.group] + self.step + 1)"
-        ),
+        cache("self.lengths[self.group] + self.step", "self.lengths[self.group] + self.step + 1"),
     ),
     Fault(
         "positions stand still",
         "Every generated token is read where the prompt ended.",
         "2.4",
         CACHED,
-        decode("self.lengths[self.group] + self.step)", "self.lengths[self.group])"),
+        cache("self.lengths[self.group] + self.step", "self.lengths[self.group]"),
     ),
     Fault(
         "cached windows are one too wide",
         "Decoding reads a token that training never let it see.",
         "5.5",
         CACHED,
-        decode("P + T - layer.window", "P + T - layer.window - 1"),
+        decode("P + T - window", "P + T - window - 1"),
     ),
     Fault(
         "windows do not reach the prompt",
@@ -143,7 +148,7 @@ FAULTS = (
         decode(
             "p = score.softmax(-1).to(q.dtype)",
             "p = torch.cat([part.softmax(-1) for part in score.split([P - p0, T - t0], -1)], -1)\n"
-            "        p = p.to(q.dtype) / 2",
+            "    p = p.to(q.dtype) / 2",
         ),
     ),
     Fault(
@@ -154,7 +159,7 @@ FAULTS = (
         decode(
             "return self.drawn.cpu().numpy().copy()",
             "tokens = self.drawn.cpu().numpy().copy()\n"
-            "        if self.step < self.own.shape[4]:\n"
+            "        if self.cache.step < self.cache.own.shape[4]:\n"
             "            self.advance()\n"
             "        return tokens",
         ),
@@ -171,14 +176,14 @@ FAULTS = (
         "Positions that the model was never trained on are read without a word.",
         "4.4",
         "what_is_out_of_bounds_is_refused",
-        decode("check_prompts(config, prompts, widths, max_new_tokens)", "pass"),
+        decode("check_prompts(weights.config, prompts, widths, max_new_tokens)", "pass"),
     ),
     Fault(
         "whatever is given is fed",
         "Tokens of another batch, and past the cache's end, go where memory ends.",
         "10.1",
         "what_is_out_of_bounds_is_refused",
-        decode("check_advance(V, len(self.group), left, tokens, keep)", "pass"),
+        decode("check_advance(V, len(cache.group), left, tokens, keep)", "pass"),
     ),
     Fault(
         "what stands for dropped rows is refused",

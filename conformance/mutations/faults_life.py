@@ -7,7 +7,7 @@ LIFE = "a_models_life_is_the_references"
 # Keeps the results of a prefill with the model, by the prompts that it was of.
 KEEPS = (
     "        asked = tuple(prompt.tobytes() for prompt in prompts)\n"
-    '        kept = model.__dict__.setdefault("kept", {})\n'
+    '        kept = weights.rope.__dict__.setdefault("kept", {})\n'
 )
 # Writes a state into the arrays of the last one.
 KEPT_STATE = (
@@ -25,11 +25,10 @@ FAULTS = (
         LIFE,
         Edit(
             "decode",
-            "        last = self._prefill(prompts)\n",
+            "        prefix, active, last = prefill(weights, prompts)\n",
             KEEPS + "        if asked not in kept:\n"
-            "            last = self._prefill(prompts)\n"
-            "            kept[asked] = last, self.prefix, self.padding\n"
-            "        last, self.prefix, self.padding = kept[asked]\n",
+            "            kept[asked] = prefill(weights, prompts)\n"
+            "        prefix, active, last = kept[asked]\n",
         ),
     ),
     Fault(
@@ -39,10 +38,11 @@ FAULTS = (
         LIFE,
         Edit(
             "decode",
-            "        self.fused = FusedStep.of(self)\n",
-            '        kept = model.__dict__.setdefault("own", self.own)\n'
-            "        self.own = kept if kept.shape == self.own.shape else self.own\n"
-            "        self.fused = FusedStep.of(self)\n",
+            "        self.cache = Cache.of(prefix, active, widths, self.limit)\n",
+            "        self.cache = Cache.of(prefix, active, widths, self.limit)\n"
+            '        kept = weights.rope.__dict__.setdefault("own", self.cache.own)\n'
+            "        if kept.shape == self.cache.own.shape:\n"
+            "            self.cache.own = kept\n",
         ),
     ),
     Fault(
@@ -51,10 +51,9 @@ FAULTS = (
         "7.9",
         LIFE,
         Edit(
-            "linear",
-            "            self.weight = packed(self.weight)\n        return self",
-            '            self.weight = self.__dict__.setdefault("kept", packed(self.weight))\n'
-            "        return self",
+            "weights",
+            "        return packed\n",
+            '        return self.__dict__.setdefault("kept", packed)\n',
         ),
     ),
     Fault(
@@ -113,7 +112,7 @@ FAULTS = (
         "A copy of the weights, kept to compare with, follows every update.",
         "9.6",
         LIFE,
-        Edit("backend", "to_numpy(ready.pop(name)).copy()", "to_numpy(ready.pop(name))"),
+        Edit("backend", "to_numpy(part).copy()", "to_numpy(part)"),
     ),
     Fault(
         "logits are handed out as they are drawn from",

@@ -6,7 +6,7 @@ from mutations.fault import Edit, Fault
 READ = "long_texts_are_decoded_as_they_are_read"
 DRAWN = "long_texts_are_drawn_by_the_rule"
 RENEWED = "if seed != self.seed or not 0 <= step - self.first < len(self.table):"
-WINDOW = "lost = 0 if layer.window is None else max(0, P + T - layer.window)"
+WINDOW = "lost = 0 if window is None else max(0, P + T - window)"
 
 PLAIN = (
     Fault(
@@ -37,7 +37,7 @@ PLAIN = (
         "What is longer than the first text stands still at its end.",
         "5.6",
         READ,
-        Edit("model", "if length > self.tables.shape[1]:", "if self.tables.shape[1] == 0:"),
+        Edit("model", "if end > self.tables.shape[1]:", "if self.tables.shape[1] == 0:"),
         Edit(
             "model",
             "index_select(1, positions.reshape(-1))",
@@ -59,9 +59,9 @@ PLAIN = (
         "2.4",
         READ,
         Edit(
-            "decode",
-            "self.lengths[self.group] + self.step)",
-            "(self.lengths[self.group] + self.step) % 256)",
+            "cache",
+            "self.lengths[self.group] + self.step",
+            "(self.lengths[self.group] + self.step) % 256",
         ),
     ),
     Fault(
@@ -69,18 +69,19 @@ PLAIN = (
         "A longer answer keeps overwriting its last token but one.",
         "4.1",
         READ,
-        Edit("decode", "K, max(self.limit, 1), config", "K, min(max(self.limit, 1), 256), config"),
+        Edit("cache", "max(timesteps, 1), d", "min(max(timesteps, 1), 256), d"),
+        Edit(
+            "cache",
+            "return self.prefix.shape[4] + self.own.shape[4]",
+            "return self.prefix.shape[4] + 4096",
+        ),
+        Edit("decode", "own[0, :, :, cache.step] = k", "own[0, :, :, min(cache.step, 255)] = k"),
+        Edit("decode", "own[1, :, :, cache.step] = v", "own[1, :, :, min(cache.step, 255)] = v"),
         Edit(
             "decode",
-            "self.own[i, 0, :R, :, self.step] = k",
-            "self.own[i, 0, :R, :, min(self.step, 255)] = k",
+            "cache.prefix.shape, cache.step + 1",
+            "cache.prefix.shape, min(cache.step + 1, 256)",
         ),
-        Edit(
-            "decode",
-            "self.own[i, 1, :R, :, self.step] = v",
-            "self.own[i, 1, :R, :, min(self.step, 255)] = v",
-        ),
-        Edit("decode", "            self.step + 1,\n", "            min(self.step + 1, 256),\n"),
     ),
     Fault(
         "masks of batches with padding reach 256 timesteps",
@@ -89,8 +90,8 @@ PLAIN = (
         READ,
         Edit(
             "model",
-            "device=self.device).tril()[None]",
-            "device=self.device).tril().triu(-255)[None]",
+            "device=device).tril()[None]",
+            "device=device).tril().triu(-255)[None]",
         ),
     ),
     Fault(
@@ -98,14 +99,14 @@ PLAIN = (
         "Once the longest prompt has left, the others read past their windows.",
         "5.5",
         READ,
-        Edit("decode", WINDOW, WINDOW.replace("P + T", "int(self.lengths.max()) + T")),
+        Edit("decode", WINDOW, WINDOW.replace("P + T", "int(cache.lengths.max()) + T")),
     ),
     Fault(
         "padding is cut at the wrong end beside a window",
         "A short prompt beside a long one reads padding where its layers have windows.",
         "5.5",
         READ,
-        Edit("decode", "self.padding[..., p0:]", "self.padding[..., : P - p0]"),
+        Edit("decode", "cache.padding[..., p0:]", "cache.padding[..., : P - p0]"),
     ),
     Fault(
         "windows never leave the prompt",
@@ -120,7 +121,7 @@ PLAIN = (
         "4.3",
         READ,
         Edit(
-            "decode",
+            "cache",
             "for new, old in enumerate(rows):",
             "for new, old in reversed([*enumerate(rows)]):",
         ),
@@ -131,7 +132,7 @@ PLAIN = (
         "4.3",
         READ,
         Edit(
-            "decode",
+            "cache",
             "self.own[:, :, new, :, : self.step] = self.own[:, :, old, :, : self.step]",
             "self.own[:, 0, new, :, : self.step] = self.own[:, 0, old, :, : self.step]",
         ),

@@ -4,9 +4,13 @@ from mutations.fault import Edit, Fault
 
 LOGITS = "logits_are_within_the_numerics_rule"
 TENSORS = "tensors_come_back_byte_for_byte"
-FFN = "        h = feed_forward(layer, h, rms_norm(h, layer.post_norm, self.config.rms_norm_eps))\n"
-BLOCK = "        return h if layer.block is None else layer.block(h, cells.grid, cells.active)"
+FFN = "            h = layer.feed_forward(h)\n"
+BLOCK = """\
+            if layer.block is not None:
+                h = layer.block(h, cells.grid, cells.active)
+        return h"""
 FREQUENCIES = "inverse_frequencies(config.rope, config.head_dim)"
+REPLACE = Edit("model", "import dataclass\n", "import dataclass, replace\n")
 HEADS_FIRST = "q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)"
 
 
@@ -15,27 +19,30 @@ def model(old: str, new: str) -> Edit:
     return Edit("model", old, new)
 
 
+def packed(old: str, new: str) -> Edit:
+    """An edit of `packed.py`."""
+    return Edit("packed", old, new)
+
+
 FAULTS = (
     Fault(
         "the block comes before the FFN",
         "Weights trained elsewhere act on a stream that they have never seen.",
         "3.7",
         LOGITS,
-        model(
-            FFN + BLOCK, BLOCK.replace("return h", "h = h") + "\n" + FFN.replace("h =", "return", 1)
-        ),
+        packed(FFN + BLOCK, BLOCK.replace("        return h", FFN) + "        return h"),
     ),
     Fault(
         "the block reads the stream before the FFN",
         "What the FFN has just added is shared one layer late.",
         "3.7",
         LOGITS,
-        model(
+        packed(
             FFN + BLOCK,
-            FFN.replace("h =", "after =", 1)
-            + BLOCK.replace("return h if", "return after if").replace(
+            "            before, h = h, layer.feed_forward(h)\n"
+            + BLOCK.replace(
                 "layer.block(h, cells.grid, cells.active)",
-                "after + layer.block(h, cells.grid, cells.active) - h",
+                "h + layer.block(before, cells.grid, cells.active) - before",
             ),
         ),
     ),
@@ -66,7 +73,7 @@ FAULTS = (
         "2.4",
         LOGITS,
         model(
-            "place = torch.tensor(positions, dtype=torch.int64, device=self.device)",
+            "place = torch.tensor(positions, dtype=torch.int64, device=device)",
             "place = torch.arange(S).expand(len(positions), S)",
         ),
     ),
@@ -86,9 +93,12 @@ FAULTS = (
         "Qwen3 checkpoints give plausible, worse text.",
         "5.4",
         LOGITS,
-        model("q = rms_norm(q, layer.q_norm", "q = rms_norm(rotate(q, rope), layer.q_norm"),
-        model("k = rms_norm(k, layer.k_norm", "k = rms_norm(rotate(k, rope), layer.k_norm"),
-        model("return rotate(q, rope), rotate(k, rope), v", "return q, k, v"),
+        packed(
+            "q, k = rms_norm(q, self.q_norm, eps), rms_norm(k, self.k_norm, eps)\n",
+            "q, k = rotate(q, rope), rotate(k, rope)\n"
+            "            q, k = rms_norm(q, self.q_norm, eps), rms_norm(k, self.k_norm, eps)\n",
+        ),
+        packed("return rotate(q, rope), rotate(k, rope), v", "return q, k, v"),
     ),
     Fault(
         "windows are one too wide",
@@ -114,7 +124,7 @@ FAULTS = (
         "Models that alternate windows and full attention forget early, or never.",
         "5.5",
         LOGITS,
-        model("window=config.sliding_windows[i]", "window=config.sliding_windows[0]"),
+        model("config.sliding_windows[layer] if", "config.sliding_windows[0] if"),
     ),
     Fault(
         "rope turns the other way",
@@ -139,6 +149,7 @@ FAULTS = (
         "Llama 3.1 and its distillations lose their long context.",
         "5.6",
         LOGITS,
+        REPLACE,
         model(
             FREQUENCIES,
             "inverse_frequencies(replace(config.rope, rope_type='default')\n"
@@ -150,6 +161,7 @@ FAULTS = (
         "Fast frequencies are stretched too: near tokens blur.",
         "5.6",
         LOGITS,
+        REPLACE,
         model(
             f"self.frequencies, self.factor = {FREQUENCIES}",
             f"self.frequencies, self.factor = {FREQUENCIES}\n"
@@ -171,7 +183,12 @@ FAULTS = (
         "5.6",
         LOGITS,
         model(
-            "self.device, self.dtype = device", "self.n, self.device, self.dtype = dtype, device"
+            "device, dtype = positions.device, wide",
+            "n, device, dtype = dtype, positions.device, wide",
+        ),
+        model(
+            "self._grow(-(-end // 256) * 256, device,",
+            "self.n = n\n            self._grow(-(-end // 256) * 256, device,",
         ),
         model(
             "np.arange(length)[:, None] * self.frequencies",
@@ -185,9 +202,9 @@ FAULTS = (
         "Gemma's habit: other families' streams start too large.",
         "5.2",
         LOGITS,
-        model(
-            "h = embed(self.embed, tokens)",
-            "h = embed(self.embed, tokens) * self.config.hidden_size**0.5",
+        packed(
+            "h = F.embedding(tokens, self.embed)\n",
+            "h = F.embedding(tokens, self.embed) * self.config.hidden_size**0.5\n",
         ),
     ),
     Fault(
@@ -195,14 +212,14 @@ FAULTS = (
         "Every logit is a little wrong, and most tokens are right.",
         "5.2",
         LOGITS,
-        model("rms_norm(h, self.norm,", "rms_norm(h, torch.ones_like(self.norm),"),
+        packed("rms_norm(h, self.norm,", "rms_norm(h, torch.ones_like(self.norm),"),
     ),
     Fault(
         "logits stay in the compute dtype",
         "Sampling's float32 rules are applied to bfloat16 numbers.",
         "5.2",
         LOGITS,
-        model("return self.head(h).to(wide(self.dtype))", "return self.head(h)"),
+        packed("return self.head(h).to(wide(h.dtype))", "return self.head(h)"),
         dtype="float16",
     ),
     Fault(
@@ -210,7 +227,7 @@ FAULTS = (
         "The FFN sees the stream through attention's norm.",
         "5.3",
         LOGITS,
-        model("rms_norm(h, layer.post_norm, self.config.rms_norm_eps)", "x"),
+        packed("x = rms_norm(h, self.post_norm,", "x = rms_norm(h, self.input_norm,"),
     ),
     Fault(
         "biases are dropped",
@@ -237,11 +254,10 @@ FAULTS = (
         "A loader for [in, out] weights: nothing complains where widths agree.",
         "2.1",
         LOGITS,
-        Edit(
-            "linear",
-            'weights = [get(f"{name}.weight") for name in names]',
-            'weights = [get(f"{name}.weight") for name in names]\n'
-            "        weights = [w.T.contiguous() if len(w) == w.shape[1] else w for w in weights]",
+        model(
+            "{name: get(name) for name in tensor_shapes(config)}",
+            "{n: get(n).T.contiguous() if s[1:] == s[:1] else get(n)\n"
+            "            for n, s in tensor_shapes(config).items()}",
         ),
     ),
     Fault(
@@ -249,7 +265,7 @@ FAULTS = (
         "The FFN gates with the wrong half.",
         "5.8",
         LOGITS,
-        model("F.silu(gate) * up", "F.silu(up) * gate"),
+        packed("F.silu(gate) * up", "F.silu(up) * gate"),
     ),
     Fault(
         "tensors are rounded on the way",
@@ -258,9 +274,8 @@ FAULTS = (
         TENSORS,
         Edit(
             "backend",
-            "yield name, to_numpy(ready.pop(name)).copy()",
-            "tensor = ready.pop(name)\n"
-            "            yield name, to_numpy(tensor.bfloat16().to(tensor.dtype)).copy()",
+            "yield name, to_numpy(part).copy()",
+            "yield name, to_numpy(part.bfloat16().to(part.dtype)).copy()",
         ),
     ),
     Fault(
@@ -270,8 +285,8 @@ FAULTS = (
         TENSORS,
         Edit(
             "backend",
-            "for name in tensor_shapes(self.config):",
-            "for name in [name for name, _ in self.transformer.parts()]:",
+            "in self.weights.parts():",
+            "in reversed([*self.weights.parts()]):",
         ),
     ),
 )

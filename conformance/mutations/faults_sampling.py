@@ -61,7 +61,11 @@ FAULTS = (
         "A text that goes on from given tokens differs from one drawn from the start.",
         "6.2",
         SAMPLED,
-        Edit("decode", "self.uniforms.at(self.step, ", "self.uniforms.at(max(self.step - 1, 0), "),
+        Edit(
+            "decode",
+            "self.uniforms.at(self.cache.step, ",
+            "self.uniforms.at(max(self.cache.step - 1, 0), ",
+        ),
     ),
     Fault(
         "filters come before the temperature",

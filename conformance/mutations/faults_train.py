@@ -154,9 +154,9 @@ FAULTS = (
         GRADIENTS,
         Edit(
             "block",
-            "G, N = grid.groups, grid.width\n        cells",
+            "G, N = grid.groups, grid.width\n    cells",
             "G, N = grid.groups, grid.width\n"
-            "        qkv = torch.cat([qkv[..., :E], qkv[..., E:].detach()], -1)\n        cells",
+            "    x = torch.cat([x[..., :E], x[..., E:].detach()], -1)\n    cells",
         ),
     ),
     Fault(
@@ -166,8 +166,8 @@ FAULTS = (
         GRADIENTS,
         Edit(
             "model",
-            "replace(self.head, weight=new.embed)",
-            "replace(self.head, weight=new.embed.detach())",
+            "tied = self.model.embed_tokens.weight",
+            "tied = self.model.embed_tokens.weight.detach()",
         ),
     ),
     Fault(
@@ -175,7 +175,12 @@ FAULTS = (
         "After training the model says what it learnt, by the head that it had before.",
         "7.9",
         LEARNT,
-        Edit("model", "            self.head.weight = self.embed", "            pass"),
+        Edit(
+            "packing",
+            'head = Linear(("lm_head",), (len(embed),), ',
+            'kept = model.rope.__dict__.setdefault("kept", embed.clone())\n'
+            '            head = Linear(("lm_head",), (len(embed),), kept if True else ',
+        ),
     ),
     Fault(
         "k of the block stays as it was",
@@ -183,9 +188,9 @@ FAULTS = (
         "7.9",
         STEPS,
         train(
-            "            if name in self.master:\n                part",
-            "            if name in self.master and 'bridge.k_proj' not in name:\n"
-            "                part",
+            "            own[name].copy_(master)\n",
+            "            if 'bridge.k_proj' not in name:\n"
+            "                own[name].copy_(master)\n",
         ),
     ),
     Fault(
@@ -307,7 +312,7 @@ FAULTS = (
         "7.10",
         ACCUMULATED,
         train(
-            "batches, count = micro_batches(batch, self.objective, self.model.config.vocab_size)",
+            "batches, count = micro_batches(batch, self.objective, self.weights.config.vocab_size)",
             "batches = [batch] if isinstance(batch, Batch) else list(batch)\n"
             "        count = sum(int(part.target_mask.sum()) for part in batches)",
         ),
@@ -319,8 +324,8 @@ FAULTS = (
         RECOMPUTED,
         Edit(
             "model",
-            "layer, h, cells, keep, use_reentrant",
-            "layer, h.detach(), cells, keep, use_reentrant",
+            "again(layer, h, cells)",
+            "again(layer, h.detach(), cells)",
         ),
     ),
     Fault(
@@ -348,7 +353,7 @@ FAULTS = (
         RESTORED,
         train(
             'master.copy_(given[f"master.{name}"])',
-            'master.copy_(given[f"master.{name}"].to(self.model.dtype))',
+            'master.copy_(given[f"master.{name}"].to(self.weights.dtype))',
         ),
         dtype="bfloat16",
     ),

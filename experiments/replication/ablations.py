@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bridge_torch.block import Block, Grid, wide
-from bridge_torch.fused import FusedStep
+from bridge_torch import block, fused
+from bridge_torch.block import Grid, wide
 
 
 def changed(mixing: str | None) -> AbstractContextManager[None]:
@@ -25,16 +25,18 @@ def changed(mixing: str | None) -> AbstractContextManager[None]:
 @contextmanager
 def _patched(mixing: str) -> Iterator[None]:
     def mix(
-        block: Block,
         qkv: Float[Tensor, "R S three_E"],
-        H: int,
+        H: int | None,
         grid: Grid,
         active: Bool[Tensor, "R S"] | None,
     ) -> Float[Tensor, "R S E"]:
+        if H is None:  # P-Match does not mix
+            return mixed_always(qkv, H, grid, active)
         return read(qkv, H, grid, active, mixing)
 
+    mixed_always = block.mix
     # The fused step of decoding has a mixing of its own; without it, the block's is used.
-    with patch.object(Block, "_mix", mix), patch.object(FusedStep, "of", lambda decoder: None):
+    with patch.object(block, "mix", mix), patch.object(fused, "kernels", lambda: None):
         yield
 
 
