@@ -131,8 +131,7 @@ class Block(nn.Module):
     ) -> Float[Tensor, "B S D"]:
         """What a `PackedBlock` of the same weights gives, with gradients."""
         x = self.norm(cleared(hidden, active))
-        x = torch.cat([project(x) for project in self.inward().values()], -1)
-        x = mix(x, self.num_heads, grid, active)
+        x = mix([project(x) for project in self.inward().values()], self.num_heads, grid, active)
         (project,) = self.outward().values()
         return hidden + cleared(project(x), active)
 
@@ -180,7 +179,8 @@ class PackedBlock:
         self, x: Float[Tensor, "R S D"], grid: Grid, active: Bool[Tensor, "R S"] | None
     ) -> Float[Tensor, "R S E"]:
         x = self.inward(rms_norm(x, self.norm, self.eps))
-        return mix(x, self.num_heads, grid, active)
+        parts = [x] if self.num_heads is None else x.chunk(3, -1)
+        return mix(parts, self.num_heads, grid, active)
 
 
 def cleared(
@@ -192,20 +192,26 @@ def cleared(
 
 
 def mix(
-    x: Float[Tensor, "R S F"], H: int | None, grid: Grid, active: Bool[Tensor, "R S"] | None
+    parts: Sequence[Float[Tensor, "R S _"]],
+    H: int | None,
+    grid: Grid,
+    active: Bool[Tensor, "R S"] | None,
 ) -> Float[Tensor, "R S E"]:
-    """What the outward projection is to project. `x`: q, k and v of H heads, one after the other;
-    H None: what P-Match projected upwards."""
+    """What the outward projection is to project. `parts`: q, k and v of H heads; H None: what
+    P-Match projected upwards."""
     if H is None:
-        return F.silu(x)
-    S, E = x.shape[1], x.shape[2] // 3
+        return F.silu(parts[0])
     if grid.width == 1:  # a softmax over one row is 1 (clause 3.8)
-        return x[..., 2 * E :]
+        return parts[2]
+    _, S, E = parts[0].shape
     G, N = grid.groups, grid.width
-    cells = grid.spread(x).view(G, N, S, 3, H, -1).permute(3, 0, 2, 4, 1, 5)
-    if S > 1:  # a decoding step has one timestep, and its views need no copy
-        cells = cells.contiguous()
-    q, k, v = cells.view(3, G * S, H, N, -1).unbind()
+
+    def in_grid(x: Float[Tensor, "R S E"]) -> Float[Tensor, "G_S H N d"]:
+        cells = grid.spread(x).view(G, N, S, H, -1).permute(0, 2, 3, 1, 4)
+        # A decoding step has one timestep, and its views need no copy.
+        return (cells.contiguous() if S > 1 else cells).view(G * S, H, N, -1)
+
+    q, k, v = map(in_grid, parts)
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed(grid, active, S))
     mixed = mixed.view(G, S, H, N, -1).permute(0, 3, 1, 2, 4).reshape(G * N, S, E)
     return grid.collect(mixed)

@@ -45,7 +45,7 @@ FAULTS = (
         "Checkpoints of others load, and every head mixes numbers of all of them.",
         "3.3",
         BLOCK,
-        block("S, 3, H, -1).permute(3, 0, 2, 4, 1, 5)", "S, 3, -1, H).permute(3, 0, 2, 5, 1, 4)"),
+        block("S, H, -1).permute(0, 2, 3, 1, 4)", "S, -1, H).permute(0, 2, 4, 1, 3)"),
     ),
     Fault(
         "rope on the block",
@@ -69,8 +69,8 @@ FAULTS = (
         "3.3",
         "timesteps_do_not_mix_in_the_block",
         block(
-            "cells = grid.spread(x)",
-            "x = torch.cat([x[..., :E], x[..., E:].roll(1, 1)], -1)\n    cells = grid.spread(x)",
+            "map(in_grid, parts)",
+            "map(in_grid, (parts[0], *(part.roll(1, 1) for part in parts[1:])))",
         ),
     ),
     Fault(
@@ -238,7 +238,7 @@ FAULTS = (
         "The baseline of equal size is another one than the paper's.",
         "8.1",
         BLOCK,
-        block("return F.silu(x)", "return F.gelu(x)"),
+        block("return F.silu(", "return F.gelu("),
     ),
     Fault(
         "the norm ratio counts inactive cells",

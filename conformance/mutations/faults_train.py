@@ -154,9 +154,8 @@ FAULTS = (
         GRADIENTS,
         Edit(
             "block",
-            "G, N = grid.groups, grid.width\n    cells",
-            "G, N = grid.groups, grid.width\n"
-            "    x = torch.cat([x[..., :E], x[..., E:].detach()], -1)\n    cells",
+            "map(in_grid, parts)",
+            "map(in_grid, (parts[0], *(part.detach() for part in parts[1:])))",
         ),
     ),
     Fault(
