@@ -75,7 +75,7 @@ def page(
         trace=trace,
         facts=facts,
         layer=layer,
-        maps={layers_shown(layer): trace.looks(layer) for layer in shown},
+        maps={layers_shown(which): trace.looks(which) for which in shown},
         wide=wide,
         # Numbers of steps stand no nearer to each other than can be read.
         every=next(n for n in (1, 2, 5, 10, 20, 50, 100) if n * wide >= 24 or n == 100),
