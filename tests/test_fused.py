@@ -51,7 +51,7 @@ def decode(model, plain=False):
         decoder.forward = plain_step
     logits = []
     for step in range(7):
-        rows = len(decoder.cache.group)
+        rows = len(decoder.cache.rows)
         keep = np.arange(rows) % 2 == 0 if step == 4 else np.ones(rows, bool)
         decoder.advance((np.arange(rows) * 7 + step) % 40, keep)
         logits.append(decoder.logits())

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from bridge.config import ModelConfig
+from bridge.decoding.rows import GridPlan
 from bridge_torch.linear import Linear
 
 
@@ -56,43 +57,31 @@ class Grid:
 
     groups: int
     width: int
-    to_grid: Tensor | None = None  # [G * N] rows; None: the rows are the grid, in order
-    to_rows: Tensor | None = None  # [R] cells of the flat grid
-    filled: Bool[Tensor, "G N"] | None = None  # None: every cell holds a row
+    to_grid: Tensor | None = None  # [G * N] rows; None: the rows are the grid, as they lie
+    to_rows: Tensor | None = None  # [R] places of the flat grid
+    filled: Bool[Tensor, "G N"] | None = None  # None: every place holds a row
 
     @classmethod
     def of(cls, groups: Sequence[int] | np.ndarray, device: torch.device | str) -> "Grid":
         """The grid of rows that answer the prompts `groups [R]`, in any order (clause 2.2)."""
-        groups = np.asarray(groups)
-        _, group, widths = np.unique(groups, return_inverse=True, return_counts=True)
-        G, R, N = len(widths), len(groups), int(widths.max(initial=0))
-        changes = int(np.count_nonzero(np.diff(group))) if R else 0
-        if R == G * N and changes == max(G - 1, 0):
-            return cls(G, N)
-        order = np.argsort(group, kind="stable")
-        first = np.concatenate([[0], np.cumsum(widths)[:-1]])
-        cells = np.empty(R, np.int64)
-        cells[order] = group[order] * N + np.arange(R) - first[group[order]]
-        # An empty cell is masked, and reads its own group: 0 times another's NaN would be NaN.
-        rows = np.repeat(order[first], N)
-        rows[cells] = np.arange(R)
-        filled = np.zeros(G * N, bool)
-        filled[cells] = True
+        plan = GridPlan.of(groups)
+        if plan.as_they_lie:
+            return cls(plan.groups, plan.width)
         return cls(
-            G,
-            N,
-            torch.from_numpy(rows).to(device),
-            torch.from_numpy(cells).to(device),
-            None if R == G * N else torch.from_numpy(filled.reshape(G, N)).to(device),
+            plan.groups,
+            plan.width,
+            torch.from_numpy(plan.to_grid).to(device),
+            torch.from_numpy(plan.to_rows).to(device),
+            None if plan.full else torch.from_numpy(plan.filled).to(device),
         )
 
     def spread(self, rows: Tensor, dim: int = 0) -> Tensor:
-        """Rows along `dim` to cells: R becomes G * N."""
+        """Rows along `dim` to places: R becomes G * N."""
         return rows if self.to_grid is None else rows.index_select(dim, self.to_grid)
 
-    def collect(self, cells: Tensor, dim: int = 0) -> Tensor:
-        """Cells along `dim` back to rows: G * N becomes R."""
-        return cells if self.to_rows is None else cells.index_select(dim, self.to_rows)
+    def collect(self, places: Tensor, dim: int = 0) -> Tensor:
+        """Places along `dim` back to rows: G * N becomes R."""
+        return places if self.to_rows is None else places.index_select(dim, self.to_rows)
 
 
 class Block(nn.Module):

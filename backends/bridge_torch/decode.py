@@ -20,12 +20,14 @@ from torch import Tensor
 
 from bridge.contract import Sampling
 from bridge.decoding.inputs import check_advance, check_prompts
+from bridge.decoding.rows import Rows, left_padded, lost_to_window
+from bridge.decoding.uniforms import Uniforms
 from bridge.errors import BridgeError
 from bridge_torch import fused
 from bridge_torch.block import wide
 from bridge_torch.cache import Cache
 from bridge_torch.packed import Packed
-from bridge_torch.sampling import Uniforms, sample
+from bridge_torch.sampling import sample
 
 Step = Callable[[Packed, Cache, Tensor], Tensor]
 
@@ -49,14 +51,12 @@ class Decoder:
         if fused.serves(device.type, weights.embed.dtype):
             self.forward = fused.step
         prefix, active, last = prefill(weights, prompts)
+        rows = Rows.of(prompts, widths, prompt_ids)
         # The last token is never fed back, so one timestep fewer than there may be tokens.
         self.limit = max_new_tokens - 1
-        self.cache = Cache.of(prefix, active, widths, self.limit)
-        self.next_logits = last.index_select(0, torch.from_numpy(self.cache.group).to(device))
-        numbers = range(len(prompts)) if prompt_ids is None else prompt_ids
-        rows = np.concatenate([np.arange(width) for width in widths])
-        prompt_of_row = np.repeat(np.asarray(numbers, np.int64), widths)
-        self.uniforms = Uniforms(rows, prompt_of_row, device)
+        self.cache = Cache.of(prefix, active, rows, self.limit)
+        self.next_logits = last.index_select(0, torch.from_numpy(rows.group).to(device))
+        self.uniforms = self._uniforms()
         self.drawn: Tensor | None = None
 
     def logits(self) -> np.ndarray:
@@ -66,8 +66,8 @@ class Decoder:
     @torch.inference_mode()
     def sample(self, sampling: Sampling) -> np.ndarray:
         """Draw the next token of each row left: `[R]` int64. Does not advance."""
-        uniform = self.uniforms.at(self.cache.step, sampling.seed)
-        self.drawn = sample(self.next_logits, uniform, sampling)
+        table, line = self.uniforms.at(self.cache.step, sampling.seed)
+        self.drawn = sample(self.next_logits, table[line], sampling)
         return self.drawn.cpu().numpy().copy()
 
     @torch.inference_mode()
@@ -75,7 +75,7 @@ class Decoder:
         """Feed the rows where `keep [R]` one token each, and drop the others (clause 4.3)."""
         cache, V = self.cache, self.weights.config.vocab_size
         left, device = self.limit - cache.step, self.next_logits.device
-        check_advance(V, len(cache.group), left, tokens, keep)
+        check_advance(V, len(cache.rows), left, tokens, keep)
         if tokens is not None:
             fed = torch.tensor(tokens, dtype=torch.int64, device=device)
         elif self.drawn is not None:
@@ -83,15 +83,20 @@ class Decoder:
         else:
             raise BridgeError("advance: no tokens given and none drawn; call sample first")
         if keep is not None and not np.all(keep):
-            rows = np.flatnonzero(keep)
-            fed = fed.index_select(0, torch.from_numpy(rows).to(device))
-            cache.compact(rows)
-            self.uniforms.keep(rows)
-        if len(cache.group) == 0:
+            kept = np.flatnonzero(keep)
+            fed = fed.index_select(0, torch.from_numpy(kept).to(device))
+            cache.compact(kept)
+            self.uniforms = self._uniforms()
+        if len(cache.rows) == 0:
             self.next_logits = self.next_logits[:0]
         else:
             self.next_logits = self.forward(self.weights, cache, fed)
         cache.step, self.drawn = cache.step + 1, None
+
+    def _uniforms(self) -> Uniforms[Tensor]:
+        """Of the rows left, whose numbers stay theirs."""
+        rows, device = self.cache.rows, self.next_logits.device
+        return Uniforms(rows.row_ids, rows.prompt_ids, lambda t: torch.from_numpy(t).to(device))
 
 
 @torch.inference_mode()
@@ -101,7 +106,7 @@ def prefill(
     """Read each prompt once, at width 1: keys and values by slot, which slots hold a token, and
     the logits of each prompt's next one."""
     config, device = weights.config, weights.embed.device
-    tokens, active, positions = padded(prompts)
+    tokens, active, positions = left_padded(prompts)
     G, P = tokens.shape
     L, K, d = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
     prefix = weights.embed.new_empty(L, 2, G, K, P, d)
@@ -114,23 +119,9 @@ def prefill(
     return prefix, active, weights.logits(h[:, -1])
 
 
-def padded(
-    prompts: Sequence[np.ndarray],
-) -> tuple[Int[np.ndarray, "G P"], Bool[np.ndarray, "G P"], Int[np.ndarray, "G P"]]:
-    """Tokens, which cells are active, and positions. Shorter prompts are padded on the left, so
-    that a slot's distance from the end is the same for all."""
-    lengths = np.array([len(prompt) for prompt in prompts])
-    G, P = len(prompts), int(lengths.max())
-    tokens = np.zeros((G, P), np.int64)
-    active = np.arange(P) >= P - lengths[:, None]
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[P - len(prompt) :] = prompt
-    return tokens, active, np.maximum(np.arange(P) - (P - lengths[:, None]), 0)
-
-
 def step(weights: Packed, cache: Cache, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
     """One timestep of every row left: logits for the next. The cache takes its keys and values."""
-    positions = torch.from_numpy(cache.positions).to(tokens.device)
+    positions = torch.from_numpy(cache.rows.positions(cache.step)).to(tokens.device)
     rope = weights.rope(positions, cache.end, weights.embed.dtype)
     h = F.embedding(tokens, weights.embed)
     for i, layer in enumerate(weights.layers):
@@ -158,10 +149,7 @@ def _attend(
     G, N = grid.groups, grid.width
     own[0, :, :, cache.step] = k
     own[1, :, :, cache.step] = v
-    # A window leaves out the same slots and timesteps for every row: it is counted back from
-    # the present one, and the prefixes end at the same slot.
-    lost = 0 if window is None else max(0, P + T - window)
-    p0, t0 = min(lost, P), max(0, lost - P)
+    p0, t0 = lost_to_window(window, P, T)
     prefix_k, prefix_v = prefix[0, :, :, p0:], prefix[1, :, :, p0:]
     own_k, own_v = own[0, :, :, t0:T], own[1, :, :, t0:T]
 

@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bridge.config import ModelConfig
+from bridge.decoding.rows import lost_to_window
 from bridge_torch.block import PackedBlock
 from bridge_torch.cache import Cache
 from bridge_torch.packed import Packed, PackedLayer
@@ -99,9 +100,10 @@ def step(weights: Packed, cache: Cache, tokens: Int[Tensor, " R"]) -> Float[Tens
     """One timestep of every row left; what `decode.step` computes, in fewer calls."""
     library, eps = kernels(), weights.config.rms_norm_eps
     assert library is not None
-    rope = weights.rope(torch.from_numpy(cache.positions), cache.end, weights.embed.dtype)
+    group, positions = cache.rows.group, torch.from_numpy(cache.rows.positions(cache.step))
+    rope = weights.rope(positions, cache.end, weights.embed.dtype)
     # Rows of a prompt lie together, and stay so as rows leave.
-    first, last = (np.searchsorted(cache.group, cache.group, side) for side in ("left", "right"))
+    first, last = (np.searchsorted(group, group, side) for side in ("left", "right"))
     scratch = torch.empty(_scratch_size(weights.config, len(tokens), cache.end))
     h = weights.embed.index_select(0, tokens)
     for i, layer in enumerate(weights.layers):
@@ -151,12 +153,12 @@ def _attend(
     _, G, K, P, d = prefix.shape
     _, rows, _, T, _ = own.shape
     R, H = len(qkv), qkv.shape[1] // d - 2 * K
-    lost = 0 if layer.window is None else max(0, P + cache.step + 1 - layer.window)
+    lost = sum(lost_to_window(layer.window, P, cache.step + 1))
     y = qkv.new_empty(R, H * d)
     library.attend(
         *(y.data_ptr(), qkv.data_ptr(), _pointer(layer.q_norm), _pointer(layer.k_norm)),
         *(layer.config.rms_norm_eps, rope.data_ptr(), own.data_ptr(), prefix.data_ptr()),
-        *(scratch.data_ptr(), cache.group.ctypes.data, cache.lengths.ctypes.data),
+        *(scratch.data_ptr(), cache.rows.group.ctypes.data, cache.rows.lengths.ctypes.data),
         *(rows, R, H, K, d, G, P, T, cache.step, lost),
     )
     return y

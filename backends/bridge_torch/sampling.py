@@ -1,44 +1,15 @@
 """Drawing next tokens on the device (chapter 6), by the rule that the reference states.
 
-Uniforms are tabulated for many steps ahead on the host, since Philox needs only a row's numbers;
-all else stays where the logits are. Axes: R rows, V vocabulary.
+Only uniforms come from the host (`bridge.decoding.uniforms`); all else stays where the logits are.
+Axes: R rows, V vocabulary.
 """
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from bridge.contract import Sampling
-from bridge.philox import uniforms
-
-STEPS = 64  # of uniforms computed at a time
-
-
-class Uniforms:
-    """The uniform of each step and row (clause 6.2), for rows that become fewer over time."""
-
-    def __init__(self, rows: np.ndarray, prompts: np.ndarray, device: torch.device) -> None:
-        """`rows [R]`, `prompts [R]`: the rows' and their prompts' numbers in the counter."""
-        self.rows, self.prompts, self.device = rows, prompts, device
-        self.seed: int | None = None
-        self.table = torch.empty(0)
-        self.first = 0
-
-    def keep(self, rows: np.ndarray) -> None:
-        """Only the rows at these places stay."""
-        self.rows, self.prompts = self.rows[rows], self.prompts[rows]
-        self.seed = None
-
-    def at(self, step: int, seed: int) -> Float[Tensor, " R"]:
-        """The uniforms of one step."""
-        if seed != self.seed or not 0 <= step - self.first < len(self.table):
-            steps = np.arange(step, step + STEPS)[:, None]
-            table = uniforms(seed, steps, self.rows, self.prompts)
-            self.table = torch.from_numpy(table).to(self.device)
-            self.seed, self.first = seed, step
-        return self.table[step - self.first]
 
 
 def sample(

@@ -78,17 +78,14 @@ FAULTS = (
         "Rows of different prompts read each other: one user's text leaks into another's answer.",
         "3.4",
         BLOCK,
-        block("groups = np.asarray(groups)", "groups = np.zeros_like(groups)"),
+        block("GridPlan.of(groups)", "GridPlan.of(np.zeros_like(groups))"),
     ),
     Fault(
         "empty places of a short group are read",
         "With groups of unequal width, the short ones read their first row several times.",
         "3.4",
         BLOCK,
-        block(
-            "None if R == G * N else torch.from_numpy(filled",
-            "None if True else torch.from_numpy(filled",
-        ),
+        block("None if plan.full else", "None if True else"),
     ),
     Fault(
         "finished rows keep their share",

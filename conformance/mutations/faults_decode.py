@@ -6,10 +6,12 @@ CACHED = "cached_decoding_equals_teacher_forcing"
 SHARED = "a_prompt_is_prefilled_once_for_its_group"
 DRAWN = "what_was_sampled_is_what_is_fed"
 LEAVE = """\
-            fed = fed.index_select(0, torch.from_numpy(rows).to(device))
-            cache.compact(rows)
-            self.uniforms.keep(rows)
-        if len(cache.group) == 0:"""
+            fed = fed.index_select(0, torch.from_numpy(kept).to(device))
+            cache.compact(kept)
+            self.uniforms = self._uniforms()
+        if len(cache.rows) == 0:"""
+POSITIONS = "cache.rows.positions(cache.step)"
+LOST = "p0, t0 = lost_to_window(window, P, T)"
 
 
 def decode(old: str, new: str) -> Edit:
@@ -22,6 +24,11 @@ def cache(old: str, new: str) -> Edit:
     return Edit("cache", old, new)
 
 
+def rows(old: str, new: str) -> Edit:
+    """An edit of the plan that all backends share, in `bridge/decoding/rows.py`."""
+    return Edit("decoding.rows", old, new)
+
+
 FAULTS = (
     Fault(
         "EOS is fed",
@@ -32,11 +39,11 @@ FAULTS = (
             LEAVE,
             "            logits = self.forward(self.weights, cache, fed)\n"
             "            cache.step += 1\n"
-            "            cache.compact(rows)\n"
+            "            cache.compact(kept)\n"
             "            cache.step -= 1\n"
-            "            self.uniforms.keep(rows)\n"
-            "            self.next_logits = logits[torch.from_numpy(rows)]\n"
-            "        elif len(cache.group) == 0:",
+            "            self.uniforms = self._uniforms()\n"
+            "            self.next_logits = logits[torch.from_numpy(kept)]\n"
+            "        elif len(cache.rows) == 0:",
         ),
     ),
     Fault(
@@ -83,10 +90,8 @@ FAULTS = (
         "After a prompt's rows have all ended, others jump to its positions.",
         "4.3",
         CACHED,
-        cache(
-            "self.lengths, self.prefix = self.lengths[prompts]",
-            "self.lengths, self.prefix = self.lengths[: len(prompts)]",
-        ),
+        rows("lengths=self.lengths[prompts]", "lengths=self.lengths[: len(prompts)]"),
+        package="bridge",
     ),
     Fault(
         "padding stays where it was",
@@ -107,38 +112,39 @@ FAULTS = (
         "A short prompt beside a long one leaves a gap before its answer.",
         "2.4",
         CACHED,
-        decode(
-            "np.maximum(np.arange(P) - (P - lengths[:, None]), 0)",
-            "np.broadcast_to(np.arange(P), (G, P))",
+        rows(
+            "active, default_positions(active))",
+            "active, np.broadcast_to(np.arange(P), active.shape))",
         ),
+        package="bridge",
     ),
     Fault(
         "generated tokens are one position late",
         "A gap between every prompt and its answer.",
         "2.4",
         CACHED,
-        cache("self.lengths[self.group] + self.step", "self.lengths[self.group] + self.step + 1"),
+        decode(POSITIONS, POSITIONS.replace("step", "step + 1")),
     ),
     Fault(
         "positions stand still",
         "Every generated token is read where the prompt ended.",
         "2.4",
         CACHED,
-        cache("self.lengths[self.group] + self.step", "self.lengths[self.group]"),
+        decode(POSITIONS, POSITIONS.replace("cache.step", "0")),
     ),
     Fault(
         "cached windows are one too wide",
         "Decoding reads a token that training never let it see.",
         "5.5",
         CACHED,
-        decode("P + T - window", "P + T - window - 1"),
+        decode(LOST, LOST.replace("T)", "T - 1)")),
     ),
     Fault(
         "windows do not reach the prompt",
         "Long prompts are read in full for ever.",
         "5.5",
         CACHED,
-        decode("p0, t0 = min(lost, P), max(0, lost - P)", "p0, t0 = 0, max(0, lost - P)"),
+        decode(LOST, LOST + "\n    p0 = 0"),
     ),
     Fault(
         "prompt and answer have softmaxes of their own",
@@ -183,7 +189,7 @@ FAULTS = (
         "Tokens of another batch, and past the cache's end, go where memory ends.",
         "10.1",
         "what_is_out_of_bounds_is_refused",
-        decode("check_advance(V, len(cache.group), left, tokens, keep)", "pass"),
+        decode("check_advance(V, len(cache.rows), left, tokens, keep)", "pass"),
     ),
     Fault(
         "what stands for dropped rows is refused",

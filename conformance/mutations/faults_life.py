@@ -38,8 +38,8 @@ FAULTS = (
         LIFE,
         Edit(
             "decode",
-            "        self.cache = Cache.of(prefix, active, widths, self.limit)\n",
-            "        self.cache = Cache.of(prefix, active, widths, self.limit)\n"
+            "        self.cache = Cache.of(prefix, active, rows, self.limit)\n",
+            "        self.cache = Cache.of(prefix, active, rows, self.limit)\n"
             '        kept = weights.rope.__dict__.setdefault("own", self.cache.own)\n'
             "        if kept.shape == self.cache.own.shape:\n"
             "            self.cache.own = kept\n",

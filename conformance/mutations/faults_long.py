@@ -2,11 +2,11 @@
 leave (chapters 4 to 6): tables that end, caches that are full, masks counted from the wrong end."""
 
 from mutations.fault import Edit, Fault
+from mutations.faults_decode import LOST, POSITIONS
 
 READ = "long_texts_are_decoded_as_they_are_read"
 DRAWN = "long_texts_are_drawn_by_the_rule"
-RENEWED = "if seed != self.seed or not 0 <= step - self.first < len(self.table):"
-WINDOW = "lost = 0 if window is None else max(0, P + T - window)"
+RENEWED = " or seed != self.made[0] or not 0 <= step - self.made[1] < STEPS:"
 
 PLAIN = (
     Fault(
@@ -14,12 +14,9 @@ PLAIN = (
         "After 64 tokens every row draws by the same luck at each step, and loops.",
         "6.2",
         DRAWN,
-        Edit("sampling", RENEWED, "if seed != self.seed:"),
-        Edit(
-            "sampling",
-            "self.table[step - self.first]",
-            "self.table[min(step - self.first, STEPS - 1)]",
-        ),
+        Edit("decoding.uniforms", RENEWED, " or seed != self.made[0]:"),
+        Edit("decoding.uniforms", "table, step - first", "table, min(step - first, STEPS - 1)"),
+        package="bridge",
     ),
     Fault(
         "draws repeat after 256 steps",
@@ -27,10 +24,11 @@ PLAIN = (
         "6.2",
         DRAWN,
         Edit(
-            "sampling",
+            "decoding.uniforms",
             "np.arange(step, step + STEPS)[:, None]",
             "np.arange(step, step + STEPS)[:, None] % 256",
         ),
+        package="bridge",
     ),
     Fault(
         "rope's table is that of the first request",
@@ -58,11 +56,7 @@ PLAIN = (
         "After 256 positions decoding reads its text as if it began again.",
         "2.4",
         READ,
-        Edit(
-            "cache",
-            "self.lengths[self.group] + self.step",
-            "(self.lengths[self.group] + self.step) % 256",
-        ),
+        Edit("decode", POSITIONS, f"{POSITIONS} % 256"),
     ),
     Fault(
         "caches hold 256 timesteps",
@@ -99,7 +93,7 @@ PLAIN = (
         "Once the longest prompt has left, the others read past their windows.",
         "5.5",
         READ,
-        Edit("decode", WINDOW, WINDOW.replace("P + T", "int(cache.lengths.max()) + T")),
+        Edit("decode", LOST, LOST.replace("P,", "int(cache.rows.lengths.max()),")),
     ),
     Fault(
         "padding is cut at the wrong end beside a window",
@@ -113,7 +107,7 @@ PLAIN = (
         "The last token of a prompt is read for ever.",
         "5.5",
         READ,
-        Edit("decode", "p0, t0 = min(lost, P), ", "p0, t0 = min(lost, P - 1), "),
+        Edit("decode", LOST, LOST + "\n    p0 = min(p0, P - 1)"),
     ),
     Fault(
         "caches move last row first",
@@ -122,8 +116,8 @@ PLAIN = (
         READ,
         Edit(
             "cache",
-            "for new, old in enumerate(rows):",
-            "for new, old in reversed([*enumerate(rows)]):",
+            "for new, old in enumerate(kept):",
+            "for new, old in reversed([*enumerate(kept)]):",
         ),
     ),
     Fault(

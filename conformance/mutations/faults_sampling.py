@@ -3,7 +3,7 @@
 from mutations.fault import Edit, Fault
 
 SAMPLED = "sampled_tokens_follow_the_rule"
-UNIFORMS = "uniforms(seed, steps, self.rows, self.prompts)"
+UNIFORMS = "uniforms(seed, steps, self.row_ids, self.prompt_ids)"
 FLOOR = "w.masked_fill_(w < nucleus_floor(w, sampling.top_p), 0)"
 MIN_P = "w.masked_fill_(w < sampling.min_p, 0)"
 
@@ -13,48 +13,59 @@ def sampling(old: str, new: str) -> Edit:
     return Edit("sampling", old, new)
 
 
+def tabulated(new: str) -> Edit:
+    """An edit of how `bridge/decoding/uniforms.py`, which all backends share, calls Philox."""
+    return Edit("decoding.uniforms", UNIFORMS, new)
+
+
 FAULTS = (
     Fault(
         "step and row are swapped",
         "The same seed gives another text than every other backend.",
         "6.2",
         SAMPLED,
-        sampling(UNIFORMS, "uniforms(seed, self.rows, steps, self.prompts)"),
+        tabulated("uniforms(seed, self.row_ids, steps, self.prompt_ids)"),
+        package="bridge",
     ),
     Fault(
         "prompts share their numbers",
         "Two prompts of a request get the same luck in every row.",
         "6.2",
         SAMPLED,
-        sampling(UNIFORMS, "uniforms(seed, steps, self.rows, 0 * self.prompts)"),
+        tabulated("uniforms(seed, steps, self.row_ids, 0 * self.prompt_ids)"),
+        package="bridge",
     ),
     Fault(
         "rows share their numbers",
         "All rows of a group write the same text.",
         "6.2",
         SAMPLED,
-        sampling(UNIFORMS, "uniforms(seed, steps, 0 * self.rows, self.prompts)"),
+        tabulated("uniforms(seed, steps, 0 * self.row_ids, self.prompt_ids)"),
+        package="bridge",
     ),
     Fault(
         "prompts are numbered by their place in the batch",
         "An answer changes when its request is split over two batches.",
         "6.2",
         SAMPLED,
-        Edit("decode", "range(len(prompts)) if prompt_ids is None", "range(len(prompts)) if True"),
+        Edit("decoding.rows", "if prompt_ids is None else", "if True else"),
+        package="bridge",
     ),
     Fault(
         "rows are renumbered when others end",
         "An answer changes with the moment at which its neighbours end.",
         "6.2",
         SAMPLED,
-        sampling("self.prompts = self.rows[rows], ", "self.prompts = np.arange(len(rows)), "),
+        Edit("decoding.rows", "row_ids=self.row_ids[rows]", "row_ids=np.arange(len(rows))"),
+        package="bridge",
     ),
     Fault(
         "half of the seed is dropped",
         "Seeds that differ in their upper 32 bits give one text.",
         "6.1",
         SAMPLED,
-        sampling(UNIFORMS, "uniforms(seed & 0xFFFFFFFF, steps, self.rows, self.prompts)"),
+        tabulated("uniforms(seed & 0xFFFFFFFF, steps, self.row_ids, self.prompt_ids)"),
+        package="bridge",
     ),
     Fault(
         "numbers start with the first draw",
