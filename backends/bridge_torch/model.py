@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bridge.config import ModelConfig, tensor_shapes
-from bridge.rope import inverse_frequencies
+from bridge.decoding.rows import causal_alone, only_active
+from bridge.rope import rotation_tables
 from bridge_torch.block import Block, Grid, Norm, cleared, wide
 from bridge_torch.linear import Embedding, stack_parameters
 
@@ -26,15 +27,8 @@ class Rope:
     """Tables of cos and sin by position, from float64 on the host (clause 5.6)."""
 
     def __init__(self, config: ModelConfig) -> None:
-        self.frequencies, self.factor = inverse_frequencies(config.rope, config.head_dim)
+        self.config = config
         self.tables = torch.empty(2, 0, config.head_dim)
-
-    def _grow(self, length: int, device: torch.device, dtype: torch.dtype) -> None:
-        angles = np.arange(length)[:, None] * self.frequencies
-        cos, sin = np.cos(angles) * self.factor, np.sin(angles) * self.factor
-        # The sign of rotate_half is in the table: x * cos + (halves of x swapped) * sin.
-        tables = np.stack([np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)])
-        self.tables = torch.from_numpy(tables).to(device, dtype)
 
     def __call__(
         self, positions: Int[Tensor, "..."], end: int, dtype: torch.dtype
@@ -44,7 +38,9 @@ class Rope:
         if (self.tables.device, self.tables.dtype) != (device, dtype):
             self.tables = self.tables.new_empty(2, 0, self.tables.shape[-1])
         if end > self.tables.shape[1]:
-            self._grow(-(-end // 256) * 256, device, dtype)
+            length = -(-end // 256) * 256
+            tables = rotation_tables(self.config.rope, self.config.head_dim, length)
+            self.tables = torch.from_numpy(tables).to(device, dtype)
         rows = self.tables.index_select(1, positions.reshape(-1))
         return rows.reshape(2, *positions.shape, -1)
 
@@ -78,14 +74,12 @@ class Cells:
         `[B, 1, S, S]` where one is needed; a causal batch without padding, inside every window,
         needs none."""
         S, device = active.shape[1], weight.device
-        positions = np.where(active, positions, 0)  # of other cells they may be any numbers
+        positions = only_active(positions, active)
         place = torch.tensor(positions, dtype=torch.int64, device=device)
-        full = bool(active.all())
-        on = None if full else torch.tensor(active, device=device)
-        reach = int((positions.max(1) - positions.min(1)).max(initial=0))
+        on = None if active.all() else torch.tensor(active, device=device)
         masks: dict[int | None, Tensor | None] = {}
         for window in set(config.sliding_windows or (None,)):
-            if full and (window is None or reach < window):
+            if causal_alone(active, positions, window):
                 masks[window] = None
                 continue
             mask = torch.ones(S, S, dtype=torch.bool, device=device).tril()[None]

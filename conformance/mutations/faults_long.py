@@ -47,9 +47,8 @@ PLAIN = (
         "After 256 positions a text is read as if it began again.",
         "5.6",
         READ,
-        Edit(
-            "model", "np.arange(length)[:, None] * self", "np.arange(length)[:, None] % 256 * self"
-        ),
+        Edit("rope", "np.arange(length)[:, None] *", "np.arange(length)[:, None] % 256 *"),
+        package="bridge",
     ),
     Fault(
         "positions are counted in a byte",

@@ -9,14 +9,18 @@ BLOCK = """\
             if layer.block is not None:
                 h = layer.block(h, cells.grid, cells.active)
         return h"""
-FREQUENCIES = "inverse_frequencies(config.rope, config.head_dim)"
-REPLACE = Edit("model", "import dataclass\n", "import dataclass, replace\n")
+FREQUENCIES = "frequencies, factor = inverse_frequencies(rope, head_dim)"
 HEADS_FIRST = "q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)"
 
 
 def model(old: str, new: str) -> Edit:
     """An edit of `model.py`."""
     return Edit("model", old, new)
+
+
+def rope(old: str, new: str) -> Edit:
+    """An edit of the tables that all backends share, in `bridge/rope.py`."""
+    return Edit("rope", old, new)
 
 
 def packed(old: str, new: str) -> Edit:
@@ -65,7 +69,7 @@ FAULTS = (
         "What a batch is padded with decides whether it is computed at all.",
         "2.3",
         "inactive_cells_have_no_influence",
-        model("positions = np.where(active, positions, 0)", "pass"),
+        model("positions = only_active(positions, active)", "pass"),
     ),
     Fault(
         "positions that are given are ignored",
@@ -105,7 +109,7 @@ FAULTS = (
         "Mistral and Qwen models read one token more than they were trained to.",
         "5.5",
         LOGITS,
-        model("reach < window", "reach <= window"),
+        model("positions, window):", "positions, window and window + 1):"),
         model("place[:, None, :] < window", "place[:, None, :] <= window"),
     ),
     Fault(
@@ -117,7 +121,7 @@ FAULTS = (
             "place[:, :, None] - place[:, None, :] < window",
             "torch.arange(S)[:, None] - torch.arange(S) < window",
         ),
-        model("full and (window is None or reach < window)", "full and window is None"),
+        model("causal_alone(active, positions, window)", "on is None and window is None"),
     ),
     Fault(
         "every layer has the first one's window",
@@ -131,7 +135,8 @@ FAULTS = (
         "Queries look behind what they look for.",
         "5.6",
         LOGITS,
-        model("np.concatenate([-sin, sin], -1)", "np.concatenate([sin, -sin], -1)"),
+        rope("np.concatenate([-sin, sin], -1)", "np.concatenate([sin, -sin], -1)"),
+        package="bridge",
     ),
     Fault(
         "rope turns neighbours",
@@ -149,53 +154,50 @@ FAULTS = (
         "Llama 3.1 and its distillations lose their long context.",
         "5.6",
         LOGITS,
-        REPLACE,
-        model(
+        rope(
             FREQUENCIES,
-            "inverse_frequencies(replace(config.rope, rope_type='default')\n"
-            "            if config.rope.rope_type == 'llama3' else config.rope, config.head_dim)",
+            "if rope.rope_type == 'llama3':\n"
+            "        rope = RopeConfig('default', rope.rope_theta)\n"
+            f"    {FREQUENCIES}",
         ),
+        package="bridge",
     ),
     Fault(
         "yarn without its ramp",
         "Fast frequencies are stretched too: near tokens blur.",
         "5.6",
         LOGITS,
-        REPLACE,
-        model(
-            f"self.frequencies, self.factor = {FREQUENCIES}",
-            f"self.frequencies, self.factor = {FREQUENCIES}\n"
-            "        if config.rope.rope_type == 'yarn':\n"
-            "            linear = replace(config.rope, rope_type='linear')\n"
-            "            self.frequencies, _ = inverse_frequencies(linear, config.head_dim)",
+        rope(
+            FREQUENCIES,
+            f"{FREQUENCIES}\n"
+            "    if rope.rope_type == 'yarn':\n"
+            "        linear = RopeConfig('linear', rope.rope_theta, rope.factor)\n"
+            "        frequencies, _ = inverse_frequencies(linear, head_dim)",
         ),
+        package="bridge",
     ),
     Fault(
         "yarn without its attention factor",
         "Attention over stretched contexts is too flat.",
         "5.6",
         LOGITS,
-        model(FREQUENCIES, f"{FREQUENCIES}[0], 1.0"),
+        rope(FREQUENCIES, f"{FREQUENCIES}[0], 1.0"),
+        package="bridge",
     ),
     Fault(
         "angles in the compute dtype",
         "In bfloat16, positions from 257 on are rounded: long texts lose their order.",
         "5.6",
         LOGITS,
-        model(
-            "device, dtype = positions.device, wide",
-            "n, device, dtype = dtype, positions.device, wide",
-        ),
-        model(
-            "self._grow(-(-end // 256) * 256, device,",
-            "self.n = n\n            self._grow(-(-end // 256) * 256, device,",
-        ),
-        model(
-            "np.arange(length)[:, None] * self.frequencies",
-            "(torch.arange(length).to(self.n)[:, None]\n"
-            "                  * torch.from_numpy(self.frequencies).to(self.n)).double().numpy()",
+        rope("import numpy as np\n", "import ml_dtypes\nimport numpy as np\n"),
+        rope(
+            "angles = np.arange(length)[:, None] * frequencies",
+            "narrow = (np.arange(length)[:, None], frequencies)\n"
+            "    place, turn = (a.astype(ml_dtypes.bfloat16) for a in narrow)\n"
+            "    angles = (place * turn).astype(float)",
         ),
         dtype="bfloat16",
+        package="bridge",
     ),
     Fault(
         "embeddings are scaled",
