@@ -14,8 +14,14 @@ from torch import Tensor
 
 from bridge.config import ModelConfig, tensor_shapes
 from bridge.contract import AdamW, Batch, Objective
-from bridge.decoding.inputs import check_block, check_trainable, take_tensor
-from bridge.errors import BridgeError
+from bridge.decoding.inputs import (
+    check_block,
+    check_device_and_dtype,
+    check_trainable,
+    take_tensor,
+)
+from bridge.decoding.rows import only_active
+from bridge.decoding.targets import by_cell
 from bridge_torch.decode import Decoder
 from bridge_torch.model import Transformer
 from bridge_torch.train import Trainer, logprobs, loss_and_grads
@@ -49,12 +55,7 @@ class TorchBackend:
     ) -> "TorchModel":
         """A model on `device` in `dtype`; `tensors` are read one at a time. Raises BridgeError for
         an unknown device or dtype, and for a tensor that is missing or has another shape."""
-        if device not in self.devices():
-            raise BridgeError(
-                f"backend torch: no device {device!r}; use one of {', '.join(self.devices())}"
-            )
-        if dtype not in DTYPES:
-            raise BridgeError(f"backend torch: no dtype {dtype!r}; use one of {', '.join(DTYPES)}")
+        check_device_and_dtype(self.name, device, self.devices(), dtype, DTYPES)
         if device != "cpu":
             add_up_in_float32()
         shapes = tensor_shapes(config)
@@ -120,7 +121,7 @@ class TorchModel:
         return to_numpy(weights.norm_ratios(self._ids(tokens, active), cells))
 
     def _ids(self, tokens: np.ndarray, active: np.ndarray) -> Tensor:
-        ids = np.where(active, tokens, 0).astype(np.int64)
+        ids = only_active(tokens, active).astype(np.int64)
         return torch.from_numpy(ids).to(self.weights.device)
 
     def prefill(
@@ -145,9 +146,7 @@ class TorchModel:
     def logprobs(self, batch: Batch, temperature: float = 1.0) -> np.ndarray:
         """The log-probability of each target, `[B, S]` wide; 0 where there is none."""
         found = to_numpy(logprobs(self.weights.module(), batch, temperature))
-        out = np.zeros(batch.target_mask.shape, found.dtype)
-        out[batch.target_mask] = found
-        return out
+        return by_cell(found, batch.target_mask)
 
     def trainer(
         self,

@@ -21,9 +21,11 @@ from bridge.decoding.inputs import (
     check_state,
     check_temperature,
     check_trainable,
-    default_positions,
     micro_batches,
+    positions_of,
 )
+from bridge.decoding.rows import only_active
+from bridge.decoding.targets import TargetCells
 from bridge_torch.block import wide
 from bridge_torch.model import Transformer
 from bridge_torch.weights import Weights
@@ -46,9 +48,10 @@ def loss_and_grads(
     or lacks what the objective reads.
     """
     check_batch(batch, objective, model.config.vocab_size)
+    targets = TargetCells.of(batch)
     with learning(model, trainable) as leaves, torch.enable_grad():
         logits = target_logits(model, batch, checkpoint_activations)
-        value, metrics = loss(logits, batch, objective, count)
+        value, metrics = loss(logits, targets, objective, count)
         # A tensor that the loss does not read at all has a gradient of zero.
         grads = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
     wanted = {name: g.to(wide(g.dtype)) for name, g in zip(leaves, grads, strict=True)}
@@ -74,7 +77,7 @@ def logprobs(model: Transformer, batch: Batch, temperature: float) -> Float[Tens
     """Clause 7.12: lp of each target at the temperature, in the order of the mask."""
     check_batch(batch, SFT(), model.config.vocab_size)
     check_temperature(temperature)
-    return at_targets(target_logits(model, batch), batch, temperature)[1]
+    return at_targets(target_logits(model, batch), TargetCells.of(batch), temperature)[1]
 
 
 def target_logits(
@@ -82,31 +85,33 @@ def target_logits(
 ) -> Float[Tensor, "tokens V"]:
     """Logits of the cells with a target, in the order of the mask. The head reads no other cell: a
     vocabulary is wide, and prompts have none."""
-    positions = default_positions(batch.active) if batch.positions is None else batch.positions
-    ids = torch.from_numpy(np.where(batch.active, batch.tokens, 0).astype(np.int64))
-    cells = model.cells(batch.groups, batch.active, positions)
+    ids = torch.from_numpy(only_active(batch.tokens, batch.active).astype(np.int64))
+    cells = model.cells(batch.groups, batch.active, positions_of(batch))
     device = cells.rope.device
     mask = torch.tensor(batch.target_mask, device=device)
     return model(ids.to(device), cells, read=mask, recompute=checkpoint_activations)
 
 
 def at_targets(
-    logits: Float[Tensor, "tokens V"], batch: Batch, temperature: float
+    logits: Float[Tensor, "tokens V"], targets: TargetCells, temperature: float
 ) -> tuple[Float[Tensor, "tokens V"], Float[Tensor, " tokens"]]:
     """log p of every token, and of the target (clause 7.1)."""
     logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
-    targets = _at_targets(batch.targets, batch, logits, torch.int64)
-    return logp, logp.gather(-1, targets[:, None])[:, 0]
+    ids = torch.from_numpy(targets.targets).to(logits.device, torch.int64)
+    return logp, logp.gather(-1, ids[:, None])[:, 0]
 
 
 def loss(
-    logits: Float[Tensor, "tokens V"], batch: Batch, objective: Objective, count: int | None = None
+    logits: Float[Tensor, "tokens V"],
+    targets: TargetCells,
+    objective: Objective,
+    count: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor | float]]:
     """The loss over target tokens, and its metrics, `loss` and `tokens` among them.
 
-    `logits` are those of the cells with a target, in the order of the mask. `count` is the number
-    of targets that sums are divided by: of the whole update, where the batch is one of several
-    (clause 7.10); None: of this batch. SFT is clause 7.4: `loss = -sum(lp) / count` with
+    `logits` are those of the cells with a target. `count` is the number of targets that sums are
+    divided by: of the whole update, where the batch is one of several (clause 7.10); None: of this
+    batch. SFT is clause 7.4: `loss = -sum(lp) / count` with
     lp = log p(target). GRPO is clause 7.5, with advantage A by row:
 
         rho  = exp(lp - old)
@@ -115,17 +120,15 @@ def loss(
         loss = -sum(gain - beta kl) / count
     """
     temperature = 1.0 if isinstance(objective, SFT) else objective.temperature
-    logp, lp = at_targets(logits, batch, temperature)
+    logp, lp = at_targets(logits, targets, temperature)
     count = len(lp) if count is None else count
     if isinstance(objective, SFT):
         value = -lp.sum() / count
         return value, {"loss": value.detach(), "tokens": len(lp)}
-    assert batch.advantages is not None
-    advantages = np.broadcast_to(batch.advantages[:, None], batch.targets.shape)
-    A = _at_targets(advantages, batch, logits, lp.dtype)
-    old = lp.detach()
-    if batch.old_logprobs is not None:
-        old = _at_targets(batch.old_logprobs, batch, logits, lp.dtype)
+    assert targets.advantages is not None
+    A, old = torch.from_numpy(targets.advantages).to(lp), lp.detach()
+    if targets.old_logprobs is not None:
+        old = torch.from_numpy(targets.old_logprobs).to(lp)
     rho = (lp - old).exp()
     clipped = rho.clamp(1 - objective.eps_low, 1 + objective.eps_high)
     gain = torch.where(rho * A <= clipped * A, rho * A, clipped.detach() * A)
@@ -134,18 +137,13 @@ def loss(
         "clip_fraction": (rho * A > clipped * A).to(rho.dtype).sum() / count,
         "entropy": -(logp.exp() * logp).sum().detach() / count,
     }
-    if batch.ref_logprobs is not None:
-        difference = _at_targets(batch.ref_logprobs, batch, logits, lp.dtype) - lp
+    if targets.ref_logprobs is not None:
+        difference = torch.from_numpy(targets.ref_logprobs).to(lp) - lp
         kl = difference.expm1() - difference  # of a small difference, exp is 1 and no more
         gain = gain - objective.beta * kl
         metrics["kl"] = kl.sum().detach() / count
     value = -gain.sum() / count
     return value, {"loss": value.detach(), **metrics}
-
-
-def _at_targets(values: np.ndarray, batch: Batch, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """`values [B, S]` at the cells with a target: `[tokens]`, in the order of the mask."""
-    return torch.from_numpy(values[batch.target_mask]).to(like.device, dtype)
 
 
 class Trainer:

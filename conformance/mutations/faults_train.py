@@ -26,7 +26,7 @@ FAULTS = (
         GRADIENTS,
         train(
             "count = len(lp) if count is None else count",
-            "count = int(batch.target_mask.any(-1).sum()) if count is None else count",
+            "count = len(set(targets.rows)) if count is None else count",
         ),
     ),
     Fault(
@@ -34,17 +34,14 @@ FAULTS = (
         "The learning rate depends on how much padding a batch has.",
         "7.4",
         GRADIENTS,
-        train("count = len(lp) if count is None else count", "count = batch.target_mask.size"),
+        train("targets, objective, count)\n", "targets, objective, batch.target_mask.size)\n"),
     ),
     Fault(
         "targets are shifted once more",
         "The model learns to say the token after next.",
         "7.1",
         GRADIENTS,
-        train(
-            "_at_targets(batch.targets, batch",
-            "_at_targets(np.roll(batch.targets, -1, 1) % logits.shape[-1], batch",
-        ),
+        train("from_numpy(targets.targets)", "from_numpy(np.roll(targets.targets, -1))"),
     ),
     Fault(
         "log-probabilities are at temperature 1",
@@ -59,8 +56,8 @@ FAULTS = (
         "7.12",
         LOGPROBS,
         train(
-            "at_targets(target_logits(model, batch), batch, temperature)",
-            "at_targets(target_logits(model, batch), batch, 1.0)",
+            "at_targets(target_logits(model, batch), TargetCells.of(batch), temperature)",
+            "at_targets(target_logits(model, batch), TargetCells.of(batch), 1.0)",
         ),
     ),
     Fault(
@@ -128,14 +125,14 @@ FAULTS = (
         "Every ratio is 1: nothing is off-policy, nothing is clipped.",
         "7.5",
         GRADIENTS,
-        train("if batch.old_logprobs is not None:", "if False:"),
+        train("if targets.old_logprobs is not None:", "if False:"),
     ),
     Fault(
         "without old log-probabilities nothing is learnt",
         "On-policy updates have a gradient of zero.",
         "7.5",
         GRADIENTS,
-        train("old = lp.detach()", "old = lp"),
+        train("(lp), lp.detach()", "(lp), lp"),
     ),
     Fault(
         "default positions count timesteps",
@@ -143,8 +140,9 @@ FAULTS = (
         "2.4",
         GRADIENTS,
         train(
-            "default_positions(batch.active) if",
-            "np.arange(batch.active.shape[1]) + 0 * batch.active if",
+            "positions_of(batch))",
+            "np.arange(batch.active.shape[1]) + 0 * batch.active\n"
+            "                        if batch.positions is None else batch.positions)",
         ),
     ),
     Fault(

@@ -77,7 +77,7 @@ TORCH = (
         "A run without a penalty cannot be watched.",
         "7.5",
         UPDATED,
-        train("if batch.ref_logprobs is not None:", "if objective.beta:"),
+        train("if targets.ref_logprobs is not None:", "if objective.beta:"),
     ),
     Fault(
         "a common token's cells add up in bfloat16",
