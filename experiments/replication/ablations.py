@@ -5,7 +5,7 @@ still read at width 1, since identical others hold what the row itself does (cla
 `cut-gradients`: the same numbers, but no gradient flows into another row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from unittest.mock import patch
 
@@ -25,14 +25,14 @@ def changed(mixing: str | None) -> AbstractContextManager[None]:
 @contextmanager
 def _patched(mixing: str) -> Iterator[None]:
     def mix(
-        qkv: Float[Tensor, "R S three_E"],
+        parts: Sequence[Float[Tensor, "R S _"]],
         H: int | None,
         grid: Grid,
         active: Bool[Tensor, "R S"] | None,
     ) -> Float[Tensor, "R S E"]:
         if H is None:  # P-Match does not mix
-            return mixed_always(qkv, H, grid, active)
-        return read(qkv, H, grid, active, mixing)
+            return mixed_always(parts, H, grid, active)
+        return read(parts, H, grid, active, mixing)
 
     mixed_always = block.mix
     # The fused step of decoding has a mixing of its own; without it, the block's is used.
@@ -41,23 +41,23 @@ def _patched(mixing: str) -> Iterator[None]:
 
 
 def read(
-    qkv: Float[Tensor, "R S three_E"],
+    parts: Sequence[Float[Tensor, "R S E"]],
     H: int,
     grid: Grid,
     active: Bool[Tensor, "R S"] | None,
     mixing: str,
 ) -> Float[Tensor, "R S E"]:
     """Clauses 3.3 to 3.5, but for what the mixing changes."""
-    S, G, N = qkv.shape[1], grid.groups, grid.width
-    cells = grid.spread(qkv).view(G, N, S, 3, H, -1)
-    q, k, v = cells.permute(3, 0, 2, 4, 1, 5)  # each [G, S, H, N, d]
-    there = torch.ones(G, N, S, dtype=torch.bool, device=qkv.device)
+    S, G, N = parts[0].shape[1], grid.groups, grid.width
+    cells = (grid.spread(part).view(G, N, S, H, -1) for part in parts)
+    q, k, v = (cell.permute(0, 2, 3, 1, 4) for cell in cells)  # each [G, S, H, N, d]
+    there = torch.ones(G, N, S, dtype=torch.bool, device=q.device)
     if active is not None:
         there = grid.spread(active).view(G, N, S)
     if grid.filled is not None:
         there = there & grid.filled[:, :, None]
     allowed = there.transpose(1, 2)[:, :, None, None, :].expand(G, S, 1, N, N)
-    own = torch.eye(N, dtype=torch.bool, device=qkv.device)
+    own = torch.eye(N, dtype=torch.bool, device=q.device)
     if mixing == "self-excluded":
         allowed = allowed & ~own
         allowed = allowed | (own & ~allowed.any(-1, keepdim=True))
