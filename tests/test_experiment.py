@@ -205,7 +205,7 @@ def _cells(rng, R=5, S=3, H=2, d=4):
 
 def test_a_row_excluded_from_what_it_reads_reads_the_others():
     qkv, H, groups, grid, active = _cells(np.random.default_rng(0))
-    y = ablations.read(qkv, H, grid, active, "self-excluded").detach().numpy()
+    y = ablations.read(qkv.chunk(3, -1), H, grid, active, "self-excluded").detach().numpy()
     q, k, v = qkv.detach().numpy().reshape(5, 3, 3, H, 4).transpose(2, 0, 1, 3, 4)
     for b, s, n in np.argwhere(np.broadcast_to(active.numpy()[..., None], (5, 3, H))):
         read = [o for o in range(5) if groups[o] == groups[b] and o != b and active[o, s]] or [b]
@@ -217,8 +217,8 @@ def test_a_row_excluded_from_what_it_reads_reads_the_others():
 
 def test_cut_gradients_are_the_same_numbers_and_stay_in_their_row():
     qkv, H, _, grid, active = _cells(np.random.default_rng(1))
-    y = ablations.read(qkv, H, grid, active, "cut-gradients")
-    whole = mix(qkv, H, grid, active)
+    y = ablations.read(qkv.chunk(3, -1), H, grid, active, "cut-gradients")
+    whole = mix(qkv.chunk(3, -1), H, grid, active)
     there = active.numpy()
     np.testing.assert_allclose(y.detach()[there], whole.detach()[there], rtol=1e-12)
     for mixed, alone in ((y, True), (whole, False)):

@@ -105,14 +105,22 @@ def step(weights: Packed, cache: Cache, tokens: Int[Tensor, " R"]) -> Float[Tens
     # Rows of a prompt lie together, and stay so as rows leave.
     first, last = (np.searchsorted(group, group, side) for side in ("left", "right"))
     scratch = torch.empty(_scratch_size(weights.config, len(tokens), cache.end))
+    # What all layers share, looked up once: a step is many short calls.
+    place = (scratch.data_ptr(), group.ctypes.data, cache.rows.lengths.ctypes.data)
+    ends = (scratch.data_ptr(), first.ctypes.data, last.ctypes.data)
+    lost = {
+        window: sum(lost_to_window(window, cache.prefix.shape[4], cache.step + 1))
+        for window in {layer.window for layer in weights.layers}
+    }
     h = weights.embed.index_select(0, tokens)
     for i, layer in enumerate(weights.layers):
         qkv = layer.qkv(_norm(library, h, layer.input_norm, eps))
-        h = layer.o.add_to(h, _attend(library, cache, i, layer, qkv, rope, scratch))
+        y = _attend(library, cache, i, layer, qkv, rope, place, lost[layer.window])
+        h = layer.o.add_to(h, y)
         gate_up = layer.gate_up(_norm(library, h, layer.post_norm, eps))
         h = layer.down.add_to(h, _swiglu(library, gate_up))
         if layer.block is not None:
-            _add_block(library, h, layer.block, first, last, scratch)
+            _add_block(library, h, layer.block, ends)
     return weights.head(_norm(library, h, weights.norm, eps))
 
 
@@ -146,20 +154,20 @@ def _attend(
     layer: PackedLayer,
     qkv: Float[Tensor, "R heads_d"],
     rope: Float[Tensor, "two R d"],
-    scratch: Tensor,
+    place: tuple[int, int, int],
+    lost: int,
 ) -> Float[Tensor, "R heads_d"]:
-    """The cache takes the keys and values of this timestep, too."""
+    """The cache takes the keys and values of this timestep, too. `place`: where the scratch, the
+    prompt of each row and their lengths are; `lost`: slots and timesteps before the window."""
     prefix, own = cache.prefix[i], cache.own[i]
     _, G, K, P, d = prefix.shape
     _, rows, _, T, _ = own.shape
     R, H = len(qkv), qkv.shape[1] // d - 2 * K
-    lost = sum(lost_to_window(layer.window, P, cache.step + 1))
     y = qkv.new_empty(R, H * d)
     library.attend(
         *(y.data_ptr(), qkv.data_ptr(), _pointer(layer.q_norm), _pointer(layer.k_norm)),
         *(layer.config.rms_norm_eps, rope.data_ptr(), own.data_ptr(), prefix.data_ptr()),
-        *(scratch.data_ptr(), cache.rows.group.ctypes.data, cache.rows.lengths.ctypes.data),
-        *(rows, R, H, K, d, G, P, T, cache.step, lost),
+        *(*place, rows, R, H, K, d, G, P, T, cache.step, lost),
     )
     return y
 
@@ -168,16 +176,15 @@ def _add_block(
     library: ctypes.CDLL,
     h: Float[Tensor, "R D"],
     block: PackedBlock,
-    first: np.ndarray,
-    last: np.ndarray,
-    scratch: Tensor,
+    ends: tuple[int, int, int],
 ) -> None:
-    """In place, on a tensor that is the step's own."""
+    """In place, on a tensor that is the step's own. `ends`: where the scratch, and the first row
+    and the end of each row's group are."""
     inward, outward = block.inward.weight, block.outward.weight
     library.block(
         *(h.data_ptr(), block.norm.data_ptr(), block.eps),
-        *(inward.data_ptr(), outward.data_ptr(), scratch.data_ptr()),
-        *(first.ctypes.data, last.ctypes.data, len(h), *outward.shape, block.num_heads or 0),
+        *(inward.data_ptr(), outward.data_ptr(), *ends),
+        *(len(h), *outward.shape, block.num_heads or 0),
     )
 
 
