@@ -46,11 +46,12 @@ def main() -> None:
     if options.twice:
         trees, names = [*trees, trees[0]], [*names, "before again"]
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        checkpoint = options.checkpoint
-        if checkpoint is None:
+        if options.checkpoint is None:
             from beside import make
 
             checkpoint = make(Path(scratch))
+        else:
+            checkpoint = options.checkpoint.resolve()  # each process works in its own tree
         children = [
             stack.enter_context(_start(tree, options.backend, checkpoint, options.dtype))
             for tree in trees
