@@ -8,7 +8,7 @@ arrays have ml_dtypes' bfloat16.
 Axes: B rows, S timesteps, D model width, V vocabulary, R rows still being decoded.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -82,26 +82,62 @@ Objective = SFT | GRPO
 
 
 class Decoder(Protocol):
-    """Cached decoding of R rows, in the order of their prompts; `step` counts from 0."""
+    """Cached decoding of R rows: those of a prompt side by side, prompts in the order of their
+    coming. Each row counts its own steps, from 0."""
 
     def logits(self) -> np.ndarray:
         """Next-token logits `[R, V]` of the rows left, float32 or wider; `[0, V]` when none is."""
         ...
 
-    def sample(self, sampling: Sampling) -> np.ndarray:
+    def sample(self, sampling: Sampling | Sequence[Sampling]) -> np.ndarray:
         """Draw the next token of each row left: `[R]` int64. Does not advance, and may be called
-        again at the same step."""
+        again at the same step. `sampling`: one for all rows, or one a row (clause 6.9)."""
         ...
 
-    def advance(self, tokens: np.ndarray | None = None, keep: np.ndarray | None = None) -> None:
+    def sample_ahead(
+        self, sampling: Sampling | Sequence[Sampling], steps: int, ends: Collection[int]
+    ) -> np.ndarray:
+        """Draw up to `steps` tokens of each row left, each but the last fed as it is drawn:
+        `[R, k]` int64, with 1 <= k <= steps (clause 4.6).
+
+        A row that draws an id of `ends`, or the last token that it may have, is inactive from then
+        on: its further columns are -1. It stays one of R until `advance` drops it. Whoever
+        cannot loop on the device gives `sample(sampling)[:, None]`.
+        """
+        ...
+
+    def advance(
+        self,
+        tokens: np.ndarray | None = None,
+        keep: np.ndarray | None = None,
+        back: np.ndarray | None = None,
+    ) -> None:
         """Feed the rows where `keep [R]` (None: all) their next token and drop the others for good.
 
-        `tokens [R]`: what to feed; None feeds what `sample` last drew at this step. Both arrays
-        have an entry for every row before the call; what stands for a dropped row is not read.
-        Dropped rows are inactive from this timestep on, and R shrinks to the number kept. Raises
-        BridgeError, and changes nothing, with neither tokens nor a draw, for arrays of another
-        length, an id that is no token, and past the `max_new_tokens` of the prefill, the last of
-        which is drawn and not fed.
+        `tokens [R]`: what to feed; None feeds what was drawn last at this step. `back [R]` int: how
+        many of the timesteps that the last `sample_ahead` fed are taken back before (clause 4.7;
+        None: none): `tokens` are then what was drawn in column `k - 1 - back`. All arrays have an
+        entry for every row before the call; what stands for a dropped row is not read. Dropped rows
+        are inactive from this timestep on, and R shrinks to the number kept. Raises BridgeError,
+        and changes nothing, with neither tokens nor a draw, or no tokens and a `back`; for arrays
+        of another length, an id that is no token, a row kept that has ended, a `back` that is not
+        0 to k - 1 or not the same for the rows of a group that are kept; and past the
+        `max_new_tokens` that a row came with, the last of which is drawn and not fed.
+        """
+        ...
+
+    def admit(
+        self,
+        prompts: Sequence[np.ndarray],
+        widths: Sequence[int],
+        max_new_tokens: int,
+        prompt_ids: Sequence[int] | None = None,
+    ) -> None:
+        """Read further prompts, whose rows stand after those left, at their step 0 (clause 4.5).
+
+        Arguments as for `BackendModel.prefill`, of which this is the same for a decoder under way;
+        what was drawn and not fed is forgotten. Raises BridgeError, and changes nothing, for what
+        clause 4.4 refuses.
         """
         ...
 
@@ -174,8 +210,14 @@ class BackendModel(Protocol):
     ) -> Decoder:
         """Read each prompt once, and start `widths[g]` rows from prompt g.
 
-        `prompt_ids` are the prompts' numbers in the sampling counter; None: 0, 1, 2, ...
+        `max_new_tokens`: how many tokens each row may draw. `prompt_ids` are the prompts' numbers
+        in the sampling counter; None: 0, 1, 2, ...
         """
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Bytes that the device can still give, measured now; None where it has no memory of its
+        own, and the machine's is what counts."""
         ...
 
     def loss_and_grads(

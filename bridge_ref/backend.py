@@ -110,6 +110,9 @@ class ReferenceModel:
             self.config, self._tensors, prompts, widths, max_new_tokens, prompt_ids
         )
 
+    def free_bytes(self) -> None:
+        """None: a CPU has the machine's memory."""
+
     def loss_and_grads(
         self, batch: Batch, objective: Objective, trainable: Sequence[str]
     ) -> tuple[Metrics, dict[str, np.ndarray]]:

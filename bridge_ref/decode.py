@@ -5,7 +5,7 @@ on each row has a cache of its own, a pair of arrays a layer. The Bridge block h
 reads the current timestep of the rows that are left.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float, Int
 from bridge.config import ModelConfig
 from bridge.contract import Sampling
 from bridge.decoding.inputs import check_advance, check_prompts
-from bridge.errors import BridgeError
+from bridge.decoding.rows import Rows
+from bridge.decoding.uniforms import alike, seeds_of
 from bridge.philox import uniforms
 from bridge_ref.attention import causal_allowed, self_attention
 from bridge_ref.model import Tensors, decoder, head, window_of
@@ -25,7 +26,7 @@ KeysValues = tuple[np.ndarray, np.ndarray]
 
 
 class CachedDecoder:
-    """R rows in the order of their prompts. Rows that are not kept are gone for good."""
+    """R rows, those of a prompt side by side. Rows that are not kept are gone for good."""
 
     def __init__(
         self,
@@ -36,83 +37,124 @@ class CachedDecoder:
         max_new_tokens: int,
         prompt_ids: Sequence[int] | None = None,
     ) -> None:
-        """Prefill (clause 4.2). Raises BridgeError for a prompt that is empty or, with
-        `max_new_tokens`, goes past the context (clause 4.4), and for a width below 1."""
-        check_prompts(config, prompts, widths, max_new_tokens)
+        """Prefill (clause 4.2): the first groups come to a decoder that has none. Raises
+        BridgeError for what clause 4.4 refuses."""
         self.config, self.tensors = config, tensors
-        self.step, self.limit = 0, max_new_tokens - 1  # the last token is not fed
-        numbers = range(len(prompts)) if prompt_ids is None else prompt_ids
-        self.prompt = np.repeat(np.asarray(numbers, np.int64), widths)
-        self.group = np.repeat(np.arange(len(prompts)), widths)
-        self.row = np.concatenate([np.arange(width) for width in widths])
-        self.drawn: np.ndarray | None = None
-        # Rows share the prompt's arrays until `advance` gives each row longer ones.
-        self.caches: list[list[KeysValues]] = []
+        none = np.zeros(0, np.int64)
+        self.rows = Rows(none, none, none, none, none, none)
+        self.caches: list[list[KeysValues]] = []  # of each row, by layer
+        self.next_logits: np.ndarray = np.zeros((0, config.vocab_size))
+        self.drawn: np.ndarray | None = None  # [R, k], what was drawn at this step
+        self.admit(prompts, widths, max_new_tokens, prompt_ids)
+
+    def admit(
+        self,
+        prompts: Sequence[Int[np.ndarray, " P"]],
+        widths: Sequence[int],
+        max_new_tokens: int,
+        prompt_ids: Sequence[int] | None = None,
+    ) -> None:
+        """Groups that come (clauses 4.2 and 4.5)."""
+        check_prompts(self.config, prompts, widths, max_new_tokens)
         logits = []
         for prompt, width in zip(prompts, widths, strict=True):
-            last, cache = prefill(config, tensors, np.asarray(prompt))
+            last, cache = prefill(self.config, self.tensors, np.asarray(prompt))
+            # Rows share the prompt's arrays until a step gives each row longer ones.
             self.caches += [cache] * width
             logits += [last] * width
-        self.next_logits: np.ndarray = np.stack(logits)
+        self.rows = self.rows.joined(Rows.of(prompts, widths, max_new_tokens, prompt_ids))
+        before = self.next_logits.astype(logits[0].dtype)
+        self.next_logits = np.concatenate([before, np.stack(logits)])
+        self.drawn = None
 
     def logits(self) -> Float[np.ndarray, "R V"]:
         """Next-token logits of the rows left, wide."""
         return self.next_logits.copy()
 
-    def sample(self, sampling: Sampling) -> Int[np.ndarray, " R"]:
-        """Draw each row's next token by its own uniform (clauses 6.2 to 6.8)."""
-        uniform = uniforms(sampling.seed, self.step, self.row, self.prompt)
-        self.drawn = sample(
-            self.next_logits,
-            uniform,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-        )
+    def sample(self, sampling: Sampling | Sequence[Sampling]) -> Int[np.ndarray, " R"]:
+        """Draw each row's next token by its own uniform and settings (clauses 6.2 to 6.9)."""
+        rows, tokens = self.rows, np.zeros(len(self.rows), np.int64)
+        seeds = seeds_of(sampling, len(rows))
+        uniform = uniforms(seeds, rows.steps, rows.row_ids, rows.prompt_ids)
+        for settings, alike_rows in alike(sampling):
+            own = slice(None) if alike_rows is None else alike_rows
+            tokens[own] = sample(
+                self.next_logits[own],
+                uniform[own],
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                min_p=settings.min_p,
+            )
+        self.drawn = tokens[:, None]
+        return tokens.copy()
+
+    def sample_ahead(
+        self, sampling: Sampling | Sequence[Sampling], steps: int, ends: Collection[int]
+    ) -> Int[np.ndarray, "R k"]:
+        """As clause 4.6 says: draw, and feed the rows that go on, `steps` times but the last."""
+        columns = [self.sample(sampling)]
+        alive = np.ones(len(self.rows), bool)
+        for _ in range(steps - 1):
+            ended = np.isin(columns[-1], list(ends)) | (self.rows.left < 1)
+            alive = alive & ~ended
+            if not alive.any():
+                break
+            self._feed(columns[-1], alive)
+            columns.append(np.where(alive, self.sample(sampling), -1))
+        self.drawn = np.stack(columns, axis=1)
         return self.drawn.copy()
 
     def advance(
         self,
         tokens: Int[np.ndarray, " R"] | None = None,
         keep: Bool[np.ndarray, " R"] | None = None,
+        back: Int[np.ndarray, " R"] | None = None,
     ) -> None:
-        """Feed one token to each row kept (clauses 4.1 and 4.3)."""
-        left, V = self.limit - self.step, self.config.vocab_size
-        check_advance(V, len(self.row), left, tokens, keep)
+        """Go back (clause 4.7), and feed one token to each row kept (clauses 4.1 and 4.3)."""
+        rows, V = self.rows, self.config.vocab_size
+        kept, back = check_advance(V, rows.group, rows.left, self.drawn, tokens, keep, back)
         if tokens is None:
-            tokens = self.drawn
-        if tokens is None:
-            raise BridgeError("advance: no tokens given and none drawn; call sample first")
-        keep = np.ones(len(self.row), bool) if keep is None else np.asarray(keep, bool)
-        self.prompt, self.group, self.row = self.prompt[keep], self.group[keep], self.row[keep]
-        self.caches = [cache for cache, kept in zip(self.caches, keep, strict=True) if kept]
-        self.step, self.drawn = self.step + 1, None
-        if not keep.any():
-            self.next_logits = self.next_logits[:0]
+            assert self.drawn is not None
+            tokens = self.drawn[:, -1]
+        places = np.flatnonzero(kept)
+        self.rows, _ = rows.fed(-back).keep(places).compact()
+        self.caches = [
+            [(k[:length], v[:length]) for k, v in self.caches[place]]
+            for place, length in zip(places, self.rows.positions, strict=True)
+        ]
+        self.next_logits, self.drawn = self.next_logits[places], None
+        self._feed(np.asarray(tokens, np.int64)[places], np.ones(len(places), bool))
+
+    def _feed(self, tokens: Int[np.ndarray, " R"], alive: Bool[np.ndarray, " R"]) -> None:
+        """One timestep, at which the rows not `alive` are not there. Of those nothing changes but
+        the step that they are counted at."""
+        there = np.flatnonzero(alive)
+        group, positions = self.rows.group[there], self.rows.positions[there]
+        self.rows = self.rows.fed(1)
+        if not len(there):
             return
-        positions = np.array([[len(cache[0][0])] for cache in self.caches])
-        extended: list[list[KeysValues]] = [[] for _ in self.caches]
+        extended: list[list[KeysValues]] = [[] for _ in there]
 
         def attend(i: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, Cache]:
             """Each row's query reads its own cache, now one timestep longer."""
-            rows = []
-            for r, cache in enumerate(self.caches):
+            y = []
+            for r, row in enumerate(there):
                 keys, values = (
                     np.concatenate([past, new[r]])
-                    for past, new in zip(cache[i], (k, v), strict=True)
+                    for past, new in zip(self.caches[row][i], (k, v), strict=True)
                 )
                 extended[r].append((keys, values))
                 allowed = seen_from(len(keys), window_of(self.config, i))
-                y, _ = self_attention(q[r : r + 1], keys[None], values[None], allowed)
-                rows.append(y)
-            return np.concatenate(rows), ()
+                y.append(self_attention(q[r : r + 1], keys[None], values[None], allowed)[0])
+            return np.concatenate(y), ()
 
-        fed = np.asarray(tokens, np.int64)[keep][:, None]
-        everywhere = np.ones(fed.shape, bool)
-        h, _ = decoder(self.config, self.tensors, fed, self.group, everywhere, positions, attend)
-        self.caches = extended
-        self.next_logits = head(self.config, self.tensors, h)[0][:, -1]
+        fed, active = tokens[there][:, None], np.ones((len(there), 1), bool)
+        cells = (group, active, positions[:, None])
+        h, _ = decoder(self.config, self.tensors, fed, *cells, attend)
+        self.next_logits[there] = head(self.config, self.tensors, h)[0][:, -1]
+        for row, cache in zip(there, extended, strict=True):
+            self.caches[row] = cache
 
 
 def prefill(

@@ -79,11 +79,15 @@ def test_a_groups_number_is_only_a_name(groups, names):
 
 def test_rows_and_prompts_leave():
     prompts = [np.arange(n) for n in (5, 2, 3)]
-    rows = Rows.of(prompts, [2, 1, 3], [40, 7, 9])
+    rows = Rows.of(prompts, [2, 1, 3], 6, [40, 7, 9])
     assert len(rows) == 6 and rows.group.tolist() == [0, 0, 1, 2, 2, 2]
     assert rows.row_ids.tolist() == [0, 1, 0, 0, 1, 2]
     assert rows.prompt_ids.tolist() == [40, 40, 7, 9, 9, 9]
-    assert rows.positions(4).tolist() == [9, 9, 6, 7, 7, 7]
+    assert rows.steps.tolist() == [0] * 6 and rows.limits.tolist() == [5] * 6
+    assert rows.in_step and rows.left.tolist() == [5] * 6
+    later = rows.fed(4)
+    assert later.positions.tolist() == [9, 9, 6, 7, 7, 7] and later.left.tolist() == [1] * 6
+    assert not later.fed(np.array([0, 0, 1, 0, 0, 0])).in_step
     left = rows.keep(np.array([1, 3, 5]))
     assert left.group.tolist() == [0, 2, 2] and left.lengths.tolist() == [5, 2, 3]
     left, prompts_left = left.compact()
@@ -93,13 +97,22 @@ def test_rows_and_prompts_leave():
     assert left.row_ids.tolist() == [1, 0, 2] and left.prompt_ids.tolist() == [40, 9, 9]
     none, prompts_left = left.keep(np.array([], int)).compact()
     assert len(none) == len(none.lengths) == len(prompts_left) == 0
-    assert Rows.of(prompts, [1, 1, 1]).prompt_ids.tolist() == [0, 1, 2]
+    assert Rows.of(prompts, [1, 1, 1], 1).prompt_ids.tolist() == [0, 1, 2]
+
+
+def test_groups_come_after_those_that_are_left():
+    first = Rows.of([np.arange(5), np.arange(2)], [2, 1], 4).fed(2).keep(np.array([0, 2]))
+    both = first.joined(Rows.of([np.arange(3)], [2], 9, [7]))
+    assert both.group.tolist() == [0, 1, 2, 2] and both.lengths.tolist() == [5, 2, 3]
+    assert both.row_ids.tolist() == [0, 0, 0, 1] and both.prompt_ids.tolist() == [0, 1, 7, 7]
+    assert both.positions.tolist() == [7, 4, 3, 3] and both.left.tolist() == [1, 1, 8, 8]
+    assert first.group.tolist() == [0, 1]  # is left as it was
 
 
 @given(WIDTHS, st.data())
 def test_who_leaves_changes_nothing_of_who_stays(widths, data):
     prompts = [np.arange(3 + 2 * g) for g in range(len(widths))]
-    rows = Rows.of(prompts, widths, [10 + g for g in range(len(widths))])
+    rows = Rows.of(prompts, widths, 1, [10 + g for g in range(len(widths))])
     staying = [(g, row) for g, width in enumerate(widths) for row in range(width)]
     still = list(range(len(widths)))
     for _ in range(3):
@@ -172,13 +185,15 @@ def test_draws_are_those_of_the_counter(steps, seeds):
     held = Uniforms(row_ids, prompt_ids, put)
     for number, step in enumerate(steps):
         seed = seeds[number % len(seeds)]
-        table, line = held.at(step, seed)
-        want = [uniforms(seed, step, row, prompt) for row, prompt in ((0, 4), (1, 4), (0, 9))]
+        own = np.array([step, step, step + 3]), np.array([seed, seed, seed + 1], np.uint64)
+        table, line = held.at(*own)
+        counters = zip(*own, row_ids, prompt_ids, strict=True)
+        want = [uniforms(int(s), t, row, prompt) for t, s, row, prompt in counters]
         assert table.dtype == np.float32 and table[line].tolist() == want
     many = Uniforms(row_ids, prompt_ids, put)
     tables.clear()
     for step in range(2 * STEPS + 1):
-        many.at(step, 5)
+        many.at(np.full(3, step), np.full(3, 5, np.uint64))
     assert len(tables) == 3  # one for many steps
 
 

@@ -22,8 +22,7 @@ from bridge.config import ModelConfig
 from bridge.contract import Sampling
 from bridge.decoding.inputs import check_advance, check_prompts
 from bridge.decoding.rows import Rows, left_padded
-from bridge.decoding.uniforms import Uniforms
-from bridge.errors import BridgeError
+from bridge.decoding.uniforms import Uniforms, seeds_of
 from bridge_jax.block import LOWEST, Grid, Layout, take
 from bridge_jax.compiled import bucket, compiled
 from bridge_jax.linear import contract
@@ -78,7 +77,7 @@ class Decoder:
         # The last token is never fed back, so one timestep fewer than there may be tokens.
         self.limit = max_new_tokens - 1
         self.drawn: Array | None = None
-        rows = Rows.of(prompts, widths, prompt_ids)
+        rows = Rows.of(prompts, widths, max_new_tokens, prompt_ids)
         self.slots = bucket(int(rows.lengths.max()), STEPS)
         self._settle(rows, Layout.of(rows.group, model.floor, model.floor))
         self._prefill(prompts)
@@ -119,7 +118,9 @@ class Decoder:
 
     def sample(self, sampling: Sampling) -> Int[np.ndarray, " R"]:
         """Draw the next token of each row left: int64. Does not advance."""
-        table, line = self.uniforms.at(self.step, sampling.seed)
+        size = self.layout.size
+        steps = np.full(size, self.step)
+        table, line = self.uniforms.at(steps, seeds_of(sampling, size))
         self.drawn = sample(
             self.next_logits, table, line, Settings.of(sampling), quick=self.model.quick
         )
@@ -127,15 +128,17 @@ class Decoder:
 
     def advance(self, tokens: np.ndarray | None = None, keep: np.ndarray | None = None) -> None:
         """Feed the rows where `keep [R]` one token each, and drop the others (clause 4.3)."""
-        left, V = self.limit - self.step, self.model.config.vocab_size
-        check_advance(V, len(self.rows), left, tokens, keep)
+        rows, V = self.rows, self.model.config.vocab_size
+        drawn = None
+        if self.drawn is not None:
+            drawn = jax.device_get(self.drawn)[self.layout.places, None]
+        check_advance(V, rows.group, rows.left, drawn, tokens, keep, None)
         if tokens is not None:
             # On the device, as drawn ones are: or a step would be compiled once for either.
             fed = self.model.put(self.layout.put(np.asarray(tokens, np.int32)))
-        elif self.drawn is not None:
-            fed = self.drawn
         else:
-            raise BridgeError("advance: no tokens given and none drawn; call sample first")
+            assert self.drawn is not None
+            fed = self.drawn
         if keep is not None and not np.all(keep):
             fed = self._leave(np.flatnonzero(keep), fed)
         if len(self.rows):
@@ -151,7 +154,7 @@ class Decoder:
                 reach=min(bucket(self.step + 1, REACH), self.own.k.shape[3]),
                 quick=self.model.quick,
             )
-        self.step, self.drawn = self.step + 1, None
+        self.rows, self.step, self.drawn = self.rows.fed(1), self.step + 1, None
 
     def _leave(self, kept: np.ndarray, fed: Array) -> Array:
         """Only the rows at these numbers, ascending, stay; prompts without rows go too. Gives

@@ -18,8 +18,7 @@ from jaxtyping import Float
 from bridge.contract import Sampling
 from bridge.decoding.inputs import check_advance, check_prompts
 from bridge.decoding.rows import Rows, left_padded, lost_to_window
-from bridge.decoding.uniforms import Uniforms
-from bridge.errors import BridgeError
+from bridge.decoding.uniforms import Uniforms, seeds_of
 from bridge_mlx.block import Grid, rms_norm
 from bridge_mlx.linear import embed
 from bridge_mlx.model import Layer, Transformer, feed_forward
@@ -45,7 +44,7 @@ class Decoder:
         `max_new_tokens`, goes past the context (clause 4.4), and for a width below 1."""
         check_prompts(model.config, prompts, widths, max_new_tokens)
         self.model, self.step = model, 0
-        self._settle(Rows.of(prompts, widths, prompt_ids))
+        self._settle(Rows.of(prompts, widths, max_new_tokens, prompt_ids))
         self.drawn: mx.array | None = None
         # The last token is never fed back, so one timestep fewer than there may be tokens.
         self.limit = max_new_tokens - 1
@@ -86,21 +85,22 @@ class Decoder:
             self.drawn = self.next_logits[:, 0]
             return np.zeros(0, np.int64)
         with mx.stream(self.model.device):
-            table, line = self.uniforms.at(self.step, sampling.seed)
+            rows = self.rows
+            table, line = self.uniforms.at(rows.steps, seeds_of(sampling, len(rows)))
             self.drawn = sample(self.next_logits, table[line], sampling)
             return np.array(self.drawn).astype(np.int64)
 
     def advance(self, tokens: np.ndarray | None = None, keep: np.ndarray | None = None) -> None:
         """Feed the rows where `keep [R]` one token each, and drop the others (clause 4.3)."""
-        left, V = self.limit - self.step, self.model.config.vocab_size
-        check_advance(V, len(self.rows), left, tokens, keep)
+        rows, V = self.rows, self.model.config.vocab_size
+        drawn = None if self.drawn is None else np.array(self.drawn)[:, None]
+        check_advance(V, rows.group, rows.left, drawn, tokens, keep, None)
         with mx.stream(self.model.device):
             if tokens is not None:
                 fed = mx.array(np.asarray(tokens, np.int32))
-            elif self.drawn is not None:
-                fed = self.drawn
             else:
-                raise BridgeError("advance: no tokens given and none drawn; call sample first")
+                assert self.drawn is not None
+                fed = self.drawn
             if keep is not None and not np.all(keep):
                 kept = np.flatnonzero(keep)
                 fed = mx.take(fed, mx.array(kept), axis=0)
@@ -110,7 +110,7 @@ class Decoder:
                 self.next_logits = self._forward(fed)
                 # Starts on this step, so that no graph spans two.
                 mx.async_eval(self.next_logits, self.own)
-            self.step, self.drawn = self.step + 1, None
+            self.rows, self.step, self.drawn = self.rows.fed(1), self.step + 1, None
 
     def _compact(self, kept: np.ndarray) -> None:
         """Only the rows at these places, ascending, stay; prompts without rows go too."""
@@ -150,7 +150,7 @@ class Decoder:
     def _forward(self, tokens: mx.array) -> Float[mx.array, "R V"]:
         """One timestep of every row left: logits for the next."""
         model, eps = self.model, self.model.config.rms_norm_eps
-        rope = model.rope(self.rows.positions(self.step))
+        rope = model.rope(self.rows.positions)
         h = embed(model.embed, tokens)
         for i, layer in enumerate(model.layers):
             q, k, v = model.project(layer, rms_norm(h, layer.input_norm, eps), rope)

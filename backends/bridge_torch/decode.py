@@ -21,8 +21,7 @@ from torch import Tensor
 from bridge.contract import Sampling
 from bridge.decoding.inputs import check_advance, check_prompts
 from bridge.decoding.rows import Rows, left_padded, lost_to_window
-from bridge.decoding.uniforms import Uniforms
-from bridge.errors import BridgeError
+from bridge.decoding.uniforms import Uniforms, seeds_of
 from bridge_torch import fused
 from bridge_torch.block import wide
 from bridge_torch.cache import Cache
@@ -51,7 +50,7 @@ class Decoder:
         if fused.serves(device.type, weights.embed.dtype):
             self.forward = fused.step
         prefix, active, last = prefill(weights, prompts)
-        rows = Rows.of(prompts, widths, prompt_ids)
+        rows = Rows.of(prompts, widths, max_new_tokens, prompt_ids)
         # The last token is never fed back, so one timestep fewer than there may be tokens.
         self.limit = max_new_tokens - 1
         self.cache = Cache.of(prefix, active, rows, self.limit)
@@ -66,22 +65,22 @@ class Decoder:
     @torch.inference_mode()
     def sample(self, sampling: Sampling) -> np.ndarray:
         """Draw the next token of each row left: `[R]` int64. Does not advance."""
-        table, line = self.uniforms.at(self.cache.step, sampling.seed)
+        rows = self.cache.rows
+        table, line = self.uniforms.at(rows.steps, seeds_of(sampling, len(rows)))
         self.drawn = sample(self.next_logits, table[line], sampling)
         return self.drawn.cpu().numpy().copy()
 
     @torch.inference_mode()
     def advance(self, tokens: np.ndarray | None = None, keep: np.ndarray | None = None) -> None:
         """Feed the rows where `keep [R]` one token each, and drop the others (clause 4.3)."""
-        cache, V = self.cache, self.weights.config.vocab_size
-        left, device = self.limit - cache.step, self.next_logits.device
-        check_advance(V, len(cache.rows), left, tokens, keep)
+        cache, V, device = self.cache, self.weights.config.vocab_size, self.next_logits.device
+        drawn = None if self.drawn is None else self.drawn.cpu().numpy()[:, None]
+        check_advance(V, cache.rows.group, cache.rows.left, drawn, tokens, keep, None)
         if tokens is not None:
             fed = torch.tensor(tokens, dtype=torch.int64, device=device)
-        elif self.drawn is not None:
-            fed = self.drawn
         else:
-            raise BridgeError("advance: no tokens given and none drawn; call sample first")
+            assert self.drawn is not None
+            fed = self.drawn
         if keep is not None and not np.all(keep):
             kept = np.flatnonzero(keep)
             fed = fed.index_select(0, torch.from_numpy(kept).to(device))
@@ -91,7 +90,7 @@ class Decoder:
             self.next_logits = self.next_logits[:0]
         else:
             self.next_logits = self.forward(self.weights, cache, fed)
-        cache.step, self.drawn = cache.step + 1, None
+        cache.rows, cache.step, self.drawn = cache.rows.fed(1), cache.step + 1, None
 
     def _uniforms(self) -> Uniforms[Tensor]:
         """Of the rows left, whose numbers stay theirs."""
@@ -121,7 +120,7 @@ def prefill(
 
 def step(weights: Packed, cache: Cache, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
     """One timestep of every row left: logits for the next. The cache takes its keys and values."""
-    positions = torch.from_numpy(cache.rows.positions(cache.step)).to(tokens.device)
+    positions = torch.from_numpy(cache.rows.positions).to(tokens.device)
     rope = weights.rope(positions, cache.end, weights.embed.dtype)
     h = F.embedding(tokens, weights.embed)
     for i, layer in enumerate(weights.layers):

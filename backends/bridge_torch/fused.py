@@ -100,7 +100,7 @@ def step(weights: Packed, cache: Cache, tokens: Int[Tensor, " R"]) -> Float[Tens
     """One timestep of every row left; what `decode.step` computes, in fewer calls."""
     library, eps = kernels(), weights.config.rms_norm_eps
     assert library is not None
-    group, positions = cache.rows.group, torch.from_numpy(cache.rows.positions(cache.step))
+    group, positions = cache.rows.group, torch.from_numpy(cache.rows.positions)
     rope = weights.rope(positions, cache.end, weights.embed.dtype)
     # Rows of a prompt lie together, and stay so as rows leave.
     first, last = (np.searchsorted(group, group, side) for side in ("left", "right"))

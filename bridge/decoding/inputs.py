@@ -99,28 +99,66 @@ def check_context(name: str, tokens: int, max_new_tokens: int, context: int) -> 
 
 def check_advance(
     vocab_size: int,
-    rows: int,
-    left: int,
+    group: Int[np.ndarray, " R"],
+    left: Int[np.ndarray, " R"],
+    drawn: Int[np.ndarray, "R k"] | None,
     tokens: np.ndarray | None,
     keep: np.ndarray | None,
-) -> None:
-    """Refuse what is not one a row of `rows`, an id that is no token, and a timestep where none is
-    `left` of those that prefill reserved. What stands for a dropped row is not read."""
+    back: np.ndarray | None,
+) -> tuple[Bool[np.ndarray, " R"], Int[np.ndarray, " R"]]:
+    """`keep` and `back` of an `advance` as arrays, once they are seen to be allowed.
+
+    `group`: the prompt of each row before the call; `left`: how many timesteps it may still be fed;
+    `drawn`: what `sample` (k is 1) or `sample_ahead` gave last at this step, None: nothing.
+    Refuses what is not one a row, an id that is no token, a row that has ended, going back in a way
+    that clause 4.7 does not know, and a timestep where none is left. What stands for a dropped
+    row is not read.
+    """
+    rows = len(group)
     kept = np.ones(rows, bool) if keep is None else np.asarray(keep)
     fed = None if tokens is None else np.asarray(tokens)
-    for name, given in (("tokens", fed), ("keep", kept)):
+    steps = np.zeros(rows, np.int64) if back is None else np.asarray(back)
+    for name, given in (("tokens", fed), ("keep", kept), ("back", steps)):
         if given is not None and given.shape != (rows,):
             raise BridgeError(
                 f"advance: {name} is {list(given.shape)}, but there are {rows} rows; give each one"
             )
-    if kept.dtype != bool:
-        raise BridgeError(f"advance: keep must be bool, not {kept.dtype}")
+    for name, given, kinds in (("keep", kept, "b"), ("back", steps, "iu")):
+        if given.dtype.kind not in kinds:
+            wanted = "bool" if name == "keep" else "integer"
+            raise BridgeError(f"advance: {name} must be {wanted}, not {given.dtype}")
+    if fed is None and drawn is None:
+        raise BridgeError("advance: no tokens given and none drawn; call sample first")
     if fed is not None and outside(fed, vocab_size, kept).size:
         raise BridgeError(f"advance: tokens has an id outside 0..{vocab_size - 1}")
-    if left < 1 and kept.any():
+    steps = np.where(kept, steps, 0).astype(np.int64)
+    _check_back(group[kept], 1 if drawn is None else drawn.shape[1], steps[kept], fed)
+    if drawn is not None and (drawn[np.arange(rows), -1 - steps][kept] < 0).any():
+        raise BridgeError("advance: a row that has ended is kept; drop it, or go back before it")
+    if ((left + steps)[kept] < 1).any():
         raise BridgeError(
-            "advance: this step is past the max_new_tokens reserved; prefill with more"
+            "advance: this step is past the max_new_tokens that a row came with; "
+            "prefill or admit with more"
         )
+    return kept, steps
+
+
+def _check_back(
+    group: Int[np.ndarray, " kept"],
+    ahead: int,
+    steps: Int[np.ndarray, " kept"],
+    fed: np.ndarray | None,
+) -> None:
+    """Clause 4.7: no further than was fed ahead, a group together, with tokens to go on with."""
+    if (bad := outside(steps, ahead)).size:
+        raise BridgeError(
+            f"advance: back {bad[0]} is outside 0..{ahead - 1}, what sample_ahead fed"
+        )
+    if steps.any() and fed is None:
+        raise BridgeError("advance: back needs tokens, those to go on with")
+    _, first, group = np.unique(group, return_index=True, return_inverse=True)
+    if (steps != steps[first][group]).any():
+        raise BridgeError("advance: back differs between rows of a group; they go back together")
 
 
 def check_block(config: ModelConfig, layer: int) -> None:

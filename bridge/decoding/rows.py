@@ -9,7 +9,7 @@ N rows of the widest group.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -88,52 +88,79 @@ class GridPlan:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows that are left of those that are decoded, in the order of their prompts."""
+    """The rows that are left of those that are decoded, in the order in which prompts came."""
 
     group: Int[np.ndarray, " R"]  # the prompt that each answers: 0..G-1, ascending
     lengths: Int[np.ndarray, " G"]  # tokens of each prompt
     # What stands for a row in the counter of its draws, and never changes (clause 6.2).
     row_ids: Int[np.ndarray, " R"]
     prompt_ids: Int[np.ndarray, " R"]
+    steps: Int[np.ndarray, " R"]  # own timesteps that each was fed; equal within a group
+    limits: Int[np.ndarray, " R"]  # how many it may be: the last token is drawn and not fed
 
     @classmethod
     def of(
         cls,
         prompts: Sequence[np.ndarray],
         widths: Sequence[int],
+        max_new_tokens: int,
         prompt_ids: Sequence[int] | None = None,
     ) -> "Rows":
-        """`widths[g]` rows of prompt g, whose number is `prompt_ids[g]`; None: g."""
+        """`widths[g]` rows of prompt g, whose number is `prompt_ids[g]` (None: g), before their
+        first token."""
         ids = np.arange(len(prompts)) if prompt_ids is None else np.asarray(prompt_ids, np.int64)
+        group = np.repeat(np.arange(len(prompts)), widths)
         return cls(
-            np.repeat(np.arange(len(prompts)), widths),
-            np.array([len(prompt) for prompt in prompts]),
+            group,
+            np.array([len(prompt) for prompt in prompts], np.int64),
             np.concatenate([np.arange(width) for width in widths]),
-            np.repeat(ids, widths),
+            ids[group],
+            np.zeros(len(group), np.int64),
+            np.full(len(group), max_new_tokens - 1),
         )
 
     def __len__(self) -> int:
         """R, how many are left."""
         return len(self.group)
 
-    def positions(self, step: int) -> Int[np.ndarray, " R"]:
-        """Where each row's own timestep `step`, from 0, stands in its text (clause 2.4)."""
-        return self.lengths[self.group] + step
+    @property
+    def positions(self) -> Int[np.ndarray, " R"]:
+        """Where the next own timestep of each row stands in its text (clause 2.4)."""
+        return self.lengths[self.group] + self.steps
+
+    @property
+    def left(self) -> Int[np.ndarray, " R"]:
+        """How many timesteps each may still be fed."""
+        return self.limits - self.steps
+
+    @property
+    def in_step(self) -> bool:
+        """Whether all rows have been fed as many timesteps, so that one number says it."""
+        return len(self) == 0 or bool((self.steps == self.steps[0]).all())
 
     def keep(self, rows: Int[np.ndarray, " kept"]) -> "Rows":
         """The rows at these places, ascending, alone; the prompts stay, even one without rows."""
-        return replace(
-            self,
-            group=self.group[rows],
-            row_ids=self.row_ids[rows],
-            prompt_ids=self.prompt_ids[rows],
-        )
+        own = ("group", "row_ids", "prompt_ids", "steps", "limits")
+        return replace(self, **{name: getattr(self, name)[rows] for name in own})
 
     def compact(self) -> tuple["Rows", Int[np.ndarray, " left"]]:
         """These rows without the prompts that none of them answers, numbered anew; and which
         prompts are left, ascending."""
         prompts, group = np.unique(self.group, return_inverse=True)
         return replace(self, group=group, lengths=self.lengths[prompts]), prompts
+
+    def fed(self, timesteps: int | Int[np.ndarray, " R"]) -> "Rows":
+        """The same rows so many timesteps later; below 0: gone back (clause 4.7)."""
+        return replace(self, steps=self.steps + timesteps)
+
+    def joined(self, others: "Rows") -> "Rows":
+        """These rows, and after them others with their prompts (clause 4.5)."""
+        both = {
+            field.name: np.concatenate([getattr(self, field.name), getattr(others, field.name)])
+            for field in fields(self)
+        }
+        both["group"][len(self) :] += len(self.lengths)
+        return Rows(**both)
 
 
 class Padded(NamedTuple):
@@ -175,7 +202,8 @@ def causal_alone(
 
 def lost_to_window(window: int | None, slots: int, timesteps: int) -> tuple[int, int]:
     """How many of a prompt's first slots, and of a row's own first timesteps, the last timestep
-    reads no more (clause 5.5). The same for every row: a window is counted back from the present,
-    and the prompts end with the same slot (`left_padded`)."""
+    reads no more (clause 5.5). The same for all rows that have been fed as many `timesteps`: a
+    window is counted back from the present, and the prompts end with the same slot
+    (`left_padded`)."""
     lost = 0 if window is None else max(0, slots + timesteps - window)
     return min(lost, slots), max(0, lost - slots)

@@ -189,7 +189,9 @@ FAULTS = (
         "Tokens of another batch, and past the cache's end, go where memory ends.",
         "10.1",
         "what_is_out_of_bounds_is_refused",
-        decode("check_advance(V, len(cache.rows), left, tokens, keep)", "pass"),
+        decode(
+            "check_advance(V, cache.rows.group, cache.rows.left, drawn, tokens, keep, None)", "pass"
+        ),
     ),
     Fault(
         "what stands for dropped rows is refused",

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import numpy as np
 from bridge.contract import Sampling
 from bridge.decoding.inputs import check_advance, check_prompts
-from bridge.errors import BridgeError
 from bridge.philox import uniforms
 
 from bridge_example.model import Transformer, causal
@@ -77,10 +76,10 @@ class Decoder:
     def advance(self, tokens: Array | None = None, keep: Array | None = None) -> None:
         """Feed the rows where `keep [R]` one token each, and drop the others (clause 4.3)."""
         left, V = self.own[0].shape[2] - self.step, self.model.config.vocab_size
-        check_advance(V, len(self.prompt), left, tokens, keep)
-        tokens = self.drawn if tokens is None else np.asarray(tokens)
-        if tokens is None:
-            raise BridgeError("advance: no tokens given and none drawn; call sample first")
+        drawn = None if self.drawn is None else self.drawn[:, None]
+        every = np.full(len(self.prompt), left)
+        check_advance(V, self.prompt, every, drawn, tokens, keep, None)
+        tokens = np.asarray(self.drawn if tokens is None else tokens)
         rows = np.arange(len(self.prompt)) if keep is None else np.flatnonzero(keep)
         if len(rows) < len(self.prompt):
             self._compact(rows)
