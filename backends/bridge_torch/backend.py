@@ -134,6 +134,14 @@ class TorchModel:
         """Read each prompt once, and start `widths[g]` rows from prompt g (clause 4.2)."""
         return Decoder(self.weights.packed(), prompts, widths, max_new_tokens, prompt_ids)
 
+    def free_bytes(self) -> int | None:
+        """What the device can still give: to anyone, and what torch holds of it unused."""
+        device = self.weights.device
+        if device.type != "cuda":
+            return None
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
     def loss_and_grads(
         self, batch: Batch, objective: Objective, trainable: Sequence[str]
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:

@@ -9,8 +9,9 @@ Axes: G prompts, P prefix slots, R rows left, N rows of the widest group, T own 
 heads, M query heads that share one, d head width, D model width, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,15 +21,15 @@ from torch import Tensor
 
 from bridge.contract import Sampling
 from bridge.decoding.inputs import check_advance, check_prompts
-from bridge.decoding.rows import Rows, left_padded, lost_to_window
-from bridge.decoding.uniforms import Uniforms, seeds_of
+from bridge.decoding.rows import Rows
+from bridge.decoding.uniforms import Uniforms, alike, seeds_of
 from bridge_torch import fused
 from bridge_torch.block import wide
-from bridge_torch.cache import Cache
+from bridge_torch.cache import Cache, PaddedCache, RaggedCache
 from bridge_torch.packed import Packed
 from bridge_torch.sampling import sample
 
-Step = Callable[[Packed, Cache, Tensor], Tensor]
+CELLS = 2048  # of prompts that are read at once, unless one has more: enough for any device's GEMMs
 
 
 class Decoder:
@@ -42,89 +43,156 @@ class Decoder:
         max_new_tokens: int,
         prompt_ids: Sequence[int] | None = None,
     ) -> None:
-        """Prefill (clause 4.2). Raises BridgeError for a prompt that is empty or, with
-        `max_new_tokens`, goes past the context (clause 4.4), and for a width below 1."""
-        check_prompts(weights.config, prompts, widths, max_new_tokens)
-        self.weights, device = weights, weights.embed.device
-        self.forward: Step = step
-        if fused.serves(device.type, weights.embed.dtype):
-            self.forward = fused.step
-        prefix, active, last = prefill(weights, prompts)
+        """Prefill (clause 4.2): the first groups come to a decoder that has none. Raises
+        BridgeError for what clause 4.4 refuses."""
+        self.weights, embed = weights, weights.embed
+        self.forward: Callable[[Packed, Any, Tensor], Tensor]  # a step over the rows of the cache
+        self.cache: Cache
+        if fused.serves(embed.device.type, embed.dtype):
+            self.forward, self.cache = fused.step, RaggedCache.empty(weights.config, embed)
+        else:
+            self.forward, self.cache = step, PaddedCache.empty(weights.config, embed)
+        self.next_logits = embed.new_empty(0, len(embed), dtype=wide(embed.dtype))
+        self.admit(prompts, widths, max_new_tokens, prompt_ids)
+
+    @torch.inference_mode()
+    def admit(
+        self,
+        prompts: Sequence[np.ndarray],
+        widths: Sequence[int],
+        max_new_tokens: int,
+        prompt_ids: Sequence[int] | None = None,
+    ) -> None:
+        """Groups that come (clauses 4.2 and 4.5)."""
+        check_prompts(self.weights.config, prompts, widths, max_new_tokens)
         rows = Rows.of(prompts, widths, max_new_tokens, prompt_ids)
-        # The last token is never fed back, so one timestep fewer than there may be tokens.
-        self.limit = max_new_tokens - 1
-        self.cache = Cache.of(prefix, active, rows, self.limit)
-        self.next_logits = last.index_select(0, torch.from_numpy(rows.group).to(device))
-        self.uniforms = self._uniforms()
-        self.drawn: Tensor | None = None
+        cache, places = self.cache.joined(rows)
+        last = prefill(self.weights, prompts, places)
+        group = torch.from_numpy(rows.group).to(last.device)
+        self.next_logits = torch.cat([self.next_logits, last.index_select(0, group)])
+        self.cache = cache
+        self._rows_changed()
+
+    def _rows_changed(self) -> None:
+        """Rows have come or left: what is known of them one by one is of others."""
+        rows, device = self.cache.rows, self.next_logits.device
+        self.uniforms: Uniforms[Tensor] = Uniforms(
+            rows.row_ids, rows.prompt_ids, lambda table: torch.from_numpy(table).to(device)
+        )
+        self._forget()
+
+    def _forget(self) -> None:
+        self.drawn: Int[np.ndarray, "R k"] | None = None  # at this step, on the host
+        self.next_tokens: Int[Tensor, " R"] | None = None  # the last of them, on the device
 
     def logits(self) -> np.ndarray:
         """Next-token logits `[R, V]` of the rows left, float32 or wider."""
         return self.next_logits.cpu().numpy().copy()
 
     @torch.inference_mode()
-    def sample(self, sampling: Sampling) -> np.ndarray:
+    def sample(self, sampling: Sampling | Sequence[Sampling]) -> np.ndarray:
         """Draw the next token of each row left: `[R]` int64. Does not advance."""
-        rows = self.cache.rows
+        rows, logits = self.cache.rows, self.next_logits
         table, line = self.uniforms.at(rows.steps, seeds_of(sampling, len(rows)))
-        self.drawn = sample(self.next_logits, table[line], sampling)
-        return self.drawn.cpu().numpy().copy()
+        uniform = table[line]
+        tokens = logits.new_empty(len(rows), dtype=torch.int64)
+        for settings, alike_rows in alike(sampling):
+            if alike_rows is None:
+                tokens = sample(logits, uniform, settings)
+            else:
+                own = torch.from_numpy(alike_rows).to(logits.device)
+                tokens[own] = sample(logits[own], uniform[own], settings)
+        self.next_tokens = tokens
+        self.drawn = tokens.cpu().numpy()[:, None]
+        return self.drawn[:, 0].copy()
+
+    def sample_ahead(
+        self, sampling: Sampling | Sequence[Sampling], steps: int, ends: Collection[int]
+    ) -> np.ndarray:
+        """One column (clause 4.6): the host is asked after every token."""
+        return self.sample(sampling)[:, None]
 
     @torch.inference_mode()
-    def advance(self, tokens: np.ndarray | None = None, keep: np.ndarray | None = None) -> None:
-        """Feed the rows where `keep [R]` one token each, and drop the others (clause 4.3)."""
-        cache, V, device = self.cache, self.weights.config.vocab_size, self.next_logits.device
-        drawn = None if self.drawn is None else self.drawn.cpu().numpy()[:, None]
-        check_advance(V, cache.rows.group, cache.rows.left, drawn, tokens, keep, None)
+    def advance(
+        self,
+        tokens: np.ndarray | None = None,
+        keep: np.ndarray | None = None,
+        back: np.ndarray | None = None,
+    ) -> None:
+        """Go back (clause 4.7), drop the rows that are not kept, and feed one token to each of the
+        others (clause 4.3)."""
+        rows, V, device = self.cache.rows, self.weights.config.vocab_size, self.next_logits.device
+        kept, back = check_advance(V, rows.group, rows.left, self.drawn, tokens, keep, back)
+        fed = self.next_tokens
         if tokens is not None:
             fed = torch.tensor(tokens, dtype=torch.int64, device=device)
-        else:
-            assert self.drawn is not None
-            fed = self.drawn
-        if keep is not None and not np.all(keep):
-            kept = np.flatnonzero(keep)
-            fed = fed.index_select(0, torch.from_numpy(kept).to(device))
-            cache.compact(kept)
-            self.uniforms = self._uniforms()
-        if len(cache.rows) == 0:
-            self.next_logits = self.next_logits[:0]
-        else:
-            self.next_logits = self.forward(self.weights, cache, fed)
-        cache.rows, cache.step, self.drawn = cache.rows.fed(1), cache.step + 1, None
-
-    def _uniforms(self) -> Uniforms[Tensor]:
-        """Of the rows left, whose numbers stay theirs."""
-        rows, device = self.cache.rows, self.next_logits.device
-        return Uniforms(rows.row_ids, rows.prompt_ids, lambda t: torch.from_numpy(t).to(device))
+        assert fed is not None
+        if back.any():
+            self.cache.back(back)
+        if not kept.all():
+            places = np.flatnonzero(kept)
+            self.cache.keep(places)
+            fed = fed.index_select(0, torch.from_numpy(places).to(device))
+            self.next_logits = self.next_logits[: len(places)]
+            self._rows_changed()
+        if len(fed):
+            self.next_logits = self.forward(self.weights, self.cache, fed)
+        self.cache.rows = self.cache.rows.fed(1)
+        self._forget()
 
 
 @torch.inference_mode()
 def prefill(
-    weights: Packed, prompts: Sequence[np.ndarray]
-) -> tuple[Float[Tensor, "L two G K P d"], Bool[np.ndarray, "G P"], Float[Tensor, "G V"]]:
-    """Read each prompt once, at width 1: keys and values by slot, which slots hold a token, and
-    the logits of each prompt's next one."""
-    config, device = weights.config, weights.embed.device
-    tokens, active, positions = left_padded(prompts)
-    G, P = tokens.shape
-    L, K, d = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-    prefix = weights.embed.new_empty(L, 2, G, K, P, d)
+    weights: Packed,
+    prompts: Sequence[np.ndarray],
+    places: Sequence[Float[Tensor, "L two K P d"]],
+) -> Float[Tensor, "G V"]:
+    """Read each prompt once, at width 1: keys and values to their places, and the logits of each
+    prompt's next token."""
+    last = []
+    lengths = np.array([len(prompt) for prompt in prompts])
+    for batch in _batches(lengths):
 
-    def keep(i: int, k: Tensor, v: Tensor) -> None:
-        prefix[i, 0], prefix[i, 1] = k.transpose(1, 2), v.transpose(1, 2)
+        def keep(i: int, k: Tensor, v: Tensor, batch: Sequence[int] = batch) -> None:
+            for line, g in enumerate(batch):
+                length = lengths[g]
+                places[g][i, 0] = k[line, :length].transpose(0, 1)
+                places[g][i, 1] = v[line, :length].transpose(0, 1)
 
-    cells = weights.cells(np.arange(G), active, positions)
-    h = weights.read(torch.from_numpy(tokens).to(device), cells, keep)
-    return prefix, active, weights.logits(h[:, -1])
+        positions = np.tile(np.arange(lengths[batch].max()), (len(batch), 1))
+        active = positions < lengths[batch, None]
+        tokens = np.zeros_like(positions)
+        for line, g in enumerate(batch):
+            tokens[line, : lengths[g]] = prompts[g]
+        cells = weights.cells(np.arange(len(batch)), active, positions)
+        h = weights.read(torch.from_numpy(tokens).to(weights.embed.device), cells, keep)
+        ends = torch.from_numpy(lengths[batch] - 1).to(h.device)
+        last.append(h[torch.arange(len(batch), device=h.device), ends])
+    order = np.concatenate([*_batches(lengths)])
+    back = torch.from_numpy(np.argsort(order)).to(weights.embed.device)
+    return weights.logits(torch.cat(last).index_select(0, back))
 
 
-def step(weights: Packed, cache: Cache, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
+def _batches(lengths: Int[np.ndarray, " G"]) -> Iterator[Int[np.ndarray, " some"]]:
+    """Prompts to read at once, of like lengths: no more cells than `CELLS`, or one prompt."""
+    order = np.argsort(-lengths, kind="stable")
+    first = 0
+    while first < len(order):
+        count = max(1, CELLS // int(lengths[order[first]]))
+        yield order[first : first + count]
+        first += count
+
+
+def step(weights: Packed, cache: PaddedCache, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
     """One timestep of every row left: logits for the next. The cache takes its keys and values."""
-    positions = torch.from_numpy(cache.rows.positions).to(tokens.device)
-    rope = weights.rope(positions, cache.end, weights.embed.dtype)
+    rows, device = cache.rows, tokens.device
+    positions = torch.from_numpy(rows.positions).to(device)
+    rope = weights.rope(positions, int((rows.positions + rows.left).max()), weights.embed.dtype)
+    at = int(rows.steps[0]) if rows.in_step else torch.from_numpy(rows.steps).to(device)
+    read = {window: cache.read(window) for window in {layer.window for layer in weights.layers}}
     h = F.embedding(tokens, weights.embed)
     for i, layer in enumerate(weights.layers):
-        h = layer.attention(h, rope, partial(_attend, cache, i, layer.window))
+        h = layer.attention(h, rope, partial(_attend, cache, i, at, read[layer.window]))
         h = layer.feed_forward(h)
         if layer.block is not None:
             h = layer.block(h[:, None], cache.grid)[:, 0]
@@ -132,25 +200,26 @@ def step(weights: Packed, cache: Cache, tokens: Int[Tensor, " R"]) -> Float[Tens
 
 
 def _attend(
-    cache: Cache,
+    cache: PaddedCache,
     i: int,
-    window: int | None,
+    at: int | Int[Tensor, " R"],
+    read: tuple[int, int, Bool[Tensor, "G S"] | None],
     q: Float[Tensor, "R heads d"],
     k: Float[Tensor, "R kv_heads d"],
     v: Float[Tensor, "R kv_heads d"],
 ) -> Float[Tensor, "R heads_d"]:
     """Each row's query over its group's prefix and its own timesteps, this one too, in one softmax.
+    `at`: which timestep it is. `read`: what of the cache is read.
 
     The prefix is read once a group, by the queries of all its rows together.
     """
-    (R, _, d), (_, _, _, K, P, _), T = q.shape, cache.prefix.shape, cache.step + 1
-    grid, prefix, own = cache.grid, cache.prefix[i], cache.own[i, :, :R]
+    (R, _, d), grid, (p0, t0, hidden) = q.shape, cache.grid, read
     G, N = grid.groups, grid.width
-    own[0, :, :, cache.step] = k
-    own[1, :, :, cache.step] = v
-    p0, t0 = lost_to_window(window, P, T)
-    prefix_k, prefix_v = prefix[0, :, :, p0:], prefix[1, :, :, p0:]
-    own_k, own_v = own[0, :, :, t0:T], own[1, :, :, t0:T]
+    cache.put(i, k, v, at)
+    T = int(cache.rows.steps.max()) + 1
+    prefix_k, prefix_v = cache.prefix[i, :, :G, :, p0:]
+    own_k, own_v = cache.own[i, :, :R, :, t0:T]
+    K, P = prefix_k.shape[1:3]
 
     # bmm on views of three axes: half the time of matmul on four, for sizes as small as these.
     M = q.shape[1] // K
@@ -159,13 +228,13 @@ def _attend(
     on_prefix = cells.reshape(G * K, N * M, d).bmm(prefix_k.flatten(0, 1).transpose(1, 2))
     on_own = q.bmm(own_k.flatten(0, 1).transpose(1, 2)).view(R, K, M, T - t0)
     on_own = grid.spread(on_own).view(G, N, K, M, T - t0).transpose(1, 2)
-    score = torch.cat([on_prefix.view(G, K, N, M, P - p0), on_own], -1)
+    score = torch.cat([on_prefix.view(G, K, N, M, P), on_own], -1)
     score = score.to(wide(score.dtype)).mul_(d**-0.5)
-    if cache.padding is not None:
-        score[..., : P - p0].masked_fill_(cache.padding[..., p0:], float("-inf"))
+    if hidden is not None:
+        score[..., : hidden.shape[1]].masked_fill_(hidden[:, None, None, None], float("-inf"))
     p = score.softmax(-1).to(q.dtype)
-    from_prefix = p.view(G * K, N * M, -1)[..., : P - p0].bmm(prefix_v.flatten(0, 1))
+    from_prefix = p.view(G * K, N * M, -1)[..., :P].bmm(prefix_v.flatten(0, 1))
     y = from_prefix.view(G, K, N, M, d).transpose(1, 2).reshape(G * N, K * M * d)
-    p = grid.collect(p[..., P - p0 :].transpose(1, 2).reshape(G * N, K, M, T - t0))
+    p = grid.collect(p[..., P:].transpose(1, 2).reshape(G * N, K, M, T - t0))
     y = grid.collect(y).view(R * K, M, d).baddbmm(p.reshape(R * K, M, -1), own_v.flatten(0, 1))
     return y.view(R, K * M * d)

@@ -4,8 +4,8 @@
  * dispatch than to compute. Here they are four, one of them the whole Bridge block. Sums may be
  * taken in any order, NaN and infinity stay what they are: see the compiler's options in fused.py.
  *
- * Axes: R rows, D model width, I FFN width, H query heads, K key heads, d head width, G prompts,
- * P prefix slots, T timesteps reserved. All arrays are contiguous, in the order their axes are named.
+ * Axes: L layers, R rows, D model width, I FFN width, H query heads, K key heads, d head width,
+ * P tokens of a prompt, T timesteps. All arrays are contiguous, in the order their axes are named.
  */
 #include <math.h>
 #include <stdint.h>
@@ -128,34 +128,34 @@ INLINE void read(float *y, const float *q, float *score, const float *prefix_k,
   weigh(y, score + n1, values, n2, d, d);
 }
 
-/* A host's attention at one timestep (clauses 4.1, 5.4 to 5.6): y [R, H, d] from qkv [R, H + 2K, d],
- * which is changed. Puts the new keys and values at timestep `step` of own [2, rows, K, T, d], and
- * reads them after prefix [2, G, K, P, d]. rope [2, R, d]: cos and sin. group [R]: the prompt of
- * each row. lengths [G]: prompts end at slot P. The first `lost` slots and timesteps are outside the
- * window. scratch [R, H, P + T]. */
+/* A host's attention at one timestep (clauses 4.1, 5.4 to 5.6), in layer i: y [R, H, d] from
+ * qkv [R, H + 2K, d], which is changed. Row r puts its new keys and values at timestep steps[r] of
+ * own[r] [L, 2, K, rooms[r], d], and reads them after prefixes[r] [L, 2, K, lengths[r], d], that of its
+ * group. rope [2, R, d]: cos and sin. window: how many timesteps it reads; 0: all. scratch [R, H, S],
+ * S at least what a row has read and is to read. */
 void attend(float *y, float *qkv, const float *q_norm, const float *k_norm, float eps,
-            const float *rope, float *own, const float *prefix, float *scratch,
-            const int64_t *group, const int64_t *lengths, int64_t rows, int64_t R, int64_t H,
-            int64_t K, int64_t d, int64_t G, int64_t P, int64_t T, int64_t step, int64_t lost) {
-  int64_t M = H / K, t0 = lost > P ? lost - P : 0;
+            const float *rope, float *scratch, float *const *own, const float *const *prefixes,
+            const int64_t *rooms, const int64_t *lengths, const int64_t *steps, int64_t i,
+            int64_t window, int64_t R, int64_t H, int64_t K, int64_t d, int64_t S) {
+  int64_t M = H / K;
 #pragma omp parallel for schedule(static)
   for (int64_t unit = 0; unit < K * R; unit++) { /* rows of a group in turn: its prefix stays near */
-    int64_t k = unit / R, r = unit % R, g = group[r];
+    int64_t k = unit / R, r = unit % R, P = lengths[r], T = rooms[r], step = steps[r];
     const float *cos = rope + r * d, *sin = rope + (R + r) * d;
     float *heads = qkv + r * (H + 2 * K) * d, *key = heads + (H + k) * d;
-    float *keys = own + (r * K + k) * T * d, *values = keys + rows * K * T * d;
+    float *keys = own[r] + (2 * i * K + k) * T * d, *values = keys + K * T * d;
     place(key, k_norm, eps, cos, sin, d);
     memcpy(keys + step * d, key, d * sizeof(float));
     memcpy(values + step * d, key + K * d, d * sizeof(float));
 
-    int64_t p0 = P - lengths[g];
-    if (p0 < lost) p0 = lost < P ? lost : P;
-    const float *prefix_k = prefix + ((g * K + k) * P + p0) * d, *prefix_v = prefix_k + G * K * P * d;
+    int64_t lost = window && P + step + 1 > window ? P + step + 1 - window : 0;
+    int64_t p0 = lost < P ? lost : P, t0 = lost - p0;
+    const float *prefix_k = prefixes[r] + ((2 * i * K + k) * P + p0) * d, *prefix_v = prefix_k + K * P * d;
     for (int64_t h = k * M; h < (k + 1) * M; h++) {
       float *q = heads + h * d;
       place(q, q_norm, eps, cos, sin, d);
-      BY_WIDTH(read, d, y + (r * H + h) * d, q, scratch + (r * H + h) * (P + T), prefix_k,
-               prefix_v, keys + t0 * d, values + t0 * d, P - p0, step + 1 - t0);
+      BY_WIDTH(read, d, y + (r * H + h) * d, q, scratch + (r * H + h) * S, prefix_k, prefix_v,
+               keys + t0 * d, values + t0 * d, P - p0, step + 1 - t0);
     }
   }
 }

@@ -23,9 +23,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bridge.config import ModelConfig
-from bridge.decoding.rows import lost_to_window
 from bridge_torch.block import PackedBlock
-from bridge_torch.cache import Cache
+from bridge_torch.cache import RaggedCache
 from bridge_torch.packed import Packed, PackedLayer
 
 SOURCE = Path(__file__).with_name("fused.c")
@@ -36,7 +35,7 @@ POINTER, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 SIGNATURES = {
     "rms_norm": [POINTER] * 3 + [FLOAT] + [SIZE] * 2,
     "swiglu": [POINTER] * 2 + [SIZE] * 2,
-    "attend": [POINTER] * 4 + [FLOAT] + [POINTER] * 6 + [SIZE] * 10,
+    "attend": [POINTER] * 4 + [FLOAT] + [POINTER] * 7 + [SIZE] * 7,
     "block": [POINTER] * 2 + [FLOAT] + [POINTER] * 5 + [SIZE] * 4,
 }
 
@@ -96,26 +95,32 @@ def _processor() -> str:
     return "\n".join(line for line in described if line.startswith(names))
 
 
-def step(weights: Packed, cache: Cache, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
+def step(weights: Packed, cache: RaggedCache, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
     """One timestep of every row left; what `decode.step` computes, in fewer calls."""
-    library, eps = kernels(), weights.config.rms_norm_eps
+    library, eps, rows = kernels(), weights.config.rms_norm_eps, cache.rows
     assert library is not None
-    group, positions = cache.rows.group, torch.from_numpy(cache.rows.positions)
-    rope = weights.rope(positions, cache.end, weights.embed.dtype)
-    # Rows of a prompt lie together, and stay so as rows leave.
-    first, last = (np.searchsorted(group, group, side) for side in ("left", "right"))
-    scratch = torch.empty(_scratch_size(weights.config, len(tokens), cache.end))
     # What all layers share, looked up once: a step is many short calls.
-    place = (scratch.data_ptr(), group.ctypes.data, cache.rows.lengths.ctypes.data)
+    positions = rows.positions
+    rope = weights.rope(
+        torch.from_numpy(positions), int((positions + rows.left).max()), torch.float32
+    )
+    read = int(positions.max()) + 1
+    scratch = torch.empty(_scratch_size(weights.config, len(rows), read))
+    lengths = rows.lengths[rows.group]
+    own, prefixes = (
+        np.array([tensor.data_ptr() for tensor in tensors], np.uintp)
+        for tensors in (cache.own, cache.prefixes)
+    )
+    rooms = np.array([tensor.shape[3] for tensor in cache.own], np.int64)
+    told = (scratch.data_ptr(), *(a.ctypes.data for a in (own, prefixes, rooms, lengths)))
+    told = (*told, rows.steps.ctypes.data)
+    # Rows of a prompt lie together, and stay so as rows leave.
+    first, last = (np.searchsorted(rows.group, rows.group, side) for side in ("left", "right"))
     ends = (scratch.data_ptr(), first.ctypes.data, last.ctypes.data)
-    lost = {
-        window: sum(lost_to_window(window, cache.prefix.shape[4], cache.step + 1))
-        for window in {layer.window for layer in weights.layers}
-    }
     h = weights.embed.index_select(0, tokens)
     for i, layer in enumerate(weights.layers):
         qkv = layer.qkv(_norm(library, h, layer.input_norm, eps))
-        y = _attend(library, cache, i, layer, qkv, rope, place, lost[layer.window])
+        y = _attend(library, layer, i, qkv, rope, told, read)
         h = layer.o.add_to(h, y)
         gate_up = layer.gate_up(_norm(library, h, layer.post_norm, eps))
         h = layer.down.add_to(h, _swiglu(library, gate_up))
@@ -124,9 +129,10 @@ def step(weights: Packed, cache: Cache, tokens: Int[Tensor, " R"]) -> Float[Tens
     return weights.head(_norm(library, h, weights.norm, eps))
 
 
-def _scratch_size(config: ModelConfig, rows: int, slots: int) -> int:
-    """Floats that the kernels need besides, at most: see fused.c."""
-    bridge, attending = config.bridge, config.num_attention_heads * slots
+def _scratch_size(config: ModelConfig, rows: int, read: int) -> int:
+    """Floats that the kernels need besides, at most: see fused.c. `read`: timesteps of the row with
+    most of them."""
+    bridge, attending = config.bridge, config.num_attention_heads * read
     if bridge is None:
         return rows * attending
     return rows * max(attending, config.hidden_size + 8 * bridge.inner + bridge.num_heads * rows)
@@ -149,25 +155,21 @@ def _swiglu(library: ctypes.CDLL, gate_up: Float[Tensor, "R two_I"]) -> Float[Te
 
 def _attend(
     library: ctypes.CDLL,
-    cache: Cache,
-    i: int,
     layer: PackedLayer,
+    i: int,
     qkv: Float[Tensor, "R heads_d"],
     rope: Float[Tensor, "two R d"],
-    place: tuple[int, int, int],
-    lost: int,
+    told: tuple[int, ...],
+    read: int,
 ) -> Float[Tensor, "R heads_d"]:
-    """The cache takes the keys and values of this timestep, too. `place`: where the scratch, the
-    prompt of each row and their lengths are; `lost`: slots and timesteps before the window."""
-    prefix, own = cache.prefix[i], cache.own[i]
-    _, G, K, P, d = prefix.shape
-    _, rows, _, T, _ = own.shape
-    R, H = len(qkv), qkv.shape[1] // d - 2 * K
+    """The cache takes the keys and values of this timestep, too. `told`: where the scratch and what
+    is known of each row are; `read`: timesteps of the row with most of them."""
+    c, R = layer.config, len(qkv)
+    H, K, d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     y = qkv.new_empty(R, H * d)
     library.attend(
         *(y.data_ptr(), qkv.data_ptr(), _pointer(layer.q_norm), _pointer(layer.k_norm)),
-        *(layer.config.rms_norm_eps, rope.data_ptr(), own.data_ptr(), prefix.data_ptr()),
-        *(*place, rows, R, H, K, d, G, P, T, cache.step, lost),
+        *(c.rms_norm_eps, rope.data_ptr(), *told, i, layer.window or 0, R, H, K, d, read),
     )
     return y
 
