@@ -83,7 +83,11 @@ Objective = SFT | GRPO
 
 class Decoder(Protocol):
     """Cached decoding of R rows: those of a prompt side by side, prompts in the order of their
-    coming. Each row counts its own steps, from 0."""
+    coming. Each row counts its own steps, from 0. R may fall to 0, and `admit` raises it again.
+
+    After a `sample_ahead` that gave more than one column, `advance` comes next: what else is asked
+    before it may be refused (clause 10.1).
+    """
 
     def logits(self) -> np.ndarray:
         """Next-token logits `[R, V]` of the rows left, float32 or wider; `[0, V]` when none is."""
@@ -91,7 +95,8 @@ class Decoder(Protocol):
 
     def sample(self, sampling: Sampling | Sequence[Sampling]) -> np.ndarray:
         """Draw the next token of each row left: `[R]` int64. Does not advance, and may be called
-        again at the same step. `sampling`: one for all rows, or one a row (clause 6.9)."""
+        again at the same step: what was drawn last counts. `sampling`: one for all rows, or one a
+        row (clause 6.9); BridgeError for any other number."""
         ...
 
     def sample_ahead(
@@ -100,9 +105,10 @@ class Decoder(Protocol):
         """Draw up to `steps` tokens of each row left, each but the last fed as it is drawn:
         `[R, k]` int64, with 1 <= k <= steps (clause 4.6).
 
-        A row that draws an id of `ends`, or the last token that it may have, is inactive from then
-        on: its further columns are -1. It stays one of R until `advance` drops it. Whoever
-        cannot loop on the device gives `sample(sampling)[:, None]`.
+        A row that draws an id of `ends`, or the last token that it may have, is inactive from the
+        next timestep on: its further columns are -1. It stays one of R until `advance` drops it, or
+        goes back (clause 4.7). The last column is drawn and not fed. Whoever cannot loop on the
+        device gives `sample(sampling)[:, None]`.
         """
         ...
 
@@ -114,15 +120,16 @@ class Decoder(Protocol):
     ) -> None:
         """Feed the rows where `keep [R]` (None: all) their next token and drop the others for good.
 
-        `tokens [R]`: what to feed; None feeds what was drawn last at this step. `back [R]` int: how
-        many of the timesteps that the last `sample_ahead` fed are taken back before (clause 4.7;
-        None: none): `tokens` are then what was drawn in column `k - 1 - back`. All arrays have an
-        entry for every row before the call; what stands for a dropped row is not read. Dropped rows
-        are inactive from this timestep on, and R shrinks to the number kept. Raises BridgeError,
-        and changes nothing, with neither tokens nor a draw, or no tokens and a `back`; for arrays
-        of another length, an id that is no token, a row kept that has ended, a `back` that is not
-        0 to k - 1 or not the same for the rows of a group that are kept; and past the
-        `max_new_tokens` that a row came with, the last of which is drawn and not fed.
+        `tokens [R]`: what to feed, drawn or not; None feeds what was drawn last at this step.
+        `back [R]` int: how many of the timesteps that the last `sample_ahead` fed are taken back
+        first (clause 4.7; None: none), so that `tokens` stand for what was drawn in column
+        `k - 1 - back`. All arrays have an entry for every row before the call; what stands for a
+        dropped row is not read. Dropped rows are inactive from this timestep on, and R shrinks to
+        the number kept. Raises BridgeError, and changes nothing, with neither tokens nor a draw, or
+        no tokens and a `back`; for arrays of another length, an id that is no token, a `back` that
+        is not 0 to k - 1 or not the same for the rows of a group that are kept, a row kept that has
+        -1 in column `k - 1 - back`; and past the `max_new_tokens` that a row came with, the last of
+        which is drawn and not fed.
         """
         ...
 
@@ -135,9 +142,11 @@ class Decoder(Protocol):
     ) -> None:
         """Read further prompts, whose rows stand after those left, at their step 0 (clause 4.5).
 
-        Arguments as for `BackendModel.prefill`, of which this is the same for a decoder under way;
-        what was drawn and not fed is forgotten. Raises BridgeError, and changes nothing, for what
-        clause 4.4 refuses.
+        Arguments as for `BackendModel.prefill`, of which this is the same for a decoder that is
+        there already, with rows or without: `max_new_tokens` is of the rows that come, and
+        `prompt_ids` None is 0, 1, 2, ... once more. What was drawn and not fed is forgotten, so
+        draw before the next `advance` without tokens. Raises BridgeError, and changes nothing, for
+        what clause 4.4 refuses.
         """
         ...
 

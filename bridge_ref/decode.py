@@ -15,6 +15,7 @@ from bridge.contract import Sampling
 from bridge.decoding.inputs import check_advance, check_prompts
 from bridge.decoding.rows import Rows
 from bridge.decoding.uniforms import alike, seeds_of
+from bridge.errors import BridgeError
 from bridge.philox import uniforms
 from bridge_ref.attention import causal_allowed, self_attention
 from bridge_ref.model import Tensors, decoder, head, window_of
@@ -54,7 +55,9 @@ class CachedDecoder:
         max_new_tokens: int,
         prompt_ids: Sequence[int] | None = None,
     ) -> None:
-        """Groups that come (clauses 4.2 and 4.5)."""
+        """Groups that come (clause 4.5): each prompt is read alone, and its rows, which are all at
+        their step 0, stand after those left. What was drawn is forgotten."""
+        self._must_not_be_ahead("admit")
         check_prompts(self.config, prompts, widths, max_new_tokens)
         logits = []
         for prompt, width in zip(prompts, widths, strict=True):
@@ -73,6 +76,13 @@ class CachedDecoder:
 
     def sample(self, sampling: Sampling | Sequence[Sampling]) -> Int[np.ndarray, " R"]:
         """Draw each row's next token by its own uniform and settings (clauses 6.2 to 6.9)."""
+        self._must_not_be_ahead("sample")
+        tokens = self._draw(sampling)
+        self.drawn = tokens[:, None]
+        return tokens.copy()
+
+    def _draw(self, sampling: Sampling | Sequence[Sampling]) -> Int[np.ndarray, " R"]:
+        """One token a row, each at its own step; of rows that have ended too, to be left out."""
         rows, tokens = self.rows, np.zeros(len(self.rows), np.int64)
         seeds = seeds_of(sampling, len(rows))
         uniform = uniforms(seeds, rows.steps, rows.row_ids, rows.prompt_ids)
@@ -86,22 +96,23 @@ class CachedDecoder:
                 top_p=settings.top_p,
                 min_p=settings.min_p,
             )
-        self.drawn = tokens[:, None]
-        return tokens.copy()
+        return tokens
 
     def sample_ahead(
         self, sampling: Sampling | Sequence[Sampling], steps: int, ends: Collection[int]
     ) -> Int[np.ndarray, "R k"]:
-        """As clause 4.6 says: draw, and feed the rows that go on, `steps` times but the last."""
-        columns = [self.sample(sampling)]
+        """Steps ahead (clause 4.6): draw, and feed the rows that have not ended, until `steps`
+        columns are drawn or no row is left to feed."""
+        self._must_not_be_ahead("sample_ahead")
+        columns = [self._draw(sampling)]
         alive = np.ones(len(self.rows), bool)
-        for _ in range(steps - 1):
-            ended = np.isin(columns[-1], list(ends)) | (self.rows.left < 1)
-            alive = alive & ~ended
+        while len(columns) < steps:
+            # `left`: of a row that draws its last token, no timestep is left to be fed (2.3).
+            alive = alive & ~np.isin(columns[-1], list(ends)) & (self.rows.left > 0)
             if not alive.any():
                 break
             self._feed(columns[-1], alive)
-            columns.append(np.where(alive, self.sample(sampling), -1))
+            columns.append(np.where(alive, self._draw(sampling), -1))
         self.drawn = np.stack(columns, axis=1)
         return self.drawn.copy()
 
@@ -119,6 +130,8 @@ class CachedDecoder:
             tokens = self.drawn[:, -1]
         places = np.flatnonzero(kept)
         self.rows, _ = rows.fed(-back).keep(places).compact()
+        # A row has the keys and values of the positions before its next one, and no others. One
+        # that ended ahead was fed no further, so going back to its end takes nothing from it.
         self.caches = [
             [(k[:length], v[:length]) for k, v in self.caches[place]]
             for place, length in zip(places, self.rows.positions, strict=True)
@@ -126,9 +139,14 @@ class CachedDecoder:
         self.next_logits, self.drawn = self.next_logits[places], None
         self._feed(np.asarray(tokens, np.int64)[places], np.ones(len(places), bool))
 
+    def _must_not_be_ahead(self, what: str) -> None:
+        """Rows that have ended are there until `advance` drops them or goes back (clause 10.1)."""
+        if self.drawn is not None and self.drawn.shape[1] > 1:
+            raise BridgeError(f"{what}: tokens were drawn ahead; call advance first")
+
     def _feed(self, tokens: Int[np.ndarray, " R"], alive: Bool[np.ndarray, " R"]) -> None:
-        """One timestep, at which the rows not `alive` are not there. Of those nothing changes but
-        the step that they are counted at."""
+        """One timestep, at which the rows not `alive` are not there (clause 4.3): nothing of them
+        changes but the step that they are counted at, which is the same for all of a group."""
         there = np.flatnonzero(alive)
         group, positions = self.rows.group[there], self.rows.positions[there]
         self.rows = self.rows.fed(1)

@@ -125,7 +125,7 @@ def test_who_leaves_changes_nothing_of_who_stays(widths, data):
         assert [still[g] for g in rows.group] == [g for g, _ in staying]
         assert rows.row_ids.tolist() == [row for _, row in staying]
         assert rows.prompt_ids.tolist() == [10 + g for g, _ in staying]
-        assert rows.positions(2).tolist() == [5 + 2 * g for g, _ in staying]
+        assert rows.fed(2).positions.tolist() == [5 + 2 * g for g, _ in staying]
 
 
 def test_prompts_are_padded_on_the_left():

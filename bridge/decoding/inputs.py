@@ -108,11 +108,11 @@ def check_advance(
 ) -> tuple[Bool[np.ndarray, " R"], Int[np.ndarray, " R"]]:
     """`keep` and `back` of an `advance` as arrays, once they are seen to be allowed.
 
-    `group`: the prompt of each row before the call; `left`: how many timesteps it may still be fed;
-    `drawn`: what `sample` (k is 1) or `sample_ahead` gave last at this step, None: nothing.
-    Refuses what is not one a row, an id that is no token, a row that has ended, going back in a way
-    that clause 4.7 does not know, and a timestep where none is left. What stands for a dropped
-    row is not read.
+    `group`: the prompt of each row before the call; `left`: how many timesteps it may still be fed,
+    after those that were fed ahead; `drawn`: what `sample` (k is 1) or `sample_ahead` gave last at
+    this step, None: nothing. Refuses what is not one a row, an id that is no token, going back in a
+    way that clause 4.7 does not know, a row that has ended, and a timestep where none is left. What
+    stands for a dropped row is not read, and its `back` is 0 in what comes out.
     """
     rows = len(group)
     kept = np.ones(rows, bool) if keep is None else np.asarray(keep)

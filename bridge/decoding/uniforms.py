@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt
 
 from bridge.contract import Sampling
+from bridge.errors import BridgeError
 from bridge.philox import uniforms
 
 STEPS = 64  # tabulated at a time
@@ -52,9 +53,13 @@ class Uniforms(Generic[Table]):
 
 
 def seeds_of(sampling: Sampling | Sequence[Sampling], rows: int) -> UInt[np.ndarray, " R"]:
-    """The seed that each row draws by."""
+    """The seed that each row draws by. Refuses settings that are not one for every row."""
     if isinstance(sampling, Sampling):
         return np.full(rows, sampling.seed, np.uint64)
+    if len(sampling) != rows:
+        raise BridgeError(
+            f"sample: {len(sampling)} settings for {rows} rows; give one, or one for every row"
+        )
     return np.array([one.seed for one in sampling], np.uint64)
 
 
