@@ -103,6 +103,14 @@ def life_case(program):
     return json.dumps(case | {"program": program})
 
 
+COMING = "groups_that_come_are_answered_as_if_alone"
+
+
+def coming_case(**changes):
+    """The text of the worst case of groups that come, with changes."""
+    return json.dumps(json.loads(readable(WORST["coming"][0])) | changes)
+
+
 LIFE = "a_models_life_is_the_references"
 
 
@@ -136,6 +144,9 @@ def test_a_life_that_is_never_lived_is_refused(program, message):
     [
         (LIFE, '{"is":"ends","vocab_size":8,"seed":0}', "is of the kind ends, but"),
         (ENDS, '{"is":"ends","vocab_size":7,"seed":0}', "7 is not a whole number of 8 or above"),
+        (COMING, coming_case(waves=[[1, 7]]), "waves: do not hold 6 prompts in all"),
+        (COMING, coming_case(waves=[[0, 6]]), "waves: 0 is not a whole number of 1 or above"),
+        (COMING, coming_case(text=json.loads(block_case())), "text: is not of the kind decode"),
         (BLOCK, '{"is":"golden","name":"3.6-block"}', "is of the kind golden, but"),
         ("golden-3.6-block", block_case(), "golden-3.6-block takes golden"),
         ("golden-3.6-block", '{"is":"golden","name":"../x"}', "name: '../x' is not one of"),

@@ -15,9 +15,12 @@ from bridge.decoding.inputs import default_positions
 from bridge_conformance import checks_trainable, strategies, worst
 from bridge_conformance.cases_ends import EndsCase
 from bridge_conformance.cases_life import Doing
+from bridge_conformance.checks_ahead import Saying, may_draw
+from bridge_conformance.checks_coming import drive, samplings
 from bridge_conformance.checks_decode import acceptable_tokens
 from bridge_conformance.checks_ends import HALVES, above, below
 from bridge_conformance.checks_long import cells_by_step
+from bridge_conformance.trial import Target, Trial
 from bridge_ref.backend import Reference
 from bridge_ref.sampling import sampling_weights
 
@@ -55,6 +58,48 @@ def test_a_long_decode_passes_every_table():
 def test_a_long_prompt_has_short_ones_beside_it():
     assert max(PROMPT.lengths) > 384 and min(PROMPT.lengths) < 4  # past one and a half of 256
     assert PROMPT.alive.sum(axis=0).min() >= 3
+
+
+def test_groups_come_out_of_step_and_to_nobody_and_go_back_to_an_end():
+    (case,) = worst.COMING
+    text, trial = case.text, Trial(Target(Reference(), "cpu", "float64"), case.model)
+    seen = drive(trial, case)
+    assert sum(len(set(timestep.steps)) > 1 for timestep in seen) >= 4  # rows out of step
+    assert max(len(timestep.rows) for timestep in seen) == 8
+    # The last wave comes when no other row is left; those before it, to rows under way.
+    first, second, third, last = (
+        next(n for n, timestep in enumerate(seen) if w in case.wave_of[timestep.rows])
+        for w in range(4)
+    )
+    assert set(case.wave_of[seen[last].rows]) == {3} and case.waves[3].after > len(seen)
+    assert len(set(case.wave_of[seen[third].rows])) > 1 < len(set(case.wave_of[seen[second].rows]))
+    # What comes is longer and wider than what is there, and then shorter.
+    assert first < second < third and text.lengths[2] > max(text.lengths[:2])
+    assert text.lengths[3] < min(text.lengths[:2]) and text.widths[2] > max(text.widths[:2])
+    assert text.widths[0] > 1  # rows of a group that could go back by two numbers
+    assert max(case.limits) > min(case.limits)
+    assert len(set(samplings(case))) > 6
+    ahead, back = (Saying(trial, case, back=back) for back in (False, True))
+    ahead.judge()
+    back.judge()
+    assert back.revived >= 3
+
+
+def test_draws_may_go_either_way_where_logits_may():
+    logits, plain = np.log(np.array([[0.2, 0.3, 0.5]], np.float32)), Sampling()
+
+    def those(u, allowed, sampling=plain):
+        uniform = np.array([u], np.float32)
+        return [t for t in range(3) if may_draw(t, logits, uniform, sampling, allowed)]
+
+    assert those(0.1, 0.0) == [0] and those(0.35, 0.01) == [1] and those(0.9, 0.1) == [2]
+    assert those(0.198, 0.02) == [0, 1] and those(0.502, 0.02) == [1, 2]
+    assert those(0.9, 0.2, Sampling(temperature=0.0)) == [2]
+    assert those(0.9, 0.3, Sampling(temperature=0.0)) == [1, 2]
+    assert those(0.1, 0.1, Sampling(top_k=1)) == [2] and those(0.1, 0.3, Sampling(top_k=1)) == [
+        1,
+        2,
+    ]
 
 
 def test_a_life_has_all_that_can_be_done():

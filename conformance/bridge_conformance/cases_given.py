@@ -21,6 +21,7 @@ from bridge_conformance.cases import (
     RowsCase,
     TrainCase,
 )
+from bridge_conformance.cases_coming import SHORTEST, ComingCase
 from bridge_conformance.cases_ends import SMALLEST, EndsCase
 from bridge_conformance.cases_life import NEW, REQUESTS, Doing, LifeCase
 from bridge_conformance.checks import Check
@@ -34,6 +35,7 @@ KINDS: dict[int | str, type] = {
     5: TrainCase,
     6: RowsCase,
     "long": DecodeCase,
+    "coming": ComingCase,
     "ends": EndsCase,
     "life": LifeCase,
     "trainable": TrainCase,
@@ -43,6 +45,7 @@ NAMES = {
     RowsCase: "rows",
     DecodeCase: "decode",
     TrainCase: "train",
+    ComingCase: "coming",
     EndsCase: "ends",
     LifeCase: "life",
     GoldenCase: "golden",
@@ -66,6 +69,8 @@ def check_case(case: Any) -> None:
             _check_decode(case)
         case TrainCase():
             _check_train(case)
+        case ComingCase():
+            _check_coming(case)
         case EndsCase():
             _whole(case.vocab_size, "vocab_size", SMALLEST)
             _whole(case.seed, "seed")
@@ -117,6 +122,18 @@ def _check_decode(case: DecodeCase) -> None:
         raise ValueError(f"steps: go past the context of {config.max_position_embeddings}")
     if not isinstance(case.ragged, bool):
         raise ValueError(f"ragged: {case.ragged!r} is not true or false")
+
+
+def _check_coming(case: ComingCase) -> None:
+    if not isinstance(case.text, DecodeCase):
+        raise ValueError("text: is not of the kind decode")
+    _check_decode(case.text)
+    _whole(case.text.steps, "steps", SHORTEST)
+    for wave in case.waves:
+        _whole(wave.after, "waves", 1)
+        _whole(wave.prompts, "waves", 1)
+    if sum(wave.prompts for wave in case.waves) != len(case.text.widths):
+        raise ValueError(f"waves: do not hold {len(case.text.widths)} prompts in all")
 
 
 def _check_life(case: LifeCase) -> None:

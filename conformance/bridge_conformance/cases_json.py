@@ -17,6 +17,7 @@ from bridge.config import bridge_shapes, tensor_shapes
 from bridge.contract import GRPO, SFT
 from bridge.errors import BridgeError
 from bridge_conformance.cases import BlockCase, DecodeCase, ModelCase, RowsCase, TrainCase
+from bridge_conformance.cases_coming import ComingCase, Wave
 from bridge_conformance.cases_ends import EndsCase
 from bridge_conformance.cases_given import check_case
 from bridge_conformance.cases_life import Do, LifeCase
@@ -67,6 +68,9 @@ def to_json(case: Any) -> dict[str, Any]:
                 "trainable": _short(case),
                 "seed": case.seed,
             }
+        case ComingCase():
+            waves = [list(wave) for wave in case.waves]
+            return {"is": "coming", "text": to_json(case.text), "waves": waves}
         case EndsCase():
             return {"is": "ends", "vocab_size": case.vocab_size, "seed": case.seed}
         case LifeCase():
@@ -107,6 +111,9 @@ def from_json(value: Any) -> Any:
         rows, objective = from_json(value["rows"]), value["objective"]
         given = SFT() if objective == "sft" else GRPO(**objective)
         return TrainCase(rows, given, _names(rows, value["trainable"]), value["seed"])
+    if kind == "coming":
+        waves = tuple(Wave(after, prompts) for after, prompts in value["waves"])
+        return ComingCase(from_json(value["text"]), waves)
     if kind == "ends":
         return EndsCase(value["vocab_size"], value["seed"])
     if kind == "life":

@@ -12,8 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine
 from hypothesis.strategies import SearchStrategy
 
 from bridge_conformance import (
+    checks_ahead,
     checks_block,
     checks_checkpoint,
+    checks_coming,
     checks_decode,
     checks_ends,
     checks_golden,
@@ -49,6 +51,7 @@ CASES: dict[int | str, SearchStrategy[Any] | type[RuleBasedStateMachine]] = {
     5: _train,
     6: strategies.rows_cases(),
     "long": strategies.long_cases(),
+    "coming": strategies.coming_cases(),
     "ends": strategies.ends_cases(),
     "life": strategies.Lives,
     "trainable": strategies.trainable_cases(),
@@ -56,6 +59,7 @@ CASES: dict[int | str, SearchStrategy[Any] | type[RuleBasedStateMachine]] = {
 # What comes before those drawn, in every profile: the worst that is known.
 WORST: dict[int | str, tuple[Any, ...]] = {
     "long": worst.LONG,
+    "coming": worst.COMING,
     "ends": worst.ENDS,
     "life": worst.LIFE,
     "trainable": worst.TRAINABLE,
@@ -137,6 +141,19 @@ CHECKS: dict[str, Check] = {
         _check(checks_decode.generated_rows_follow_the_rule, "6.7", 3),
         _check(checks_long.long_texts_are_decoded_as_they_are_read, "4.1", 3, cases="long"),
         _check(checks_long.long_texts_are_drawn_by_the_rule, "6.2", 3, cases="long"),
+        *(
+            _check(run, clause, 3, cases="coming")
+            for run, clause in (
+                (checks_coming.groups_that_come_are_answered_as_if_alone, "4.5"),
+                (checks_coming.what_others_held_does_not_reach_a_group, "4.5"),
+                (checks_coming.rows_draw_by_settings_of_their_own, "6.9"),
+                (checks_coming.what_may_not_come_is_refused, "10.1"),
+                (checks_coming.free_bytes_are_a_number_or_none, "10.1"),
+                (checks_ahead.steps_ahead_are_those_of_one_at_a_time, "4.6"),
+                (checks_ahead.going_back_leaves_nothing_behind, "4.7"),
+                (checks_ahead.what_may_not_follow_a_table_is_refused, "4.7"),
+            )
+        ),
         _check(checks_ends.samplings_hold_at_their_ends, "6.7", 3, cases="ends"),
         _check(checks_train.loss_and_gradients_are_within_the_numerics_rule, "7.4", 4),
         _check(checks_train.log_probabilities_are_those_of_the_loss, "7.12", 4),

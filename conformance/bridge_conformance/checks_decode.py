@@ -93,7 +93,7 @@ def what_is_out_of_bounds_is_refused(target: Target, case: DecodeCase) -> None:
         ("a text past the context", last, 1, left + 1),
     ):
         prompts, widths = [*case.prompts, prompt], [*case.widths, width]
-        _must_refuse(trial, case, what, partial(model.prefill, prompts, widths, new))
+        must_refuse(trial, case, what, partial(model.prefill, prompts, widths, new))
     tokens, every = case.forced[0], np.ones(len(case.row_prompt), bool)
     outside = np.where(np.arange(len(tokens)) == 0, config.vocab_size, tokens)
     several, one = prefill(model, case), model.prefill(case.prompts, case.widths, 1)
@@ -107,14 +107,15 @@ def what_is_out_of_bounds_is_refused(target: Target, case: DecodeCase) -> None:
         ("a timestep that was not reserved", one, tokens, None),
     ):
         before = decoder.logits()
-        _must_refuse(trial, case, what, partial(decoder.advance, fed, keep))
+        must_refuse(trial, case, what, partial(decoder.advance, fed, keep))
         trial.same(decoder.logits(), before, 0, f"logits after {what} was refused", case)
     cells = np.zeros((1, 1, config.hidden_size)), np.zeros(1, np.int64), np.ones((1, 1), bool)
     none = partial(model.block, config.num_hidden_layers, *cells)
-    _must_refuse(trial, case, "the block of a layer that is not", none)
+    must_refuse(trial, case, "the block of a layer that is not", none)
 
 
-def _must_refuse(trial: Trial, case: DecodeCase, what: str, call: Callable[[], Any]) -> None:
+def must_refuse(trial: Trial, case: Any, what: str, call: Callable[[], Any]) -> None:
+    """What a call must not do, since what it is given is wrong."""
     with suppress(BridgeError):
         call()
         raise trial.failure(f"{what} is taken", case)

@@ -40,20 +40,26 @@ class Profile:
 WIDEST = ("float32", "float64")  # not the same code in every backend
 PROFILES = {
     "quick": Profile(
-        {1: 4, 2: 2, 3: 2, 4: 2, 5: 1, 6: 2, "long": 0, "ends": 0, "life": 0, "trainable": 0},
+        {
+            **{1: 4, 2: 2, 3: 2, 4: 2, 5: 1, 6: 2},
+            **{"long": 0, "coming": 0, "ends": 0, "life": 0, "trainable": 0},
+        },
         shrunk=6,
         budget=60,
-        wide=("long", "ends", "life"),
+        wide=("long", "coming", "ends", "life"),
     ),
     "ci": Profile(
-        {1: 24, 2: 24, 3: 16, 4: 8, 5: 5, 6: 8, "long": 0, "ends": 1, "life": 1, "trainable": 2},
+        {
+            **{1: 24, 2: 24, 3: 16, 4: 8, 5: 5, 6: 8},
+            **{"long": 0, "coming": 4, "ends": 1, "life": 1, "trainable": 2},
+        },
         shrunk=12,
         budget=120,
     ),
     "thorough": Profile(
         {
             **{1: 300, 2: 200, 3: 150, 4: 150, 5: 100, 6: 60},
-            **{"long": 40, "ends": 20, "life": 100, "trainable": 60},
+            **{"long": 40, "coming": 80, "ends": 20, "life": 100, "trainable": 60},
         },
         shrunk=99,
         budget=500,

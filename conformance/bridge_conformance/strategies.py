@@ -22,6 +22,7 @@ from bridge_conformance.cases import (
     TrainCase,
     rows_of,
 )
+from bridge_conformance.cases_coming import SHORTEST, ComingCase, Wave
 from bridge_conformance.cases_ends import SMALLEST, EndsCase
 from bridge_conformance.cases_life import Life, LifeCase
 
@@ -200,6 +201,19 @@ def leaves_in_turn(case: DecodeCase) -> bool:
     first = case.row_prompt == 0
     gone, others = ends[first].max(), np.unique(ends[~first])
     return gone < case.steps and (len(others) == 1 or others[0] < gone)
+
+
+@st.composite
+def coming_cases(draw) -> ComingCase:
+    """Groups that come in up to four waves: soon, later, or when all before have left."""
+    model = draw(models(magnitudes=("plain",)))
+    each = draw(st.lists(st.integers(1, 2), min_size=2, max_size=4))
+    groups, steps = sum(each), draw(st.integers(SHORTEST, 9))
+    widths = draw(st.lists(st.integers(1, 4), min_size=groups, max_size=groups))
+    lengths = draw(st.lists(st.integers(1, 9), min_size=groups, max_size=groups))
+    waves = tuple(Wave(draw(st.sampled_from([1, 2, 3, 4, 99])), prompts) for prompts in each)
+    text = DecodeCase(model, tuple(widths), tuple(lengths), steps, draw(SEEDS), False)
+    return ComingCase(text, waves)
 
 
 @st.composite

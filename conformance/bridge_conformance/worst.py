@@ -13,6 +13,7 @@ import numpy as np
 from bridge.config import SPEC_VERSION, parse_config, tensor_shapes
 from bridge.contract import GRPO, SFT
 from bridge_conformance.cases import DecodeCase, ModelCase, RowsCase, TrainCase, rows_of
+from bridge_conformance.cases_coming import ComingCase, Wave
 from bridge_conformance.cases_ends import EndsCase
 from bridge_conformance.cases_life import Do, LifeCase
 
@@ -54,6 +55,14 @@ LONG = (
     DecodeCase(MODEL, (2, 1), (5, 1), 310, 111),
     # A long prompt beside short ones.
     DecodeCase(MODEL, (1, 2), (390, 3), 4, 15),
+)
+# A group that comes when others are under way, longer and wider than they are; one soon after, the
+# shortest, as the first leave; and others once nobody is left.
+COMING = (
+    ComingCase(
+        DecodeCase(MODEL, (2, 1, 3, 2, 1, 2), (5, 2, 9, 1, 3, 4), 7, 37, False),
+        (Wave(1, 2), Wave(2, 1), Wave(2, 1), Wave(99, 2)),
+    ),
 )
 ENDS = (EndsCase(16, 0),)
 LIFE = (
