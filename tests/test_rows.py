@@ -148,16 +148,26 @@ def test_what_inactive_cells_hold_is_not_read():
     st.randoms(use_true_random=False),
 )
 def test_a_causal_mask_is_enough_where_it_masks_the_same(B, S, window, random):
-    full = np.ones((B, S), bool)
-    active = full if random.random() < 0.5 else np.random.default_rng(S).random((B, S)) < 0.7
-    positions = np.cumsum(active, axis=1) - 1 + random.randrange(3)
+    drawn = np.random.default_rng(random.randrange(2**32))
+    ends = drawn.integers(0, S + 1, (B, 1))
+    active = np.arange(S) < ends if random.random() < 0.7 else drawn.random((B, S)) < 0.7
+    positions = np.cumsum(active, axis=1) - 1 + drawn.integers(0, 3, (B, 1))
+    positions = np.where(active, positions, drawn.integers(0, 99, (B, S)))
     read = [
         active[b, t] and (window is None or positions[b, s] - positions[b, t] < window)
         for b in range(B)
         for s in range(S)
         for t in range(s + 1)
+        if active[b, s]
     ]
     assert causal_alone(active, positions, window) == all(read)
+
+
+def test_padding_that_comes_last_needs_no_mask():
+    ends = np.arange(5) < np.array([[5], [2], [0]])
+    positions = np.where(ends, np.arange(5) + 40, 0)
+    assert causal_alone(ends, positions, None) and causal_alone(ends, positions, 5)
+    assert not causal_alone(ends, positions, 4) and not causal_alone(ends[:, ::-1], positions, None)
 
 
 @given(st.integers(1, 6), st.integers(1, 9), st.sampled_from([None, 1, 2, 3, 5, 8, 40]))

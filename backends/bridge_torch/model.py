@@ -71,7 +71,7 @@ class Cells:
         positions: np.ndarray,
     ) -> "Cells":
         """Masks, rope and the grid of a batch `[B, S]`, for a model with such a `weight`. Masks are
-        `[B, 1, S, S]` where one is needed; a causal batch without padding, inside every window,
+        `[B, 1, S, S]` where one is needed; a batch whose padding comes last, inside every window,
         needs none."""
         S, device = active.shape[1], weight.device
         positions = only_active(positions, active)
@@ -104,6 +104,11 @@ def attend(
     """Causal attention over active cells inside the window (clauses 5.4 and 5.5)."""
     mask = cells.masks[window]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    shared = q.shape[1] // k.shape[1]
+    # Of CUDA's kernels flash takes no mask and no float32, and the one that takes both no heads
+    # that share keys: the maths one would be left, which has all scores in memory at once.
+    if shared > 1 and q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
     )

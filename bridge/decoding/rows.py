@@ -193,11 +193,16 @@ def only_active(
 def causal_alone(
     active: Bool[np.ndarray, "B S"], positions: Int[np.ndarray, "B S"], window: int | None
 ) -> bool:
-    """Whether a causal mask is all that attention needs (clauses 5.4 and 5.5): no cell is padding,
-    and no row is longer than the window."""
-    if not active.all():
+    """Whether a causal mask is all that attention needs (clauses 5.4 and 5.5): padding, if any,
+    comes after all of a row's active cells, and none of these is further than the window from
+    another. What attention gives at inactive cells is then to be cleared, and not to be read."""
+    if (active[:, 1:] & ~active[:, :-1]).any():
         return False
-    return window is None or bool(np.ptp(positions, axis=1).max(initial=0) < window)
+    if window is None:
+        return True
+    last = np.where(active, positions, -1).max(axis=1, initial=-1)
+    first = np.where(active, positions, last[:, None]).min(axis=1, initial=np.iinfo(np.int64).max)
+    return bool((last - first < window).all())
 
 
 def lost_to_window(window: int | None, slots: int, timesteps: int) -> tuple[int, int]:

@@ -124,6 +124,14 @@ FAULTS = (
         model("causal_alone(active, positions, window)", "on is None and window is None"),
     ),
     Fault(
+        "padding in front needs no mask either",
+        "A short prompt in a batch with a longer one reads its padding.",
+        "5.4",
+        LOGITS,
+        Edit("decoding.rows", "(active[:, 1:] & ~active[:, :-1]).any()", "False"),
+        package="bridge",
+    ),
+    Fault(
         "every layer has the first one's window",
         "Models that alternate windows and full attention forget early, or never.",
         "5.5",
