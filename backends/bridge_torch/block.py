@@ -8,6 +8,7 @@ a padded one. Also holds what the host shares with the block: the RMS norm.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -18,6 +19,10 @@ from torch import Tensor, nn
 from bridge.config import ModelConfig
 from bridge.decoding.rows import GridPlan
 from bridge_torch.linear import Linear
+
+# Timesteps of groups that attend in one call. CUDA's kernels take fewer than 2**16 of them, and
+# flash attention's gradient counts the numbers of all in 32 bits, after padding each to 128 rows.
+CELLS = 2**14
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -201,9 +206,23 @@ def mix(
         return (cells.contiguous() if S > 1 else cells).view(G * S, H, N, -1)
 
     q, k, v = map(in_grid, parts)
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed(grid, active, S))
+    mixed = attend(q, k, v, allowed(grid, active, S))
     mixed = mixed.view(G, S, H, N, -1).permute(0, 3, 1, 2, 4).reshape(G * N, S, E)
     return grid.collect(mixed)
+
+
+def attend(
+    q: Float[Tensor, "C H N d"],
+    k: Float[Tensor, "C H N d"],
+    v: Float[Tensor, "C H N d"],
+    mask: Bool[Tensor, "C one N N"] | None,
+) -> Float[Tensor, "C H N d"]:
+    """Attention within each of C timesteps of groups, no more at once than kernels take."""
+    if len(q) > CELLS:
+        masks = repeat(None) if mask is None else mask.split(CELLS)
+        lots = zip(q.split(CELLS), k.split(CELLS), v.split(CELLS), masks, strict=False)
+        return torch.cat([attend(*lot) for lot in lots])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def allowed(grid: Grid, active: Bool[Tensor, "R S"] | None, S: int) -> Tensor | None:

@@ -4,7 +4,7 @@ from mutations.fault import Edit, Fault
 
 BLOCK = "block_is_within_the_numerics_rule"
 RATIOS = "norm_ratios_are_within_the_numerics_rule"
-ATTENTION = "mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed(grid, active, S))"
+ATTENTION = "return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)"
 OWN_ZEROS = "return keys | torch.eye(N, dtype=torch.bool, device=keys.device)"
 # Makes a mask also where all rows of a batch are active and groups are equal.
 ALWAYS_MASKED = (
@@ -24,14 +24,17 @@ FAULTS = (
         "Wide heads make attention nearly one-hot: trained weights read a single row.",
         "3.3",
         BLOCK,
-        block(ATTENTION, ATTENTION.replace("S))", "S), scale=1.0)")),
+        block(ATTENTION, ATTENTION.replace("mask)", "mask, scale=1.0)")),
     ),
     Fault(
         "scores are scaled by all heads",
         "Blocks with more than one head attend too evenly.",
         "3.3",
         BLOCK,
-        block(ATTENTION, ATTENTION.replace("S))", "S), scale=E**-0.5)")),
+        block(
+            ATTENTION,
+            ATTENTION.replace("mask)", "mask, scale=(q.shape[1] * q.shape[3]) ** -0.5)"),
+        ),
     ),
     Fault(
         "queries and keys are swapped",
@@ -54,7 +57,7 @@ FAULTS = (
         BLOCK,
         block(
             ATTENTION,
-            "half, angle = q.shape[-1] // 2, torch.arange(N)[:, None].to(q)\n"
+            "half, angle = q.shape[3] // 2, torch.arange(q.shape[2])[:, None].to(q)\n"
             "    def turn(x):\n"
             "        a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]\n"
             "        c, s = angle.cos(), angle.sin()\n"
@@ -137,14 +140,13 @@ FAULTS = (
         block(
             ATTENTION,
             "score = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5\n"
-            "    mask = allowed(grid, active, S)\n"
             "    if mask is not None:\n"
             "        score = score.masked_fill(~mask, float('-inf'))\n"
             "    weight = (score - score.amax(-1, keepdim=True)).exp()\n"
             "    total = torch.zeros_like(weight[..., 0])\n"
             "    for column in weight.unbind(-1):\n"
             "        total = total + column\n"
-            "    mixed = (weight / total[..., None]) @ v",
+            "    return (weight / total[..., None]) @ v",
         ),
         dtype="bfloat16",
     ),
