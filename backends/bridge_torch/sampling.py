@@ -19,17 +19,24 @@ def sample(
     if sampling.temperature == 0:  # clause 6.8; argmax takes the first of equals
         return logits.argmax(-1)
     w = weights(logits.float(), sampling)
-    on_cpu = w.device.type == "cpu"
-    cumulative = w.cumsum_(-1) if on_cpu else w.cumsum(-1)
-    total = cumulative[:, -1:]
-    # Clause 6.7. The product may round up to the total, above which no token would be left.
-    threshold = torch.minimum(uniform[:, None] * total, torch.nextafter(total, 0 * total))
-    if on_cpu:  # summed in order there: ascending
-        found = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
-        return found.clamp_(max=cumulative.shape[-1] - 1)  # an overflown model has NaN here
-    # A parallel sum may dip by a rounding, so a token without weight is passed over.
-    above = (cumulative > threshold).logical_and_(w > 0)
-    return above.to(torch.uint8).argmax(-1)
+    if w.device.type != "cpu":
+        return first_above(w.cumsum(-1), w, uniform)
+    cumulative = w.cumsum_(-1)  # summed in order there: ascending
+    # Clause 6.7. A total is at least 1, and `uniform` at most 1 - 2**-24: the product is below it,
+    # and a token above, but for an overflown model, which has NaN here.
+    found = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    return found[:, 0].clamp_(max=cumulative.shape[-1] - 1)
+
+
+def first_above(
+    cumulative: Float[Tensor, "R V"], w: Float[Tensor, "R V"], uniform: Float[Tensor, " R"]
+) -> Int[Tensor, " R"]:
+    """Clause 6.7 for a sum that was taken in parallel: it may dip by a rounding, so a token without
+    weight is passed over, and where none is left above, it is the last with weight."""
+    kept = w > 0
+    above = (cumulative > uniform[:, None] * cumulative[:, -1:]).logical_and_(kept)
+    last = w.shape[-1] - 1 - kept.flip(-1).to(torch.uint8).argmax(-1)
+    return torch.where(above.any(-1), above.to(torch.uint8).argmax(-1), last)
 
 
 def weights(z: Float[Tensor, "R V"], sampling: Sampling) -> Float[Tensor, "R V"]:

@@ -153,12 +153,12 @@ FAULTS = (
         "6.7",
         SAMPLED,
         sampling(
-            "    on_cpu = w.device",
-            "    w, order = w.sort(-1, descending=True)\n    on_cpu = w.device",
+            '    if w.device.type != "cpu":',
+            "    w, order = w.sort(-1, descending=True)\n    if False:",
         ),
         sampling(
-            "return found.clamp_(max=cumulative.shape[-1] - 1)",
-            "return order.gather(-1, found.clamp_(max=cumulative.shape[-1] - 1)[:, None])[:, 0]",
+            "return found[:, 0].clamp_(max=cumulative.shape[-1] - 1)",
+            "return order.gather(-1, found.clamp_(max=cumulative.shape[-1] - 1))[:, 0]",
         ),
     ),
     Fault(
