@@ -149,38 +149,38 @@ def prefill(
 ) -> Float[Tensor, "G V"]:
     """Read each prompt once, at width 1: keys and values to their places, and the logits of each
     prompt's next token."""
-    last = []
     lengths = np.array([len(prompt) for prompt in prompts])
-    for batch in _batches(lengths):
-
-        def keep(i: int, k: Tensor, v: Tensor, batch: Sequence[int] = batch) -> None:
-            for line, g in enumerate(batch):
-                length = lengths[g]
-                places[g][i, 0] = k[line, :length].transpose(0, 1)
-                places[g][i, 1] = v[line, :length].transpose(0, 1)
-
-        positions = np.tile(np.arange(lengths[batch].max()), (len(batch), 1))
-        active = positions < lengths[batch, None]
-        tokens = np.zeros_like(positions)
-        for line, g in enumerate(batch):
-            tokens[line, : lengths[g]] = prompts[g]
-        cells = weights.cells(np.arange(len(batch)), active, positions)
-        h = weights.read(torch.from_numpy(tokens).to(weights.embed.device), cells, keep)
-        ends = torch.from_numpy(lengths[batch] - 1).to(h.device)
-        last.append(h[torch.arange(len(batch), device=h.device), ends])
-    order = np.concatenate([*_batches(lengths)])
-    back = torch.from_numpy(np.argsort(order)).to(weights.embed.device)
-    return weights.logits(torch.cat(last).index_select(0, back))
+    batches = list(_batches(lengths))
+    last = [_read(weights, [prompts[g] for g in b], [places[g] for g in b]) for b in batches]
+    asked = torch.from_numpy(np.argsort(np.concatenate(batches))).to(weights.embed.device)
+    return weights.logits(torch.cat(last).index_select(0, asked))
 
 
 def _batches(lengths: Int[np.ndarray, " G"]) -> Iterator[Int[np.ndarray, " some"]]:
     """Prompts to read at once, of like lengths: no more cells than `CELLS`, or one prompt."""
-    order = np.argsort(-lengths, kind="stable")
-    first = 0
+    order, first = np.argsort(-lengths, kind="stable"), 0
     while first < len(order):
         count = max(1, CELLS // int(lengths[order[first]]))
         yield order[first : first + count]
         first += count
+
+
+def _read(weights: Packed, prompts: list[np.ndarray], places: list[Tensor]) -> Float[Tensor, "G D"]:
+    """One batch of prompts: the hidden states of their last tokens."""
+    lengths, device = np.array([len(prompt) for prompt in prompts]), weights.embed.device
+    positions = np.tile(np.arange(lengths.max()), (len(prompts), 1))
+    active = positions < lengths[:, None]
+    tokens = np.zeros_like(positions)
+    tokens[active] = np.concatenate(prompts)
+
+    def keep(i: int, k: Tensor, v: Tensor) -> None:
+        for g, place in enumerate(places):
+            place[i, 0] = k[g, : lengths[g]].transpose(0, 1)
+            place[i, 1] = v[g, : lengths[g]].transpose(0, 1)
+
+    cells = weights.cells(np.arange(len(prompts)), active, positions)
+    h = weights.read(torch.from_numpy(tokens).to(device), cells, keep)
+    return h[torch.arange(len(prompts), device=device), torch.from_numpy(lengths - 1).to(device)]
 
 
 def step(weights: Packed, cache: PaddedCache, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:

@@ -6,12 +6,15 @@ CACHED = "cached_decoding_equals_teacher_forcing"
 SHARED = "a_prompt_is_prefilled_once_for_its_group"
 DRAWN = "what_was_sampled_is_what_is_fed"
 LEAVE = """\
-            fed = fed.index_select(0, torch.from_numpy(kept).to(device))
-            cache.compact(kept)
-            self.uniforms = self._uniforms()
-        if len(cache.rows) == 0:"""
-POSITIONS = "cache.rows.positions(cache.step)"
-LOST = "p0, t0 = lost_to_window(window, P, T)"
+            self.cache.keep(places)
+            fed = fed.index_select(0, torch.from_numpy(places).to(device))
+            self.next_logits = self.next_logits[: len(places)]
+            self._rows_changed()
+        if len(fed):"""
+POSITIONS = "torch.from_numpy(rows.positions)"
+LOST = "p0, t0 = lost_to_window(window, P, int(rows.steps[0]) + 1)"
+CHECKED = "kept, back = check_advance(V, rows.group, rows.left, self.drawn, tokens, keep, back)"
+MOVED = "self.own[:, :, new, :, :step] = self.own[:, :, old, :, :step]"
 
 
 def decode(old: str, new: str) -> Edit:
@@ -37,13 +40,13 @@ FAULTS = (
         CACHED,
         decode(
             LEAVE,
-            "            logits = self.forward(self.weights, cache, fed)\n"
-            "            cache.step += 1\n"
-            "            cache.compact(kept)\n"
-            "            cache.step -= 1\n"
-            "            self.uniforms = self._uniforms()\n"
-            "            self.next_logits = logits[torch.from_numpy(kept)]\n"
-            "        elif len(cache.rows) == 0:",
+            "            logits = self.forward(self.weights, self.cache, fed)\n"
+            "            self.cache.rows = self.cache.rows.fed(1)\n"
+            "            self.cache.keep(places)\n"
+            "            self.cache.rows = self.cache.rows.fed(-1)\n"
+            "            self._rows_changed()\n"
+            "            self.next_logits = logits[torch.from_numpy(places)]\n"
+            "        elif len(fed):",
         ),
     ),
     Fault(
@@ -58,32 +61,31 @@ FAULTS = (
         "One user's prompt is read into another's.",
         "4.2",
         SHARED,
-        decode("weights.cells(np.arange(G), active", "weights.cells(np.zeros(G, int), active"),
+        decode(
+            "weights.cells(np.arange(len(prompts)), active",
+            "weights.cells(np.zeros(len(prompts), int), active",
+        ),
     ),
     Fault(
         "caches stay where they were",
         "After a row ends, those after it remember somebody else's text.",
         "4.3",
         CACHED,
-        cache("if new != old:", "if False:"),
+        cache("if new != old:\n                step =", "if False:\n                step ="),
     ),
     Fault(
         "the latest timestep is not moved",
         "After a row ends, those after it forget their last token but one.",
         "4.3",
         CACHED,
-        cache(
-            "self.own[:, :, new, :, : self.step] = self.own[:, :, old, :, : self.step]",
-            "n = max(self.step - 1, 0)\n"
-            "                self.own[:, :, new, :, :n] = self.own[:, :, old, :, :n]",
-        ),
+        cache("step = steps[old]", "step = max(steps[old] - 1, 0)"),
     ),
     Fault(
         "prefixes stay where they were",
         "After a prompt's rows have all ended, others go on from its prompt.",
         "4.3",
         CACHED,
-        cache("self.prefix.index_select(2, left)", "self.prefix[:, :, : len(left)]"),
+        cache("self.prefix[:, :, new] = self.prefix[:, :, old]", "pass"),
     ),
     Fault(
         "lengths stay where they were",
@@ -98,53 +100,55 @@ FAULTS = (
         "After a prompt's rows have all ended, others lose the start of theirs, or read padding.",
         "4.3",
         CACHED,
-        cache("self.padding.index_select(0, left)", "self.padding[: len(left)]"),
+        cache(
+            "        self._lay_out()\n\n    def back",
+            "        padding = self.padding\n"
+            "        self._lay_out()\n"
+            "        self.padding = None if padding is None else padding[: len(prompts)]\n\n"
+            "    def back",
+        ),
     ),
     Fault(
         "padding of prompts is read",
         "A short prompt beside a long one is answered differently.",
         "4.1",
         CACHED,
-        decode("if cache.padding is not None:", "if False:"),
+        decode("if hidden is not None:", "if False:"),
     ),
     Fault(
         "prompts are read at padded positions",
         "A short prompt beside a long one leaves a gap before its answer.",
         "2.4",
         CACHED,
-        rows(
-            "active, default_positions(active))",
-            "active, np.broadcast_to(np.arange(P), active.shape))",
-        ),
-        package="bridge",
+        decode("active, positions)", "active, positions + lengths.max() - lengths[:, None])"),
     ),
     Fault(
         "generated tokens are one position late",
         "A gap between every prompt and its answer.",
         "2.4",
         CACHED,
-        decode(POSITIONS, POSITIONS.replace("step", "step + 1")),
+        decode(POSITIONS, POSITIONS.replace("positions", "positions + 1")),
     ),
     Fault(
         "positions stand still",
         "Every generated token is read where the prompt ended.",
         "2.4",
         CACHED,
-        decode(POSITIONS, POSITIONS.replace("cache.step", "0")),
+        decode(POSITIONS, POSITIONS.replace("positions", "positions - rows.steps")),
     ),
     Fault(
         "cached windows are one too wide",
         "Decoding reads a token that training never let it see.",
         "5.5",
         CACHED,
-        decode(LOST, LOST.replace("T)", "T - 1)")),
+        cache(LOST, LOST.replace(" + 1)", ")")),
     ),
     Fault(
         "windows do not reach the prompt",
         "Long prompts are read in full for ever.",
         "5.5",
         CACHED,
-        decode(LOST, LOST + "\n    p0 = 0"),
+        cache(LOST, LOST + "\n            p0 = 0"),
     ),
     Fault(
         "prompt and answer have softmaxes of their own",
@@ -153,7 +157,7 @@ FAULTS = (
         CACHED,
         decode(
             "p = score.softmax(-1).to(q.dtype)",
-            "p = torch.cat([part.softmax(-1) for part in score.split([P - p0, T - t0], -1)], -1)\n"
+            "p = torch.cat([part.softmax(-1) for part in score.split([P, T - t0], -1)], -1)\n"
             "    p = p.to(q.dtype) / 2",
         ),
     ),
@@ -163,9 +167,9 @@ FAULTS = (
         "10.1",
         DRAWN,
         decode(
-            "return self.drawn.cpu().numpy().copy()",
-            "tokens = self.drawn.cpu().numpy().copy()\n"
-            "        if self.cache.step < self.cache.own.shape[4]:\n"
+            "return self.drawn[:, 0].copy()",
+            "tokens = self.drawn[:, 0].copy()\n"
+            "        if (rows.left > 0).all():\n"
             "            self.advance()\n"
             "        return tokens",
         ),
@@ -175,14 +179,14 @@ FAULTS = (
         "The text that is shown is not the text that is read on.",
         "10.1",
         DRAWN,
-        decode("fed = self.drawn\n", "fed = self.next_logits.argmax(-1)\n"),
+        decode("fed = self.next_tokens\n", "fed = self.next_logits.argmax(-1)\n"),
     ),
     Fault(
         "prompts past the context are taken",
         "Positions that the model was never trained on are read without a word.",
         "4.4",
         "what_is_out_of_bounds_is_refused",
-        decode("check_prompts(weights.config, prompts, widths, max_new_tokens)", "pass"),
+        decode("check_prompts(self.weights.config, prompts, widths, max_new_tokens)", "pass"),
     ),
     Fault(
         "whatever is given is fed",
@@ -190,7 +194,9 @@ FAULTS = (
         "10.1",
         "what_is_out_of_bounds_is_refused",
         decode(
-            "check_advance(V, cache.rows.group, cache.rows.left, drawn, tokens, keep, None)", "pass"
+            CHECKED,
+            "kept = np.ones(len(rows), bool) if keep is None else keep\n"
+            "        back = np.zeros(len(rows), int)",
         ),
     ),
     Fault(
@@ -198,6 +204,10 @@ FAULTS = (
         "A row that ended cannot leave: its next token, which nobody drew, is no token.",
         "10.1",
         "ended_rows_leave_other_groups_unchanged",
-        decode("left, tokens, keep)", "left, tokens, None)"),
+        decode(
+            CHECKED,
+            CHECKED.replace("keep,", "None,")
+            + "\n        kept = kept if keep is None else np.asarray(keep)",
+        ),
     ),
 )

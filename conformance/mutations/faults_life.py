@@ -7,7 +7,7 @@ LIFE = "a_models_life_is_the_references"
 # Keeps the results of a prefill with the model, by the prompts that it was of.
 KEEPS = (
     "        asked = tuple(prompt.tobytes() for prompt in prompts)\n"
-    '        kept = weights.rope.__dict__.setdefault("kept", {})\n'
+    '        kept = self.weights.rope.__dict__.setdefault("kept", {})\n'
 )
 # Writes a state into the arrays of the last one.
 KEPT_STATE = (
@@ -25,10 +25,13 @@ FAULTS = (
         LIFE,
         Edit(
             "decode",
-            "        prefix, active, last = prefill(weights, prompts)\n",
+            "        last = prefill(self.weights, prompts, places)\n",
             KEEPS + "        if asked not in kept:\n"
-            "            kept[asked] = prefill(weights, prompts)\n"
-            "        prefix, active, last = kept[asked]\n",
+            "            last = prefill(self.weights, prompts, places)\n"
+            "            kept[asked] = last, [place.clone() for place in places]\n"
+            "        last, read = kept[asked]\n"
+            "        for place, keys_values in zip(places, read):\n"
+            "            place.copy_(keys_values)\n",
         ),
     ),
     Fault(
@@ -38,11 +41,11 @@ FAULTS = (
         LIFE,
         Edit(
             "decode",
-            "        self.cache = Cache.of(prefix, active, rows, self.limit)\n",
-            "        self.cache = Cache.of(prefix, active, rows, self.limit)\n"
-            '        kept = weights.rope.__dict__.setdefault("own", self.cache.own)\n'
-            "        if kept.shape == self.cache.own.shape:\n"
-            "            self.cache.own = kept\n",
+            "        self.cache = cache\n",
+            "        self.cache = cache\n"
+            '        kept = self.weights.rope.__dict__.setdefault("own", cache.own)\n'
+            "        if kept.shape == cache.own.shape:\n"
+            "            cache.own = kept\n",
         ),
     ),
     Fault(
@@ -126,6 +129,6 @@ FAULTS = (
         "Who marks ended rows in the tokens that they were given changes what is read on.",
         "10.1",
         "what_was_sampled_is_what_is_fed",
-        Edit("decode", "self.drawn.cpu().numpy().copy()", "self.drawn.cpu().numpy()"),
+        Edit("decode", "self.drawn[:, 0].copy()", "self.drawn[:, 0]"),
     ),
 )

@@ -2,7 +2,7 @@
 leave (chapters 4 to 6): tables that end, caches that are full, masks counted from the wrong end."""
 
 from mutations.fault import Edit, Fault
-from mutations.faults_decode import LOST, POSITIONS
+from mutations.faults_decode import LOST, MOVED, POSITIONS
 
 READ = "long_texts_are_decoded_as_they_are_read"
 DRAWN = "long_texts_are_drawn_by_the_rule"
@@ -55,25 +55,23 @@ PLAIN = (
         "After 256 positions decoding reads its text as if it began again.",
         "2.4",
         READ,
-        Edit("decode", POSITIONS, f"{POSITIONS} % 256"),
+        Edit("decode", POSITIONS, POSITIONS.replace("positions", "positions % 256")),
     ),
     Fault(
         "caches hold 256 timesteps",
         "A longer answer keeps overwriting its last token but one.",
         "4.1",
         READ,
-        Edit("cache", "max(timesteps, 1), d", "min(max(timesteps, 1), 256), d"),
+        Edit("cache", "int(both.limits.max(initial=1))", "min(int(both.limits.max()), 256)"),
         Edit(
             "cache",
-            "return self.prefix.shape[4] + self.own.shape[4]",
-            "return self.prefix.shape[4] + 4096",
+            "own[0, :rows, :, at], own[1, :rows, :, at] = k, v",
+            "own[0, :rows, :, min(at, 255)], own[1, :rows, :, min(at, 255)] = k, v",
         ),
-        Edit("decode", "own[0, :, :, cache.step] = k", "own[0, :, :, min(cache.step, 255)] = k"),
-        Edit("decode", "own[1, :, :, cache.step] = v", "own[1, :, :, min(cache.step, 255)] = v"),
         Edit(
             "decode",
-            "cache.prefix.shape, cache.step + 1",
-            "cache.prefix.shape, min(cache.step + 1, 256)",
+            "T = int(cache.rows.steps.max()) + 1",
+            "T = min(int(cache.rows.steps.max()) + 1, 256)",
         ),
     ),
     Fault(
@@ -92,21 +90,21 @@ PLAIN = (
         "Once the longest prompt has left, the others read past their windows.",
         "5.5",
         READ,
-        Edit("decode", LOST, LOST.replace("P,", "int(cache.rows.lengths.max()),")),
+        Edit("cache", LOST, LOST.replace("P,", "int(rows.lengths.max()),")),
     ),
     Fault(
         "padding is cut at the wrong end beside a window",
         "A short prompt beside a long one reads padding where its layers have windows.",
         "5.5",
         READ,
-        Edit("decode", "cache.padding[..., p0:]", "cache.padding[..., : P - p0]"),
+        Edit("cache", "self.padding[:, p0:]", "self.padding[:, : P - p0]"),
     ),
     Fault(
         "windows never leave the prompt",
         "The last token of a prompt is read for ever.",
         "5.5",
         READ,
-        Edit("decode", LOST, LOST + "\n    p0 = min(p0, P - 1)"),
+        Edit("cache", LOST, LOST + "\n            p0 = min(p0, P - 1)"),
     ),
     Fault(
         "caches move last row first",
@@ -124,11 +122,7 @@ PLAIN = (
         "Where a row leaves, those after it look for their own past and find another's.",
         "4.3",
         READ,
-        Edit(
-            "cache",
-            "self.own[:, :, new, :, : self.step] = self.own[:, :, old, :, : self.step]",
-            "self.own[:, 0, new, :, : self.step] = self.own[:, 0, old, :, : self.step]",
-        ),
+        Edit("cache", MOVED, MOVED.replace(":, new", "0, new").replace(":, old", "0, old")),
     ),
 )
 
@@ -153,14 +147,14 @@ FUSED = (
         ),
     ),
     Fault(
-        "fused step: windows are counted from each prompt's first token",
-        "Short prompts beside long ones fall out of their windows.",
+        "fused step: windows stand still after the prompt",
+        "The longer an answer, the more is read of what training never showed.",
         "5.5",
         READ,
         Edit(
             "fused.c",
-            "if (p0 < lost) p0 = lost < P ? lost : P;",
-            "p0 = p0 + lost < P ? p0 + lost : P;",
+            "P + step + 1 > window ? P + step + 1 - window",
+            "P > window ? P - window",
         ),
     ),
     Fault(
@@ -168,14 +162,14 @@ FUSED = (
         "Mistral's layers read what training never showed them.",
         "5.5",
         READ,
-        Edit("fused.c", "t0 = lost > P ? lost - P : 0;", "t0 = 0;"),
+        Edit("fused.c", "t0 = lost - p0;", "t0 = 0;"),
     ),
     Fault(
-        "fused step: values lie behind the rows that are left",
-        "Where rows have left, the others weigh numbers of nobody.",
+        "fused step: values lie behind the timesteps that were fed",
+        "As an answer grows, its keys are written where its values were.",
         "4.3",
         READ,
-        Edit("fused.c", "*values = keys + rows * K * T * d;", "*values = keys + R * K * T * d;"),
+        Edit("fused.c", "*values = keys + K * T * d;", "*values = keys + K * (step + 1) * d;"),
     ),
 )
 

@@ -74,8 +74,8 @@ FAULTS = (
         SAMPLED,
         Edit(
             "decode",
-            "self.uniforms.at(self.cache.step, ",
-            "self.uniforms.at(max(self.cache.step - 1, 0), ",
+            "self.uniforms.at(rows.steps, ",
+            "self.uniforms.at(np.maximum(rows.steps - 1, 0), ",
         ),
     ),
     Fault(
