@@ -25,7 +25,7 @@ from bridge_ref.sampling import sample as reference_sample
 
 mx = pytest.importorskip("mlx.core")
 
-from bridge_mlx import block, decode, linear, model, sampling, train  # noqa: E402
+from bridge_mlx import block, cache, decode, linear, model, sampling, train  # noqa: E402
 from bridge_mlx.backend import DTYPES, MlxBackend, from_numpy, to_numpy  # noqa: E402
 
 RAW = {
@@ -100,7 +100,7 @@ def test_a_prompt_is_read_once_whatever_the_width(products):
     one, many = (products(lambda w=w: loaded.prefill([PROMPT], [w], 4)) for w in (1, 16))
     assert one == many > 0
     decoder = loaded.prefill([PROMPT, PROMPT[:4]], [16, 3], 4)
-    assert {k.shape[0] for layer in decoder.prefix for k in layer} == {2}  # prompts, not rows
+    assert {k.shape[0] for layer in decoder.cache.prefix for k in layer} == {2}  # prompts, not rows
 
 
 def test_groups_cost_their_number_times_the_square_of_their_width(products):
@@ -123,8 +123,8 @@ def test_rows_that_end_leave_the_computation(products):
     fewer = products(lambda: decoder.advance(np.zeros(6, np.int64), keep))
     assert fewer < full / 2
     assert decoder.logits().shape == (2, 40)
-    assert {k.shape[0] for layer in decoder.own for k in layer} == {2}  # rows left
-    assert {k.shape[0] for layer in decoder.prefix for k in layer} == {1}  # their prompt
+    assert {k.shape[0] for layer in decoder.cache.own for k in layer} == {2}  # rows left
+    assert {k.shape[0] for layer in decoder.cache.prefix for k in layer} == {1}  # their prompt
     decoder.advance(np.zeros(2, np.int64), np.zeros(2, bool))
     assert decoder.sample(Sampling()).shape == (0,)
 
@@ -146,13 +146,13 @@ def test_only_tokens_go_to_the_host(monkeypatch, options):
         if hasattr(mx.array, name):  # not all in every version of MLX
             monkeypatch.setattr(mx.array, name, spy(getattr(mx.array, name)))
     watched = {**vars(np), "array": spy(np.array), "asarray": spy(np.asarray)}
-    for module in (block, decode, linear, model, sampling):
+    for module in (block, cache, decode, linear, model, sampling):
         if hasattr(module, "np"):
             monkeypatch.setattr(module, "np", SimpleNamespace(**watched))
     for _ in range(4):
         decoder.sample(Sampling(**options))
         decoder.advance()
-    assert moved == [(4,)] * 4
+    assert moved == [(4, 1)] * 4
 
 
 def graph_of(arrays):
@@ -189,8 +189,8 @@ def test_the_cache_is_written_in_place_and_grows_by_timesteps_said():
     decoder = load().prefill([PROMPT], [2], 600)
     for step in range(300):
         decoder.advance(np.zeros(2, np.int64))
-        room = {k.shape[2] for layer in decoder.own for k in layer}
-        assert room == {decode.TIMESTEPS if step < decode.TIMESTEPS else 2 * decode.TIMESTEPS}
+        room = {k.shape[2] for layer in decoder.cache.own for k in layer}
+        assert room == {cache.TIMESTEPS if step < cache.TIMESTEPS else 2 * cache.TIMESTEPS}
     decoder.logits()
     before = places(decoder)
     decoder.advance(np.zeros(2, np.int64))
@@ -200,7 +200,7 @@ def test_the_cache_is_written_in_place_and_grows_by_timesteps_said():
 
 def places(decoder):
     """Where each cache lies in memory."""
-    caches = [k for layer in decoder.own for k in layer]
+    caches = [k for layer in decoder.cache.own for k in layer]
     return [np.array(k, copy=False).__array_interface__["data"][0] for k in caches]
 
 
@@ -209,7 +209,7 @@ def test_a_decoder_says_when_it_is_misused():
     with pytest.raises(BridgeError, match="call sample first"):
         decoder.advance()
     decoder.advance(np.zeros(2, np.int64))
-    with pytest.raises(BridgeError, match="past the max_new_tokens reserved"):
+    with pytest.raises(BridgeError, match="past the max_new_tokens that a row came with"):
         decoder.advance(np.zeros(2, np.int64))
 
 

@@ -86,7 +86,7 @@ class MlxModel:
         with mx.stream(self.transformer.device):
             cells = self.transformer.cells(groups, active, positions)
             h = from_numpy(hidden, self.transformer.dtype)
-            return to_numpy(block(h, cells.grid, cells.active))
+            return to_numpy(block(h, cells.sharing))
 
     def logits(
         self, tokens: np.ndarray, groups: np.ndarray, active: np.ndarray, positions: np.ndarray
@@ -115,6 +115,15 @@ class MlxModel:
     ) -> Decoder:
         """Read each prompt once, and start `widths[g]` rows from prompt g (clause 4.2)."""
         return Decoder(self.transformer, prompts, widths, max_new_tokens, prompt_ids)
+
+    def free_bytes(self) -> int | None:
+        """What a GPU can still give, with what MLX keeps to use again; None on a CPU."""
+        if self.device == "cpu":
+            return None
+        info = mx.device_info(self.transformer.device)
+        if "free_memory" in info:  # CUDA
+            return int(info["free_memory"]) + mx.get_cache_memory()
+        return max(0, int(info["max_recommended_working_set_size"]) - mx.get_active_memory())
 
     def loss_and_grads(
         self, batch: Batch, objective: Objective, trainable: Sequence[str]

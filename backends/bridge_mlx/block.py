@@ -61,14 +61,25 @@ class Grid:
     @classmethod
     def of(cls, groups: Sequence[int] | np.ndarray) -> "Grid":
         """The grid of rows that answer the prompts `groups [R]`, in any order (clause 2.2)."""
-        plan = GridPlan.of(groups)
-        if plan.as_they_lie:
+        return cls.planned(GridPlan.of(groups))
+
+    @classmethod
+    def planned(cls, plan: GridPlan, among: tuple[np.ndarray, int] | None = None) -> "Grid":
+        """The grid of a plan. `among`: the rows are those at these places of so many that are
+        computed, and what the others give back is not said; None: they are all."""
+        if among is None and plan.as_they_lie:
             return cls(plan.groups, plan.width)
+        to_grid, to_rows = plan.to_grid, plan.to_rows
+        if among is not None:
+            places, count = among
+            to_grid, of_rows = places[to_grid], to_rows
+            to_rows = np.zeros(count, np.int64)
+            to_rows[places] = of_rows
         return cls(
             plan.groups,
             plan.width,
-            mx.array(plan.to_grid, mx.int32),
-            mx.array(plan.to_rows, mx.int32),
+            mx.array(to_grid, mx.int32),
+            mx.array(to_rows, mx.int32),
             None if plan.full else mx.array(plan.filled),
         )
 
@@ -79,6 +90,30 @@ class Grid:
     def collect(self, places: mx.array) -> mx.array:
         """Places along the first axis back to rows: G * N becomes R."""
         return places if self.to_rows is None else mx.take(places, self.to_rows, axis=0)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Which cells read each other, the same for the blocks of all layers; made once a call."""
+
+    grid: Grid
+    active: Bool[mx.array, "R S"] | None  # None: all are
+    allowed: Bool[mx.array, "G_S one N N"] | None  # clause 3.4; None: every place reads its line
+
+    @classmethod
+    def of(cls, grid: Grid, active: Bool[mx.array, "R S"] | None, S: int) -> "Sharing":
+        """That of rows in a grid over S timesteps. A blocked row may read its own zeros, so that no
+        softmax is empty."""
+        if grid.width == 1 or (active is None and grid.filled is None):
+            return cls(grid, active, None)
+        G, N = grid.groups, grid.width
+        keys = mx.ones((1, 1, 1), mx.bool_)
+        if active is not None:
+            keys = grid.spread(active).reshape(G, N, S)
+        if grid.filled is not None:
+            keys = keys & grid.filled[:, :, None]
+        keys = mx.broadcast_to(keys, (G, N, S)).swapaxes(1, 2).reshape(G * S, 1, 1, N)
+        return cls(grid, active, keys | mx.eye(N, dtype=mx.bool_))
 
 
 @dataclass(frozen=True)
@@ -95,28 +130,28 @@ class Block:
     def __call__(
         self,
         hidden: Float[mx.array, "R S D"],
-        grid: Grid,
-        active: Bool[mx.array, "R S"] | None = None,
+        sharing: Sharing,
     ) -> Float[mx.array, "R S D"]:
         """The residual stream plus what each row reads from its group (clauses 3.2 to 3.6).
 
-        `active` None: every cell is. Inactive cells influence nothing, even if they hold NaN.
+        Inactive cells influence nothing, even if they hold NaN.
         """
+        active = sharing.active
         # A zero residual gives zero q, k and v: nothing of the cell is left, not even NaN.
         x = hidden if active is None else mx.where(active[..., None], hidden, 0)
-        y = self._output(x, grid, active)
+        y = self._output(x, sharing)
         return hidden + (y if active is None else mx.where(active[..., None], y, 0))
 
     def norm_ratio(
         self,
         hidden: Float[mx.array, "R S D"],
-        grid: Grid,
-        active: Bool[mx.array, "R S"] | None = None,
+        sharing: Sharing,
     ) -> Float[mx.array, ""]:
         """The norm of what a call adds to that of `hidden`, its mean over active cells, in float32
         (clause 3.9)."""
+        active = sharing.active
         h = hidden if active is None else mx.where(active[..., None], hidden, 0)
-        y = self._output(h, grid, active)
+        y = self._output(h, sharing)
         added, before = (mx.linalg.norm(z.astype(mx.float32), axis=-1) for z in (y, h))
         # A zero residual counts as 0, and what is not active is one by now.
         ratio = mx.where(before != 0, added / mx.where(before != 0, before, 1), 0)
@@ -125,47 +160,30 @@ class Block:
     def _output(
         self,
         x: Float[mx.array, "R S D"],
-        grid: Grid,
-        active: Bool[mx.array, "R S"] | None,
+        sharing: Sharing,
     ) -> Float[mx.array, "R S D"]:
         """y of clauses 3.6 and 8.1, at a residual that is 0 where not active."""
         x = self.inward(rms_norm(x, self.norm, self.eps))
-        x = silu(x) if self.num_heads is None else self._mix(x, self.num_heads, grid, active)
+        x = silu(x) if self.num_heads is None else self._mix(x, self.num_heads, sharing)
         return self.outward(x)
 
     def _mix(
         self,
         qkv: Float[mx.array, "R S three_E"],
         H: int,
-        grid: Grid,
-        active: Bool[mx.array, "R S"] | None,
+        sharing: Sharing,
     ) -> Float[mx.array, "R S E"]:
-        S, E = qkv.shape[1], qkv.shape[2] // 3
+        grid, S, E = sharing.grid, qkv.shape[1], qkv.shape[2] // 3
         if grid.width == 1:  # a softmax over one row is 1 (clause 3.8)
             return qkv[..., 2 * E :]
         G, N = grid.groups, grid.width
         cells = grid.spread(qkv).reshape(G, N, S, 3, H, -1)
         q, k, v = cells.transpose(3, 0, 2, 4, 1, 5).reshape(3, G * S, H, N, -1)
         mixed = mx.fast.scaled_dot_product_attention(
-            q, k, v, scale=q.shape[-1] ** -0.5, mask=self._allowed(grid, active, S)
+            q, k, v, scale=q.shape[-1] ** -0.5, mask=sharing.allowed
         )
         mixed = mixed.reshape(G, S, H, N, -1).transpose(0, 3, 1, 2, 4).reshape(G * N, S, E)
         return grid.collect(mixed)
-
-    def _allowed(
-        self, grid: Grid, active: Bool[mx.array, "R S"] | None, S: int
-    ) -> Bool[mx.array, "G_S one N N"] | None:
-        """Clause 3.4. A blocked row may read its own zeros, so that no softmax is empty."""
-        if active is None and grid.filled is None:
-            return None
-        G, N = grid.groups, grid.width
-        keys = mx.ones((1, 1, 1), mx.bool_)
-        if active is not None:
-            keys = grid.spread(active).reshape(G, N, S)
-        if grid.filled is not None:
-            keys = keys & grid.filled[:, :, None]
-        keys = mx.broadcast_to(keys, (G, N, S)).swapaxes(1, 2).reshape(G * S, 1, 1, N)
-        return keys | mx.eye(N, dtype=mx.bool_)
 
     def parts(self) -> Iterator[tuple[str, Weight]]:
         """Its tensors by checkpoint name, in canonical order."""

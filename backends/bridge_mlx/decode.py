@@ -1,32 +1,30 @@
 """Cached decoding of interdependent rows (chapter 4).
 
-A prompt is read once and its keys and values are shared by the rows of its group; each row's own
-timesteps are in a preallocated cache. The Bridge block has no cache: it reads the rows that are
-left. Rows that end leave every array. Nothing goes to the host but drawn tokens, and every step is
-evaluated before the next is built on it.
+A prompt is read once and its keys and values are shared by the rows of its group; what is kept is
+in `cache`. The Bridge block has none: it reads the rows that are left. Nothing goes to the host but
+drawn tokens, and every step is evaluated before the next is built on it, or beside that where steps
+are drawn ahead.
 
-Axes: G prompts, P prefix slots, R rows left, N rows of the widest group, T own timesteps, K key
-heads, M query heads that share one, d head width, D model width.
+Axes: G prompts, P prefix slots, R rows left, C places computed (a few of which may be of rows that
+ended), N rows of the widest group, K key heads, M query heads that share one, d head width.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from bridge.contract import Sampling
 from bridge.decoding.inputs import check_advance, check_prompts
-from bridge.decoding.rows import Rows, left_padded, lost_to_window
+from bridge.decoding.rows import Rows, left_padded
 from bridge.decoding.uniforms import Uniforms, seeds_of
-from bridge_mlx.block import Grid, rms_norm
+from bridge_mlx.block import Sharing, rms_norm
+from bridge_mlx.cache import Cache, KeysValues, Reads
 from bridge_mlx.linear import embed
-from bridge_mlx.model import Layer, Transformer, feed_forward
-from bridge_mlx.sampling import sample
-
-TIMESTEPS = 256  # reserved at a time: memory follows what rows have said, not what they may say
-
-KeysValues = tuple[mx.array, mx.array]
+from bridge_mlx.model import Transformer, feed_forward
+from bridge_mlx.sampling import drawing
 
 
 class Decoder:
@@ -40,163 +38,218 @@ class Decoder:
         max_new_tokens: int,
         prompt_ids: Sequence[int] | None = None,
     ) -> None:
-        """Prefill (clause 4.2). Raises BridgeError for a prompt that is empty or, with
-        `max_new_tokens`, goes past the context (clause 4.4), and for a width below 1."""
+        """Prefill: the first groups come to a decoder that has none. Raises BridgeError for a
+        prompt that is empty or, with `max_new_tokens`, goes past the context (clause 4.4), and for
+        a width below 1."""
         check_prompts(model.config, prompts, widths, max_new_tokens)
-        self.model, self.step = model, 0
-        self._settle(Rows.of(prompts, widths, max_new_tokens, prompt_ids))
-        self.drawn: mx.array | None = None
-        # The last token is never fed back, so one timestep fewer than there may be tokens.
-        self.limit = max_new_tokens - 1
-        model.rope.reserve(int(self.rows.lengths.max()) + max_new_tokens)
+        self.model = model
+        self.windows = {layer.window for layer in model.layers}
         with mx.stream(model.device):
-            last = self._prefill(prompts)
-            self.next_logits = mx.take(last, mx.array(self.rows.group), axis=0)
-            shape = (len(self.rows), model.config.num_key_value_heads, 0, model.config.head_dim)
-            empty = mx.zeros(shape, model.dtype)
-            self.own = [(empty, empty) for _ in self.prefix]  # [R, K, T, d] each, by layer
-            mx.eval(self.next_logits, self.prefix)
+            self.cache = Cache(model)
+            self.next_logits = mx.zeros((0, model.config.vocab_size))
+        self.admit(prompts, widths, max_new_tokens, prompt_ids)
 
-    def _prefill(self, prompts: Sequence[np.ndarray]) -> Float[mx.array, "G V"]:
-        """Read each prompt once, at width 1."""
+    def admit(
+        self,
+        prompts: Sequence[np.ndarray],
+        widths: Sequence[int],
+        max_new_tokens: int,
+        prompt_ids: Sequence[int] | None = None,
+    ) -> None:
+        """Groups that come (clauses 4.2 and 4.5). Raises BridgeError as `__init__` does."""
+        check_prompts(self.model.config, prompts, widths, max_new_tokens)
+        others = Rows.of(prompts, widths, max_new_tokens, prompt_ids)
+        with mx.stream(self.model.device):
+            self.model.rope.reserve(int(others.lengths.max()) + max_new_tokens)
+            last, prefix = self._prefill(prompts)
+            self.cache.join(prefix, others)
+            came = mx.take(last, mx.array(others.group), axis=0)
+            self.next_logits = mx.concatenate([self.next_logits, came])
+            mx.eval(self.next_logits)
+        self._settle()
+
+    def _prefill(self, prompts: Sequence[np.ndarray]) -> tuple[mx.array, list[KeysValues]]:
+        """Read each prompt once, at width 1: logits `[G, V]`, keys and values `[G, K, P, d]`."""
         model, (tokens, active, positions) = self.model, left_padded(prompts)
-        self.prefix: list[KeysValues] = []  # [G, K, P, d] each, by layer
+        prefix: list[KeysValues] = []
 
         def keep(i: int, k: mx.array, v: mx.array) -> None:
-            self.prefix.append((mx.contiguous(k.swapaxes(1, 2)), mx.contiguous(v.swapaxes(1, 2))))
+            prefix.append((mx.contiguous(k.swapaxes(1, 2)), mx.contiguous(v.swapaxes(1, 2))))
 
         cells = model.cells(np.arange(len(prompts)), active, positions)
         h = model.forward(mx.array(tokens, mx.int32), cells, keep)
-        self.padding = None if active.all() else ~mx.array(active[:, None, None, :])
-        return model.logits(h[:, -1])
+        last = model.logits(h[:, -1])
+        mx.eval(last, prefix)
+        return last, prefix
 
-    def _settle(self, rows: Rows) -> None:
-        """These rows are left from now on."""
-        self.rows, self.grid = rows, Grid.of(rows.group)
+    def _settle(self) -> None:
+        """Other rows are left from now on, and nothing is drawn of them."""
+        rows = self.cache.rows
         self.uniforms = Uniforms(rows.row_ids, rows.prompt_ids, mx.array)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.drawn: Int[np.ndarray, "R k"] | None = None
+        self.latest: mx.array | None = None  # the last column of `drawn`, on the device
 
     def logits(self) -> np.ndarray:
         """Next-token logits `[R, V]` of the rows left, float32."""
         return np.array(self.next_logits)
 
-    def sample(self, sampling: Sampling) -> np.ndarray:
+    def sample(self, sampling: Sampling | Sequence[Sampling]) -> np.ndarray:
         """Draw the next token of each row left: `[R]` int64. Does not advance."""
-        if len(self.rows) == 0:
-            self.drawn = self.next_logits[:, 0]
-            return np.zeros(0, np.int64)
-        with mx.stream(self.model.device):
-            rows = self.rows
-            table, line = self.uniforms.at(rows.steps, seeds_of(sampling, len(rows)))
-            self.drawn = sample(self.next_logits, table[line], sampling)
-            return np.array(self.drawn).astype(np.int64)
+        return self.sample_ahead(sampling, 1, ())[:, 0]
 
-    def advance(self, tokens: np.ndarray | None = None, keep: np.ndarray | None = None) -> None:
-        """Feed the rows where `keep [R]` one token each, and drop the others (clause 4.3)."""
-        rows, V = self.rows, self.model.config.vocab_size
-        drawn = None if self.drawn is None else np.array(self.drawn)[:, None]
-        check_advance(V, rows.group, rows.left, drawn, tokens, keep, None)
+    def sample_ahead(
+        self, sampling: Sampling | Sequence[Sampling], steps: int, ends: Collection[int]
+    ) -> np.ndarray:
+        """Draw `[R, k]` int64 tokens (clause 4.6), k as asked unless no row has as many left.
+
+        All of them are on the device before the host waits once. Each step is handed over as soon
+        as it is built, so that no graph spans two.
+        """
+        rows, cache = self.cache.rows, self.cache
+        if len(rows) == 0:
+            self.drawn, self.latest = np.zeros((0, 1), np.int64), self.next_logits[:, 0]
+            return self.drawn.copy()
+        k = min(steps, int(rows.left.max()) + 1)
+        with mx.stream(self.model.device):
+            table, line = self.uniforms.at(rows.steps, seeds_of(sampling, len(rows)), k)
+            draw = drawing(sampling)
+            alive: mx.array | None = None  # None: all rows are
+            tokens = draw(self.next_logits, table[line])
+            columns = [tokens]
+            if k > 1:
+                self.model.rope.reserve(int(rows.positions.max()) + k)  # ended rows count on
+                cache.begin_ahead(k - 1)
+            for step in range(1, k):
+                ended = _ended(tokens, ends, rows.left < step)
+                if ended is not None:
+                    alive = ~ended if alive is None else alive & ~ended
+                self.next_logits = self._feed(tokens, alive)
+                tokens = draw(self.next_logits, table[line + step])
+                columns.append(tokens if alive is None else mx.where(alive, tokens, -1))
+                mx.async_eval(tokens, columns[-1], self.next_logits, cache.ahead)
+            self.drawn = np.array(mx.stack(columns, axis=1)).astype(np.int64)
+            self.latest = tokens
+            if k > 1:
+                cache.end_ahead()
+        return self.drawn.copy()
+
+    def advance(
+        self,
+        tokens: np.ndarray | None = None,
+        keep: np.ndarray | None = None,
+        back: np.ndarray | None = None,
+    ) -> None:
+        """Go back (clause 4.7), and feed one token to each row kept, the others leave (clauses 4.1
+        and 4.3)."""
+        rows, cache = self.cache.rows, self.cache
+        kept, back = check_advance(
+            self.model.config.vocab_size, rows.group, rows.left, self.drawn, tokens, keep, back
+        )
+        places = np.flatnonzero(kept)
         with mx.stream(self.model.device):
             if tokens is not None:
-                fed = mx.array(np.asarray(tokens, np.int32))
+                fed = mx.array(np.asarray(tokens)[places].astype(np.int32))
             else:
-                assert self.drawn is not None
-                fed = self.drawn
-            if keep is not None and not np.all(keep):
-                kept = np.flatnonzero(keep)
-                fed = mx.take(fed, mx.array(kept), axis=0)
-                self._compact(kept)
-            if len(self.rows):
-                self._reserve()
-                self.next_logits = self._forward(fed)
-                # Starts on this step, so that no graph spans two.
-                mx.async_eval(self.next_logits, self.own)
-            self.rows, self.step, self.drawn = self.rows.fed(1), self.step + 1, None
+                assert self.latest is not None
+                fed = self.latest if kept.all() else mx.take(self.latest, mx.array(places))
+            cache.leave(places)
+            if back.any():
+                cache.go_back(back[places])
+            if not kept.all():
+                self._settle()
+            self._forget()
+            if len(places) == 0:
+                self.next_logits = self.next_logits[:0]
+                return
+            cache.reserve(1)
+            # What a step under way still reads would be copied, not written in place.
+            mx.eval(self.next_logits)
+            self.next_logits = self._feed(fed)
+            mx.async_eval(self.next_logits, cache.own)
 
-    def _compact(self, kept: np.ndarray) -> None:
-        """Only the rows at these places, ascending, stay; prompts without rows go too."""
-        before = len(self.rows.lengths)
-        rows, prompts = self.rows.keep(kept).compact()
-        self._settle(rows)
-        if len(rows) == 0:
-            self.own, self.prefix = [], []
-            self.next_logits = self.next_logits[:0]
-            return
-        left = mx.array(kept)
-        self.own = [(mx.take(k, left, axis=0), mx.take(v, left, axis=0)) for k, v in self.own]
-        if len(prompts) < before:
-            left = mx.array(prompts)
-            self.prefix = [
-                (mx.take(k, left, axis=0), mx.take(v, left, axis=0)) for k, v in self.prefix
-            ]
-            if self.padding is not None:
-                self.padding = mx.take(self.padding, left, axis=0)
-        # Also what no later step may read: a window can lie past the prefix by now.
-        mx.async_eval(self.own, self.prefix)
-
-    def _reserve(self) -> None:
-        """Room for this timestep in every row's cache."""
-        config = self.model.config
-        room = self.own[0][0].shape[2]
-        if self.step < room:
-            return
-        more = min(TIMESTEPS, self.limit - room)
-        shape = (len(self.rows), config.num_key_value_heads, more, config.head_dim)
-        zeros = mx.zeros(shape, self.model.dtype)
-        self.own = [
-            (mx.concatenate([k, zeros], axis=2), mx.concatenate([v, zeros], axis=2))
-            for k, v in self.own
-        ]
-
-    def _forward(self, tokens: mx.array) -> Float[mx.array, "R V"]:
-        """One timestep of every row left: logits for the next."""
-        model, eps = self.model, self.model.config.rms_norm_eps
-        rope = model.rope(self.rows.positions)
-        h = embed(model.embed, tokens)
+    def _feed(
+        self, tokens: Int[mx.array, " R"], alive: Bool[mx.array, " R"] | None = None
+    ) -> Float[mx.array, "R V"]:
+        """One timestep of the rows left: logits for the next. Those not `alive` influence none."""
+        model, cache, eps = self.model, self.cache, self.model.config.rms_norm_eps
+        reads = {window: cache.reads(window) for window in self.windows}
+        active = None if alive is None else cache.computed(alive)[:, None]
+        sharing = Sharing.of(cache.grid, active, 1)
+        rope = model.rope(cache.positions)
+        h = embed(model.embed, cache.computed(tokens))
         for i, layer in enumerate(model.layers):
             q, k, v = model.project(layer, rms_norm(h, layer.input_norm, eps), rope)
-            own_k, own_v = self.own[i]
-            # In place once evaluated: nothing else refers to the array before.
-            own_k[:, :, self.step], own_v[:, :, self.step] = k, v
-            h = h + layer.o(self._attend(i, layer, q))
+            cache.write(i, k, v)
+            h = h + layer.o(self._attend(i, q, reads[layer.window]))
             h = h + feed_forward(layer, rms_norm(h, layer.post_norm, eps))
             if layer.block is not None:
-                h = layer.block(h[:, None], self.grid)[:, 0]
-        return model.logits(h)
+                h = layer.block(h[:, None], sharing)[:, 0]
+        cache.fed()
+        return model.logits(cache.left(h))
 
     def _attend(
-        self, i: int, layer: Layer, q: Float[mx.array, "R heads d"]
-    ) -> Float[mx.array, "R heads_d"]:
+        self, i: int, q: Float[mx.array, "C heads d"], reads: Reads
+    ) -> Float[mx.array, "C heads_d"]:
         """Each row's query over its group's prefix and its own timesteps, in one softmax.
 
         The prefix is read once a group, by the queries of all its rows together.
         """
-        (prefix_k, prefix_v), (own_k, own_v) = self.prefix[i], self.own[i]
-        R, K, _, d = own_k.shape
-        T, P = self.step + 1, prefix_k.shape[2]
-        p0, t0 = lost_to_window(layer.window, P, T)
-        prefix_k, prefix_v = prefix_k[:, :, p0:], prefix_v[:, :, p0:]
-        own_k, own_v = own_k[:, :, t0:T], own_v[:, :, t0:T]
-
-        M = q.shape[1] // K
-        q = q.reshape(R, K, M, d)
+        prefix_k, prefix_v = (x[:, :, reads.prefix] for x in self.cache.prefix[i])
+        parts = list(self.cache.timesteps(i, reads))
+        C, heads, d = q.shape
+        K, P = prefix_k.shape[1:3]
+        M = heads // K
+        # Half of the scale before the product, so that float16 holds it, and a power of two, so
+        # that nothing is rounded; the rest in float32.
+        scale = 2.0 ** math.floor(math.log2(d**-0.5))
+        q = q.reshape(C, K, M, d) * scale
         prefix = self._to_prompts(q) @ prefix_k.swapaxes(-1, -2)
-        if self.padding is not None:
-            prefix = mx.where(self.padding[..., p0:], -mx.inf, prefix)
-        own = self._to_prompts(q @ own_k.swapaxes(-1, -2))
-        score = mx.concatenate([prefix, own], axis=-1).astype(mx.float32) * d**-0.5
+        if reads.of_prefix is not None:
+            prefix = mx.where(reads.of_prefix, prefix, -mx.inf)
+        own = [_scores(q, k, mask) for k, _, mask in parts]
+        own = self._to_prompts(own[0] if len(own) == 1 else mx.concatenate(own, axis=-1))
+        score = mx.concatenate([prefix, own], axis=-1).astype(mx.float32) * (d**-0.5 / scale)
         p = mx.softmax(score, axis=-1, precise=True).astype(q.dtype)
-        of_prefix, of_own = mx.split(p, [P - p0], axis=-1)
-        y = self._to_rows(of_prefix @ prefix_v, M) + self._to_rows(of_own, M) @ own_v
-        return y.reshape(R, K * M * d)
+        of_prefix, of_own = mx.split(p, [P], axis=-1)
+        y, of_own = self._to_rows(of_prefix @ prefix_v, M), self._to_rows(of_own, M)
+        start = 0
+        for _, v, _ in parts:
+            end = start + v.shape[2]
+            y = y + of_own[..., start:end] @ v
+            start = end
+        return y.reshape(C, heads * d)
 
-    def _to_prompts(self, rows: Float[mx.array, "R K M X"]) -> Float[mx.array, "G K N_M X"]:
+    def _to_prompts(self, rows: Float[mx.array, "C K M X"]) -> Float[mx.array, "G K N_M X"]:
         """The rows of a prompt side by side, as what reads its keys together."""
-        _, K, M, X = rows.shape
-        cells = self.grid.spread(rows).reshape(self.grid.groups, self.grid.width, K, M, X)
-        return cells.swapaxes(1, 2).reshape(self.grid.groups, K, self.grid.width * M, X)
+        grid, (_, K, M, X) = self.cache.grid, rows.shape
+        cells = grid.spread(rows).reshape(grid.groups, grid.width, K, M, X)
+        return cells.swapaxes(1, 2).reshape(grid.groups, K, grid.width * M, X)
 
     def _to_rows(self, prompts: Float[mx.array, "G K N_M X"], M: int) -> mx.array:
-        """`[R, K, M, X]`: what `_to_prompts` put side by side, apart again."""
-        G, K, _, X = prompts.shape
-        cells = prompts.reshape(G, K, self.grid.width, M, X).swapaxes(1, 2)
-        return self.grid.collect(cells.reshape(G * self.grid.width, K, M, X))
+        """`[C, K, M, X]`: what `_to_prompts` put side by side, apart again."""
+        grid, (G, K, _, X) = self.cache.grid, prompts.shape
+        cells = prompts.reshape(G, K, grid.width, M, X).swapaxes(1, 2)
+        return grid.collect(cells.reshape(G * grid.width, K, M, X))
+
+
+def _scores(
+    q: Float[mx.array, "C K M d"], k: Float[mx.array, "C K T d"], mask: mx.array | None
+) -> Float[mx.array, "C K M T"]:
+    score = q @ k.swapaxes(-1, -2)
+    return score if mask is None else mx.where(mask, score, -mx.inf)
+
+
+def _ended(
+    tokens: Int[mx.array, " R"], ends: Collection[int], at_limit: Bool[np.ndarray, " R"]
+) -> Bool[mx.array, " R"] | None:
+    """Which rows are over with these tokens; None: no row can be."""
+    ended = None
+    if ends:
+        ended = mx.any(tokens[:, None] == mx.array(sorted(ends)), axis=1)
+    if at_limit.any():
+        limited = mx.array(at_limit)
+        ended = limited if ended is None else ended | limited
+    return ended

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from bridge.config import ModelConfig
 from bridge.decoding.rows import causal_alone, only_active
 from bridge.rope import rotation_tables
-from bridge_mlx.block import Block, Grid, fused, rms_norm, silu
+from bridge_mlx.block import Block, Grid, Sharing, fused, rms_norm, silu
 from bridge_mlx.linear import Linear, Weight, embed, evaluate
 
 Keep = Callable[[int, mx.array, mx.array], None]
@@ -63,9 +63,8 @@ def _turn(x: mx.array, swapped: mx.array, cos: mx.array, sin: mx.array) -> mx.ar
 class Cells:
     """What the layers need to know of a batch beside its hidden states; made once a call."""
 
-    grid: Grid
+    sharing: Sharing
     rope: Float[mx.array, "two B S d"]
-    active: Bool[mx.array, "B S"] | None  # None: all are
     masks: Mapping[int | None, Bool[mx.array, "B one S S"] | None]  # by window; None: causal
 
 
@@ -186,7 +185,7 @@ class Transformer:
                 mask = mask & (place[:, :, None] - place[:, None, :] < window)
             # Every cell may read itself, so that no softmax is empty; inactive ones give 0 below.
             masks[window] = mx.expand_dims(mask | mx.eye(S, dtype=mx.bool_), 1)
-        return Cells(Grid.of(groups), self.rope(positions), on, masks)
+        return Cells(Sharing.of(Grid.of(groups), on, S), self.rope(positions), masks)
 
     def forward(
         self,
@@ -220,8 +219,8 @@ class Transformer:
         for i, layer in enumerate(self.layers):
             h = self._layer(i, replace(layer, block=None), h, cells, None)
             if layer.block is not None:
-                ratios.append(layer.block.norm_ratio(h, cells.grid, cells.active))
-                h = layer.block(h, cells.grid, cells.active)
+                ratios.append(layer.block.norm_ratio(h, cells.sharing))
+                h = layer.block(h, cells.sharing)
         return mx.stack(ratios) if ratios else mx.zeros(0)
 
     def _layer(
@@ -239,7 +238,7 @@ class Transformer:
             keep(i, k, v)
         h = h + layer.o(_attend(q, k, v, cells, layer.window))
         h = h + feed_forward(layer, rms_norm(h, layer.post_norm, self.config.rms_norm_eps))
-        return h if layer.block is None else layer.block(h, cells.grid, cells.active)
+        return h if layer.block is None else layer.block(h, cells.sharing)
 
     def project(
         self, layer: Layer, x: Float[mx.array, "... D"], rope: Float[mx.array, "two ... d"]
@@ -288,7 +287,8 @@ def _attend(
         q, k, v, scale=q.shape[-1] ** -0.5, mask="causal" if mask is None else mask
     )
     out = mx.flatten(out.swapaxes(1, 2), -2)
-    return out if cells.active is None else mx.where(cells.active[..., None], out, 0)
+    active = cells.sharing.active
+    return out if active is None else mx.where(active[..., None], out, 0)
 
 
 def _read_layer(config: ModelConfig, i: int, get: Callable[[str], Any]) -> Layer:

@@ -4,11 +4,36 @@ Uniforms come in (`bridge.decoding.uniforms`), and all stays where the logits ar
 V vocabulary.
 """
 
+from collections.abc import Callable, Sequence
+
 import mlx.core as mx
 import numpy as np
 from jaxtyping import Float, Int
 
 from bridge.contract import Sampling
+from bridge.decoding.uniforms import alike
+
+Draw = Callable[[mx.array, mx.array], mx.array]
+
+
+def drawing(sampling: Sampling | Sequence[Sampling]) -> Draw:
+    """What draws from logits `[R, V]` and uniforms `[R]` a token of each row, `[R]` int32, by one
+    setting or one a row (clause 6.9). Rows of the same setting draw together."""
+    settings = alike(sampling)
+    if len(settings) == 1:
+        return lambda logits, uniform: sample(logits, uniform, settings[0][0]).astype(mx.int32)
+    rows = [np.asarray(own) for _, own in settings]
+    places = [mx.array(own) for own in rows]
+    order = mx.array(np.argsort(np.concatenate(rows)))
+
+    def draw(logits: mx.array, uniform: mx.array) -> mx.array:
+        parts = [
+            sample(logits[own], uniform[own], one)
+            for (one, _), own in zip(settings, places, strict=True)
+        ]
+        return mx.concatenate(parts)[order].astype(mx.int32)
+
+    return draw
 
 
 def sample(

@@ -1,12 +1,15 @@
 """Faults of the MLX backend that long texts show, windows, rows that leave (chapters 4 to 6), and
 the whole life of a model (chapter 7).
 
-Its caches grow by 256 timesteps.
+Its caches grow by 256 timesteps and more.
 """
 
 from mutations.fault import Edit, Fault
 from mutations.faults_life import KEEPS, KEPT_STATE, LIFE
 from mutations.faults_long import DRAWN, READ
+
+GROWN = "[(0, fresh), (0, 0), (0, room - written), (0, 0)]"  # around what was written
+MADE = "            self.own[i] = k, v\n"
 
 FAULTS = (
     Fault(
@@ -14,7 +17,7 @@ FAULTS = (
         "Every 64 tokens a row has the same luck again.",
         "6.2",
         DRAWN,
-        Edit("decode", "self.uniforms.at(self.step,", "self.uniforms.at(self.step % 64,"),
+        Edit("decode", "self.uniforms.at(rows.steps,", "self.uniforms.at(rows.steps % 64,"),
         package="bridge_mlx",
     ),
     Fault(
@@ -22,15 +25,8 @@ FAULTS = (
         "After 256 tokens the last one is forgotten.",
         "4.1",
         READ,
-        Edit(
-            "decode",
-            "(mx.concatenate([k, zeros], axis=2), mx.concatenate([v, zeros], axis=2))",
-            "tuple(\n"
-            "                mx.concatenate([x[:, :, : max(room - 1, 0)], *two], axis=2)\n"
-            "                for two in [(zeros[:, :, : min(room, 1)], zeros)]\n"
-            "                for x in (k, v)\n"
-            "            )",
-        ),
+        Edit("cache", "[:, :, first : self.clock],", "[:, :, first : max(self.clock - 1, first)],"),
+        Edit("cache", GROWN, GROWN.replace("room - written", "room - max(written - 1, 0)")),
         package="bridge_mlx",
     ),
     Fault(
@@ -38,11 +34,7 @@ FAULTS = (
         "After 256 tokens a row remembers nothing, and then something else.",
         "4.1",
         READ,
-        Edit(
-            "decode",
-            "(mx.concatenate([k, zeros], axis=2), mx.concatenate([v, zeros], axis=2))",
-            "(mx.concatenate([zeros, k], axis=2), mx.concatenate([zeros, v], axis=2))",
-        ),
+        Edit("cache", GROWN, GROWN.replace("(0, room - written)", "(room - written, 0)")),
         package="bridge_mlx",
     ),
     Fault(
@@ -50,11 +42,7 @@ FAULTS = (
         "After 256 tokens a row finds its past, and nothing in it.",
         "4.1",
         READ,
-        Edit(
-            "decode",
-            "mx.concatenate([v, zeros], axis=2)",
-            "mx.concatenate([mx.zeros_like(v), zeros], axis=2)",
-        ),
+        Edit("cache", MADE, MADE.replace("k, v", "k, mx.zeros_like(v)")),
         package="bridge_mlx",
     ),
     Fault(
@@ -85,15 +73,11 @@ FAULTS = (
         package="bridge_mlx",
     ),
     Fault(
-        "mlx: windows are counted from the longest prompt left",
-        "Once the longest prompt has left, the others read past their windows.",
+        "mlx: windows are counted from the end of each prompt's own text",
+        "A short prompt beside a long one reads past its windows.",
         "5.5",
         READ,
-        Edit(
-            "decode",
-            "lost_to_window(layer.window, P, T)",
-            "lost_to_window(layer.window, int(self.rows.lengths.max()), T)",
-        ),
+        Edit("cache", "np.clip(P + rows.steps", "np.clip(rows.lengths[rows.group] + rows.steps"),
         package="bridge_mlx",
     ),
     Fault(
@@ -101,7 +85,7 @@ FAULTS = (
         "A short prompt beside a long one reads padding where its layers have windows.",
         "5.5",
         READ,
-        Edit("decode", "self.padding[..., p0:]", "self.padding[..., : P - p0]"),
+        Edit("cache", "_from(lines, p0, P)", "_from(lines, 0, P - p0)"),
         package="bridge_mlx",
     ),
     Fault(
@@ -110,9 +94,10 @@ FAULTS = (
         "4.3",
         READ,
         Edit(
-            "decode",
-            "mx.take(v, left, axis=0)) for k, v in self.own]",
-            "v[: len(rows)]) for k, v in self.own]",
+            "cache",
+            MADE,
+            "            x = self.own[i][1][: len(self.places), :, first : self.clock]\n"
+            f"            v = mx.pad(x, {GROWN})\n{MADE}",
         ),
         package="bridge_mlx",
     ),
@@ -123,11 +108,10 @@ FAULTS = (
         LIFE,
         Edit(
             "decode",
-            "            last = self._prefill(prompts)\n",
+            "            last, prefix = self._prefill(prompts)\n",
             KEEPS.replace("        ", "            ") + "            if asked not in kept:\n"
-            "                last = self._prefill(prompts)\n"
-            "                kept[asked] = last, self.prefix, self.padding\n"
-            "            last, self.prefix, self.padding = kept[asked]\n",
+            "                kept[asked] = self._prefill(prompts)\n"
+            "            last, prefix = kept[asked]\n",
         ),
         package="bridge_mlx",
     ),
