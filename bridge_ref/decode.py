@@ -41,8 +41,7 @@ class CachedDecoder:
         """Prefill (clause 4.2): the first groups come to a decoder that has none. Raises
         BridgeError for what clause 4.4 refuses."""
         self.config, self.tensors = config, tensors
-        none = np.zeros(0, np.int64)
-        self.rows = Rows(none, none, none, none, none, none)
+        self.rows = Rows.none()
         self.caches: list[list[KeysValues]] = []  # of each row, by layer
         self.next_logits: np.ndarray = np.zeros((0, config.vocab_size))
         self.drawn: np.ndarray | None = None  # [R, k], what was drawn at this step

@@ -26,7 +26,10 @@ CLAUSES = re.findall(r"^### (\d+\.\d+) ", (ROOT / "spec" / "bridge-1.0.md").read
 # What a port may read of ours: the contract and the parts that are the same for every framework.
 SHARED = {
     f"bridge.{name}"
-    for name in ("config", "contract", "decoding.inputs", "errors", "philox", "rope")
+    for name in (
+        *("config", "contract", "errors", "philox", "rope"),
+        *("decoding.inputs", "decoding.rows", "decoding.uniforms"),
+    )
 }
 
 # One check, on the same examples each time. `FAULT` is code that breaks the backend first.
@@ -70,13 +73,54 @@ FAULTS = {
         "cached_decoding_equals_teacher_forcing",
     ),
     "rows are numbered anew when others end": (
+        "from dataclasses import replace\n"
         "from bridge_example.decode import Decoder as D\n"
         "compact = D._compact\n"
         "def wrong(self, rows):\n"
         "    compact(self, rows)\n"
-        "    self.row_number = self.row_number * 0\n"
+        "    self.rows = replace(self.rows, row_ids=self.rows.row_ids * 0)\n"
         "D._compact = wrong",
         "sampled_tokens_follow_the_rule",
+    ),
+    "rows of all groups are as far as the first": (
+        "import numpy as np\n"
+        "from dataclasses import replace\n"
+        "from bridge_example.decode import Decoder as D\n"
+        "forward = D._forward\n"
+        "def wrong(self, tokens):\n"
+        "    rows = self.rows\n"
+        "    steps = rows.steps[np.unique(rows.group, return_index=True)[1]]\n"
+        "    self.rows = replace(rows, lengths=rows.lengths + steps[0] - steps)\n"
+        "    logits, self.rows = forward(self, tokens), rows\n"
+        "    return logits\n"
+        "D._forward = wrong",
+        "groups_that_come_are_answered_as_if_alone",
+    ),
+    "a group that comes is put in place of another": (
+        "from bridge_example.decode import Decoder as D\n"
+        "admit = D.admit\n"
+        "def wrong(self, *arguments, **options):\n"
+        "    admit(self, *arguments, **options)\n"
+        "    self.prefix[0] = self.prefix[-1]\n"
+        "D.admit = wrong",
+        "groups_that_come_are_answered_as_if_alone",
+    ),
+    "every row draws by the first one's settings": (
+        "import bridge_example.decode as m\n"
+        "first = lambda s: s if isinstance(s, m.Sampling) else s[0]\n"
+        "m.alike = lambda sampling: [(first(sampling), None)]",
+        "rows_draw_by_settings_of_their_own",
+    ),
+    "a draw is fed to whoever stands in its place": (
+        "import numpy as np\n"
+        "from bridge_example.decode import Decoder as D\n"
+        "admit = D.admit\n"
+        "def wrong(self, *arguments, **options):\n"
+        "    drawn = self.drawn\n"
+        "    admit(self, *arguments, **options)\n"
+        "    self.drawn = None if drawn is None else np.resize(drawn, (len(self.rows), 1))\n"
+        "D.admit = wrong",
+        "what_may_not_come_is_refused",
     ),
     "no gradient crosses rows": (
         "import bridge_example.block as m\n"

@@ -119,6 +119,11 @@ class Rows:
             np.full(len(group), max_new_tokens - 1),
         )
 
+    @classmethod
+    def none(cls) -> "Rows":
+        """Of a decoder to which no group has come yet."""
+        return cls(*(np.zeros(0, np.int64) for _ in fields(cls)))
+
     def __len__(self) -> int:
         """R, how many are left."""
         return len(self.group)

@@ -212,15 +212,16 @@ def what_may_not_come_is_refused(target: Target, case: ComingCase) -> None:
         must_refuse(trial, case, what, call)
         trial.same(decoder.logits(), before, 0, f"logits after {what} was refused", case)
     decoder.sample(Sampling())
-    decoder.admit([last], [1], 1)
+    decoder.admit([last], [1], 2)
     must_refuse(trial, case, "advance() of what was drawn before a group came", decoder.advance)
-    every, tokens = np.arange(len(rows) + 1) < len(rows), np.append(tokens, 0)
+    decoder.admit([last], [1], 1)
+    keep, tokens = np.arange(len(rows) + 2) < len(rows), np.append(tokens, [0, 0])
     past = partial(decoder.advance, tokens)
     must_refuse(trial, case, "a timestep past what the group that came may have", past)
-    decoder.advance(tokens, every)
+    decoder.advance(tokens, keep)
     said, alive = case.text.forced[:1], np.ones((2, len(case.wave_of)), bool)
     exact, allowed = exact_logits(trial, case, np.concatenate([said, said]), alive)
-    what = "logits after a group came, and left unread"
+    what = "logits after groups came, and left unread"
     trial.same(decoder.logits(), exact[1, rows], allowed, what, case)
 
 

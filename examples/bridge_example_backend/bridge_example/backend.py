@@ -78,6 +78,9 @@ class ExampleModel:
     ) -> Decoder:
         return Decoder(self.transformer, prompts, widths, max_new_tokens, prompt_ids)
 
+    def free_bytes(self) -> None:
+        """None: a CPU has the machine's memory."""
+
     def loss_and_grads(
         self, batch: Batch, objective: Objective, trainable: Sequence[str]
     ) -> tuple[dict[str, float], dict[str, Array]]:
