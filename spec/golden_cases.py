@@ -163,6 +163,40 @@ def decode(attempt: int) -> Case:
     }
 
 
+def coming(attempt: int) -> Case:
+    settings, weights, numbers = model(attempt, model_type="mistral", sliding_window=3)
+    prompts = {f"prompt.{i}": numbers.below(11, n) for i, n in enumerate((4, 2, 5, 1))}
+    # A column of ones begins where its row comes: the last one when all others have left.
+    alive = bools("111000", "111000", "101110", "001100", "000001", "000001")
+    settings |= {"widths": [2, 1, 2, 1], "max_new_tokens": 5, "comes": [[0, 1], [], [2], [], [3]]}
+    tokens = numbers.below(11, *alive.shape)
+    return settings, {**prompts, "tokens": tokens, "alive": alive, **weights}
+
+
+SAMPLINGS: list[dict[str, Any]] = [
+    {"temperature": 1.0, "seed": 1},
+    {"temperature": 1.0, "seed": 2**63 + 2},
+    {"temperature": 0.0},
+    {"temperature": 0.7, "top_k": 5, "seed": 3},
+    {"temperature": 1.4, "top_p": 0.9, "min_p": 0.02, "seed": 1},
+]
+
+
+def say(attempt: int) -> Case:
+    settings, weights, numbers = model(attempt + 1)  # by which two rows end early
+    prompts = {"prompt.0": numbers.below(11, 3), "prompt.1": numbers.below(11, 2)}
+    settings |= {"widths": [3, 2], "steps": 6, "samplings": SAMPLINGS, "ends": [4, 9]}
+    return settings, {**prompts, **weights}
+
+
+def back(attempt: int) -> Case:
+    settings, inputs = say(attempt)
+    # Of four columns, the first group takes back all that was fed, so that the row that ended at
+    # once goes on, and the second group one timestep.
+    gone = {"back": np.array([3, 3, 3, 1, 1]), "keep": np.array([True, True, False, True, True])}
+    return settings | {"ahead": 4}, {**inputs, **gone, "tokens": np.array([5, 6, 7, 8, 10])}
+
+
 def generate(attempt: int) -> Case:
     settings, weights, numbers = model(attempt)
     sampling = {"temperature": 0.9, "top_k": 9, "top_p": 0.95, "min_p": 0.02, "seed": 2**40 + 7}
@@ -287,6 +321,9 @@ CASES: dict[str, Callable[[int], Case]] = {
     "3.9-ratios-attention": partial(ratios, kind="attention"),
     "3.9-ratios-mlp": partial(ratios, kind="mlp"),
     "4.1-decode": decode,
+    "4.5-decode": coming,
+    "4.6-say": say,
+    "4.7-back": back,
     **{f"5.1-logits-{f}": partial(logits, model_type=f, **c) for f, c in FAMILIES.items()},
     **{f"5.6-rope-{kind}": partial(rope, kind=kind) for kind in ROPES},
     "5.8-swiglu": swiglu,

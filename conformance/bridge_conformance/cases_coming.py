@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bridge_conformance.cases import DecodeCase, ModelCase, RowsCase, teacher_forced
+from bridge_conformance.cases import DecodeCase, ModelCase
 
 SHORTEST = 4  # steps of a case; its waves may then have 2 tokens and more
 
@@ -73,10 +73,3 @@ class ComingCase:
     def alive(self) -> np.ndarray:
         """At which of its own steps each row is there: `[steps, R]` bool."""
         return np.arange(self.text.steps)[:, None] < self.ends
-
-    def with_text(self, said: np.ndarray, alive: np.ndarray) -> tuple[RowsCase, np.ndarray]:
-        """Rows that said `said [steps, R]` while `alive [steps, R]`, teacher-forced, and the
-        timestep at which each one's step 0 lies, `[R]`."""
-        text = self.text
-        *arguments, first = teacher_forced(text.prompts, text.row_prompt, said, alive)
-        return RowsCase(text.model, *arguments), first

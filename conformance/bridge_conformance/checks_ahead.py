@@ -13,7 +13,12 @@ import numpy as np
 from bridge.contract import Sampling
 from bridge.philox import uniforms
 from bridge_conformance.cases_coming import ComingCase
-from bridge_conformance.checks_coming import Coming, exact_logits, samplings
+from bridge_conformance.checks_coming import (
+    Coming,
+    exact_logits,
+    one_timestep_on,
+    samplings,
+)
 from bridge_conformance.checks_decode import acceptable_tokens, must_refuse, spoil
 from bridge_conformance.trial import Target, Trial
 from bridge_ref.sampling import sample
@@ -101,7 +106,7 @@ class Saying(Coming):
         """Hold what was drawn and seen to the reference on what was said."""
         trial, case, text = self.trial, self.case, self.case.text
         alive = np.arange(len(self.said))[:, None] < self._said_by_row()
-        exact, allowed = exact_logits(trial, case, self.said, alive)
+        exact, allowed = exact_logits(trial, text.prompts, text.row_prompt, self.said, alive)
         for cell, logits in self.logits.items():
             what = f"logits of row {cell.row} at its step {cell.step}"
             trial.same(logits, exact[cell.step, cell.row], allowed, what, case)
@@ -185,7 +190,4 @@ def what_may_not_follow_a_table_is_refused(target: Target, case: ComingCase) -> 
     for what, fed, back in refused:
         must_refuse(trial, case, what, partial(decoder.advance, fed, None, back))
     decoder.advance(tokens, None, all_back)
-    said, alive = case.text.forced[:1], np.ones((2, len(case.wave_of)), bool)
-    exact, allowed = exact_logits(trial, case, np.concatenate([said, said]), alive)
-    what = "logits one step after the prompts, gone back to"
-    trial.same(decoder.logits(), exact[1, rows], allowed, what, case)
+    one_timestep_on(trial, case, rows, decoder, "logits after all was taken back")

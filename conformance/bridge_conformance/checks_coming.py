@@ -14,6 +14,7 @@ import numpy as np
 
 from bridge.contract import BackendModel, Decoder, Sampling
 from bridge.philox import uniforms
+from bridge_conformance.cases import teacher_forced
 from bridge_conformance.cases_coming import ComingCase
 from bridge_conformance.checks_decode import SAMPLINGS, acceptable_tokens, must_refuse
 from bridge_conformance.trial import Target, Trial
@@ -114,15 +115,19 @@ def drive(trial: Trial, case: ComingCase) -> list[Seen]:
 
 
 def exact_logits(
-    trial: Trial, case: ComingCase, said: np.ndarray, alive: np.ndarray
+    trial: Trial,
+    prompts: Sequence[np.ndarray],
+    row_prompt: np.ndarray,
+    said: np.ndarray,
+    alive: np.ndarray,
 ) -> tuple[np.ndarray, float]:
-    """The reference's by teacher forcing, at each row's own steps: `[steps, R, V]`, where `alive`;
-    and how far a decoder may be from them."""
-    rows, first = case.with_text(said, alive)
+    """The reference's, of rows that said `said [steps, R]` while they were `alive [steps, R]`, by
+    teacher forcing: `[steps, R, V]`, where alive; and how far a decoder may be from them."""
+    *arguments, first = teacher_forced(prompts, row_prompt, said, alive)
     timestep, every = first + np.arange(len(said))[:, None], np.arange(len(first))
 
     def run(model: BackendModel) -> np.ndarray:
-        return model.logits(*rows.arguments)[every, timestep]
+        return model.logits(*arguments)[every, timestep]
 
     cells, allowed = trial.allowance(run, alive)
     exact = np.zeros((*alive.shape, cells.shape[-1]))
@@ -134,7 +139,8 @@ def groups_that_come_are_answered_as_if_alone(target: Target, case: ComingCase) 
     """Clauses 4.2, 4.3 and 4.5: groups that come in waves to rows under way, or to none, while
     others leave: logits are those of teacher forcing at every step of every row."""
     trial = Trial(target, case.model)
-    exact, allowed = exact_logits(trial, case, case.text.forced, case.alive)
+    text = case.text
+    exact, allowed = exact_logits(trial, text.prompts, text.row_prompt, text.forced, case.alive)
     for timestep, seen in enumerate(drive(trial, case)):
         what = (
             f"logits at timestep {timestep} of rows {seen.rows.tolist()}, "
@@ -219,9 +225,16 @@ def what_may_not_come_is_refused(target: Target, case: ComingCase) -> None:
     past = partial(decoder.advance, tokens)
     must_refuse(trial, case, "a timestep past what the group that came may have", past)
     decoder.advance(tokens, keep)
-    said, alive = case.text.forced[:1], np.ones((2, len(case.wave_of)), bool)
-    exact, allowed = exact_logits(trial, case, np.concatenate([said, said]), alive)
     what = "logits after groups came, and left unread"
+    one_timestep_on(trial, case, rows, decoder, what)
+
+
+def one_timestep_on(
+    trial: Trial, case: ComingCase, rows: np.ndarray, decoder: Decoder, what: str
+) -> None:
+    """Hold logits to those after each prompt and the first token that its rows are fed."""
+    text, alive = case.text, np.ones((2, len(case.wave_of)), bool)
+    exact, allowed = exact_logits(trial, text.prompts, text.row_prompt, text.forced[:2], alive)
     trial.same(decoder.logits(), exact[1, rows], allowed, what, case)
 
 

@@ -14,7 +14,10 @@ import numpy as np
 
 from bridge.config import ModelConfig, parse_config, tensor_shapes
 from bridge.contract import BackendModel, Sampling
+from bridge.philox import uniforms
 from bridge_conformance import golden, spec_files
+from bridge_conformance.checks_ahead import may_draw
+from bridge_conformance.checks_coming import exact_logits
 from bridge_conformance.checks_decode import generation
 from bridge_conformance.checks_train import vector
 from bridge_conformance.tolerance import DTYPES, ulp
@@ -27,6 +30,7 @@ LEVELS = {
     "ratios": 2,
     "decode": 3,
     "generate": 3,
+    "say": 3,
     "gradients": 4,
     "training": 5,
 }
@@ -106,6 +110,8 @@ def golden_vector_is_met(target: Target, case: GoldenCase) -> None:
     trial, file, what = Trial(target, case), case.vector, case.what
     if what == "generate":
         return _generated(trial, case)
+    if what == "say":
+        return _said(trial, case)
     if what == "block":
         run: Callable[..., Any] = _block
     else:
@@ -159,3 +165,24 @@ def _generated(trial: Trial, case: GoldenCase) -> None:
     said = generation(trial, [x["prompt"]], widths, settings["steps"], sampling, (), case)
     if ulp(trial.dtype) <= ulp("float32"):
         trial.same(said, case.vector.outputs["tokens"], 0, "tokens", case)
+
+
+def _said(trial: Trial, case: GoldenCase) -> None:
+    """Tokens drawn ahead, likewise; a narrower dtype's are judged by what was said in the end."""
+    settings, x = case.vector.settings, case.vector.inputs
+    tokens = golden.run(case.name, settings, x, trial.model)["tokens"]
+    if ulp(trial.dtype) <= ulp("float32"):
+        return trial.same(tokens, case.vector.outputs["tokens"], 0, "tokens", case)
+    widths, alive = settings["widths"], tokens.T >= 0
+    prompts = [x[f"prompt.{i}"] for i in range(len(widths))]
+    numbers = [(prompt, row) for prompt, width in enumerate(widths) for row in range(width)]
+    of = np.repeat(np.arange(len(widths)), widths)
+    exact, allowed = exact_logits(trial, prompts, of, np.maximum(tokens.T, 0), alive)
+    for step, row in np.argwhere(alive):
+        prompt, number = numbers[row]
+        sampling = Sampling(**settings["samplings"][row])
+        u = uniforms(sampling.seed, step, [number], prompt)
+        logits = exact[[step], row].astype(np.float32)
+        if not may_draw(int(tokens[row, step]), logits, u, sampling, allowed):
+            message = f"{sampling}: row {row} drew {tokens[row, step]} at step {step}"
+            raise trial.failure(message, case)

@@ -63,8 +63,7 @@ def compute(name: str, settings: Settings, inputs: Given) -> Arrays:
     """The outputs of a vector by the reference, unrounded."""
     what = name.partition("-")[2].partition("-")[0]
     if what in THROUGH_THE_CONTRACT:
-        model = Reference().load(_config(settings), _weights(inputs), device="cpu", dtype="float64")
-        return run(name, settings, inputs, model)
+        return run(name, settings, inputs, _reference(settings, inputs))
     return BY_THE_REFERENCE[what](settings, inputs)
 
 
@@ -87,6 +86,10 @@ def _weights(inputs: Given) -> Arrays:
     return {n.removeprefix("weights."): a for n, a in inputs.items() if n.startswith("weights.")}
 
 
+def _reference(settings: Settings, x: Given) -> BackendModel:
+    return Reference().load(_config(settings), _weights(x), device="cpu", dtype="float64")
+
+
 def _logits(settings: Settings, x: Given, model: BackendModel) -> Arrays:
     logits = model.logits(x["tokens"], x["groups"], x["active"], x["positions"])
     return {"logits": np.where(x["active"][..., None], logits, 0)}
@@ -97,13 +100,20 @@ def _ratios(settings: Settings, x: Given, model: BackendModel) -> Arrays:
 
 
 def _decode(settings: Settings, x: Given, model: BackendModel) -> Arrays:
-    prompts = [x[f"prompt.{i}"] for i in range(len(settings["widths"]))]
-    decoder = model.prefill(prompts, settings["widths"], settings["max_new_tokens"])
-    alive, outputs = x["alive"], {"step0": decoder.logits()}
-    for step in range(1, len(alive)):
-        left = alive[step - 1]
-        decoder.advance(x["tokens"][step - 1][left], alive[step][left])
+    """`comes`: which prompts come before each timestep; else all before the first (clause 4.5)."""
+    widths, alive, outputs = settings["widths"], x["alive"], {}
+    comes = dict(enumerate(settings.get("comes", [[*range(len(widths))]])))
+    decoder = None
+    for step in range(len(alive)):
+        if which := comes.get(step):
+            prompts = [x[f"prompt.{i}"] for i in which], [widths[i] for i in which]
+            admit = model.prefill if decoder is None else decoder.admit
+            decoder = admit(*prompts, settings["max_new_tokens"]) or decoder
+        assert decoder is not None
         outputs[f"step{step}"] = decoder.logits()
+        if step + 1 < len(alive):
+            left = alive[step]
+            decoder.advance(x["tokens"][step][left], alive[step + 1][left])
     return outputs
 
 
@@ -115,6 +125,38 @@ def _generate(settings: Settings, x: Given, model: BackendModel) -> Arrays:
         if step + 1 < settings["steps"]:
             decoder.advance()
     return {"tokens": np.stack(drawn)}
+
+
+def _say(settings: Settings, x: Given, model: BackendModel) -> Arrays:
+    """What rows say `[R, steps]`, each by settings of its own, -1 after its end: drawn ahead, as
+    many columns at a time as the decoder gives (clauses 4.6 and 6.9)."""
+    samplings = [Sampling(**one) for one in settings["samplings"]]
+    steps, ends = settings["steps"], settings["ends"]
+    decoder = model.prefill(_prompts(settings, x), settings["widths"], steps)
+    said, rows, step = np.full((len(samplings), steps), -1), np.arange(len(samplings)), 0
+    while len(rows):
+        table = decoder.sample_ahead([samplings[row] for row in rows], steps - step, ends)
+        step += table.shape[1]
+        said[rows, step - table.shape[1] : step] = table
+        keep = (table[:, -1] >= 0) & ~np.isin(table[:, -1], ends) & (step < steps)
+        decoder.advance(None, keep)
+        rows = rows[keep]
+    return {"tokens": said}
+
+
+def _back(settings: Settings, x: Given) -> Arrays:
+    """By the reference alone, whose tables have all columns asked for: a table, and the logits of
+    the rows kept once they have gone back from it and on with other tokens (clause 4.7)."""
+    samplings = [Sampling(**one) for one in settings["samplings"]]
+    steps, model = settings["steps"], _reference(settings, x)
+    decoder = model.prefill(_prompts(settings, x), settings["widths"], steps)
+    table = decoder.sample_ahead(samplings, settings["ahead"], settings["ends"])
+    decoder.advance(x["tokens"], x["keep"], x["back"])
+    return {"table": table, "logits": decoder.logits()}
+
+
+def _prompts(settings: Settings, x: Given) -> list[np.ndarray]:
+    return [x[f"prompt.{i}"] for i in range(len(settings["widths"]))]
 
 
 def _train(settings: Settings, x: Given, model: BackendModel) -> Arrays:
@@ -188,10 +230,12 @@ THROUGH_THE_CONTRACT: dict[str, Callable[..., Arrays]] = {
     "ratios": _ratios,
     "decode": _decode,
     "generate": _generate,
+    "say": _say,
     "gradients": _gradients,
     "training": _train,
 }
 BY_THE_REFERENCE: dict[str, Callable[[Settings, Given], Arrays]] = {
+    "back": _back,
     "positions": lambda settings, x: {"positions": default_positions(x["active"])},
     "norm": lambda settings, x: {"y": ops.rms_norm(x["x"], x["weight"], settings["eps"])[0]},
     "allowed": lambda settings, x: {"allowed": allowed_rows(x["groups"], x["active"])},
