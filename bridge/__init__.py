@@ -9,7 +9,7 @@ Importing this package imports no framework.
 
 from bridge.checkpoints.conversion import Converted, convert
 from bridge.contract import GRPO, SFT, AdamW, Batch, Sampling
-from bridge.decoding.generation import Response, ResponseSet
+from bridge.decoding.events import Response, ResponseSet
 from bridge.errors import BridgeError
 from bridge.model import Model, load
 from bridge.registry import BackendInfo, backends

@@ -13,18 +13,12 @@ import numpy as np
 from bridge.checkpoints.reading import Checkpoint, open_checkpoint
 from bridge.config import ModelConfig, bridge_shapes, tensor_shapes
 from bridge.contract import AdamW, BackendModel, Batch, Objective, Trainer
-from bridge.decoding.generation import (
-    Done,
-    Event,
-    Limits,
-    Request,
-    ResponseSet,
-    check_sampling,
-    row_length,
-    run,
-)
+from bridge.decoding.budget import MAX_ROWS, Budget
+from bridge.decoding.engine import AHEAD, Engine
+from bridge.decoding.events import Done, Event, ResponseSet
+from bridge.decoding.generation import follow
 from bridge.decoding.inputs import check_optimizer, positions_of
-from bridge.decoding.memory import check_decoding
+from bridge.decoding.memory import check_kept
 from bridge.decoding.prompts import (
     Prompt,
     encode_prompt,
@@ -34,6 +28,7 @@ from bridge.decoding.prompts import (
     read_prompt,
     read_rows,
 )
+from bridge.decoding.requests import Request, check_sampling, row_length
 from bridge.decoding.stops import read_stops
 from bridge.errors import BridgeError, show
 from bridge.numbers.ranges import take
@@ -175,10 +170,69 @@ class Model:
         stop: str | Sequence[str] | None = None,
         chat: bool = False,
         system: str | None = None,
-        max_rows: int = 256,
+        max_rows: int = MAX_ROWS,
+        cache_bytes: int | None = None,
+        ahead: int = AHEAD,
         prompt_ids: Sequence[int] | None = None,
     ) -> Iterator[Event]:
         """Answer prompts, token by token: Started, Token, Finished, and at last one Done.
+
+        Options of the answers as for `requests`, and of how they are decoded as for `engine`; the
+        answers do not depend on the latter. Raises BridgeError before anything is computed.
+        """
+        requests = self.requests(
+            prompts,
+            width=width,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            stop=stop,
+            chat=chat,
+            system=system,
+            prompt_ids=prompt_ids,
+        )
+        check_kept(sum(request.width for request in requests), requests[0].max_new_tokens)
+        engine = self.engine(max_rows=max_rows, cache_bytes=cache_bytes, ahead=ahead)
+        for request in requests:
+            engine.submit(request)
+        return follow(engine)
+
+    def engine(
+        self, *, max_rows: int = MAX_ROWS, cache_bytes: int | None = None, ahead: int = AHEAD
+    ) -> Engine:
+        """What answers requests that come at any time: `submit` them, and `step`.
+
+        `max_rows`: at most so many rows are decoded at once, and a wider group alone.
+        `cache_bytes`: what their keys and values may take; None: what fits in the memory that is
+        free. `ahead`: at most so many tokens of a row are drawn before it is looked at.
+        """
+        budget = Budget(
+            self.implementation,
+            take("max_rows", max_rows),
+            None if cache_bytes is None else take("cache_bytes", cache_bytes),
+        )
+        return Engine(self.implementation, self.tokenizer, budget, take("ahead", ahead))
+
+    def requests(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        width: int | Sequence[int] = 8,
+        max_new_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int = 0,
+        stop: str | Sequence[str] | None = None,
+        chat: bool = False,
+        system: str | None = None,
+        prompt_ids: Sequence[int] | None = None,
+    ) -> list[Request]:
+        """What an engine is to be asked for, one request a prompt.
 
         A prompt is raw text, ids (a list, an array or a tensor), or a list of chat messages.
         `width`: interdependent answers a prompt, one number or one a prompt. `max_new_tokens`: None
@@ -186,29 +240,24 @@ class Model:
         the same tokens on every backend up to rounding. `stop`: texts that end a row, which its
         text leaves out; the name of a special token ends it at that token.
         `chat`: put texts through the checkpoint's chat template, after `system` if given; without
-        `chat` a `system` is refused.
-        `max_rows`: at most so many rows are decoded at once. `prompt_ids`: the prompts' numbers in
-        the sampling counter (clause 6.2), so that a request may be cut in any way and draw the
-        same; None: 0, 1, 2, ... Raises BridgeError before anything is computed.
+        `chat` a `system` is refused. `prompt_ids`: the prompts' numbers in the sampling counter
+        (clause 6.2), so that they may be asked in any order and draw the same; None: 0, 1, 2, ...
+        Raises BridgeError for what is out of its range, or does not fit the context.
         """
         sampling = check_sampling(temperature, top_k, top_p, min_p, seed)
-        max_rows = take("max_rows", max_rows)
         stops = read_stops(stop, self.tokenizer)
-        requests = self._requests(prompts, width, chat, system, prompt_ids)
-        lengths = {f"prompt {number}": len(r.tokens) for number, r in enumerate(requests)}
-        context = self.config.max_position_embeddings
-        max_new_tokens = row_length(max_new_tokens, lengths, context)
-        check_decoding(
-            self.config,
-            self.device,
-            self.dtype,
-            list(lengths.values()),
-            [request.width for request in requests],
-            max_new_tokens,
-            max_rows,
-        )
-        limits = Limits(max_new_tokens, frozenset(self.eos_ids), stops, max_rows)
-        return run(self.implementation, requests, sampling, limits, self.tokenizer)
+        listed = list_prompts(prompts)
+        widths = list_widths(width, len(listed))
+        ids = list_prompt_ids(prompt_ids, len(listed))
+        names = [f"prompt {number}" for number in range(len(listed))]
+        read = [self._encode(p, chat, system, n) for p, n in zip(listed, names, strict=True)]
+        lengths = {name: len(tokens) for name, (_, tokens) in zip(names, read, strict=True)}
+        limit = row_length(max_new_tokens, lengths, self.config.max_position_embeddings)
+        ends = frozenset(self.eos_ids)
+        return [
+            Request(text, tokens, rows, number, limit, sampling, ends, stops)
+            for (text, tokens), rows, number in zip(read, widths, ids, strict=True)
+        ]
 
     def encode(
         self,
@@ -218,7 +267,7 @@ class Model:
         system: str | None = None,
         name: str = "prompt",
     ) -> list[int]:
-        """The ids that `stream` would read a prompt as. `name`: what errors call it."""
+        """The ids that `requests` would read a prompt as. `name`: what errors call it."""
         return self._encode(prompt, chat, system, name)[1]
 
     def logprobs(self, batch: Batch, temperature: float = 1.0) -> np.ndarray:
@@ -253,24 +302,6 @@ class Model:
             trainable_names(self.config, trainable),
             checkpoint_activations=checkpoint_activations,
         )
-
-    def _requests(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        width: int | Sequence[int],
-        chat: bool,
-        system: str | None,
-        prompt_ids: Sequence[int] | None,
-    ) -> list[Request]:
-        listed = list_prompts(prompts)
-        widths = list_widths(width, len(listed))
-        ids = list_prompt_ids(prompt_ids, len(listed))
-        requests = []
-        for number, (prompt, w) in enumerate(zip(listed, widths, strict=True)):
-            name = f"prompt {number}"
-            text, tokens = self._encode(prompt, chat, system, name)
-            requests.append(Request(text, tokens, w, ids[number]))
-        return requests
 
     def _encode(
         self, prompt: Any, chat: bool, system: str | None, name: str

@@ -1,6 +1,6 @@
 """The loop of generation on token ids, stated once in full (chapters 4 and 6).
 
-`bridge.decoding.generation` is the one that users run, on any backend; this is what it must come
+`bridge.decoding.engine` is the one that users run, on any backend; this is what it must come
 to.
 """
 

@@ -26,19 +26,24 @@ CONFIG = parse_config(
 class ScriptedDecoder:
     """Says what the script holds for each (prompt, row), and records what it is fed."""
 
-    def __init__(self, script, rows, log):
-        self.script, self.rows, self.step, self.log = script, rows, 0, log
+    def __init__(self, model):
+        self.model, self.rows, self.steps = model, [], {}
 
-    def sample(self, sampling):
-        return np.array([self.script[row][self.step] for row in self.rows])
+    def admit(self, prompts, widths, max_new_tokens, prompt_ids=None):
+        self.model.prefills.append((list(prompt_ids), list(widths)))
+        coming = [(p, n) for p, w in zip(prompt_ids, widths, strict=True) for n in range(w)]
+        self.rows += coming
+        self.steps |= dict.fromkeys(coming, 0)
 
-    def advance(self, tokens=None, keep=None):
-        self.log.append(
-            (tokens[keep].tolist(), [r for r, k in zip(self.rows, keep, strict=True) if k])
-        )
-        self.rows = [row for row, kept in zip(self.rows, keep, strict=True) if kept]
-        assert self.rows, "a decoder without rows need not advance"
-        self.step += 1
+    def sample_ahead(self, sampling, steps, ends):
+        return np.array([[self.model.script[row][self.steps[row]]] for row in self.rows])
+
+    def advance(self, tokens=None, keep=None, back=None):
+        kept = [row for row, k in zip(self.rows, keep, strict=True) if k]
+        self.model.fed.append((tokens[keep].tolist(), kept))
+        assert kept, "a decoder without rows need not advance"
+        self.rows = kept
+        self.steps = {row: self.steps[row] + 1 for row in kept}
 
 
 class ScriptedModel:
@@ -47,10 +52,13 @@ class ScriptedModel:
     def __init__(self, script):
         self.script, self.fed, self.prefills = script, [], []
 
-    def prefill(self, prompts, widths, max_new_tokens, prompt_ids=None):
-        self.prefills.append((list(prompt_ids), list(widths)))
-        rows = [(p, n) for p, w in zip(prompt_ids, widths, strict=True) for n in range(w)]
-        return ScriptedDecoder(self.script, rows, self.fed)
+    def prefill(self, *arguments, **options):
+        decoder = ScriptedDecoder(self)
+        decoder.admit(*arguments, **options)
+        return decoder
+
+    def free_bytes(self):
+        return None
 
 
 def byte_tokenizer(eos="<eos>"):

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import bridge
 from bridge.checkpoints.initialise import init
-from bridge.decoding.generation import Started, Token
+from bridge.decoding.events import Started, Token
 from bridge_cli.main import app
 
 ROOT = Path(__file__).parent.parent
@@ -78,6 +78,7 @@ TIMING = (
     "decode_seconds",
     "tokens_per_second",
     "tokens_per_second_per_row",
+    *("row_steps", "alive_share", "occupancy"),
 )
 ANSWER = {
     "type": "object",

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from bridge.decoding.generation import Finished, Started, Token
+from bridge.decoding.events import Finished, Started, Token
 from bridge_cli.text import count, harmless, harmless_line, size
 from bridge_cli.view import View, arrange, recent
 

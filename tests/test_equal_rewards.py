@@ -13,7 +13,7 @@ from training_stops import run, toy_run
 from training_toys import Sums
 
 from bridge.contract import GRPO, Batch
-from bridge.decoding.generation import Response
+from bridge.decoding.events import Response
 from bridge.decoding.inputs import check_batch
 from bridge.errors import BridgeError
 from bridge.evaluation.intervals import Interval, bootstrap, paired

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scripted import CONFIG, EOS, ScriptedModel, byte_tokenizer, scripted
 
-from bridge.decoding.generation import Done, Finished, Started, Token
+from bridge.decoding.events import Done, Finished, Started, Token
 from bridge.errors import BridgeError
 from bridge.model import Model
 
@@ -59,7 +59,7 @@ def test_events_tell_the_whole_story():
     assert finished == [(1, "eos"), (0, "eos")]
 
 
-def test_prompts_are_split_into_batches_without_renumbering():
+def test_prompts_come_as_there_is_room_without_renumbering():
     tokenizer = byte_tokenizer()
     script = {(p, n): [*tokenizer.encode(f"{p}{n}"), EOS] for p in range(5) for n in range(3)}
     backend = ScriptedModel(script)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from scripted import EOS, ScriptedModel, byte_tokenizer
 from tokenizers_of_all_kinds import ALL
 
-from bridge.decoding.generation import Done, Finished, Token
+from bridge.decoding.events import Done, Finished, Token
 from bridge.errors import BridgeError
 from bridge.model import Model
 from bridge.text.tokenizer import Tokenizer

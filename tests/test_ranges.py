@@ -20,14 +20,14 @@ import bridge
 from bridge.checkpoints.conversion import parse_size
 from bridge.checkpoints.initialise import init, parse_layers
 from bridge.checkpoints.reading import open_checkpoint
-from bridge.config.sizes import decoding_bytes, token_bytes
+from bridge.config.sizes import cache_bytes, prefill_bytes, step_bytes, token_bytes
 from bridge.contract import SFT, AdamW, Sampling
-from bridge.decoding.generation import check_sampling, row_length
+from bridge.decoding.requests import check_sampling, row_length
 from bridge.errors import BridgeError
 from bridge.evaluation.batches import Decoding
 from bridge.evaluation.evaluate import evaluate
 from bridge.evaluation.speed import Workload
-from bridge.numbers.machine import check_memory, machine_memory
+from bridge.numbers.machine import available_memory, check_memory, machine_memory
 from bridge.numbers.ranges import RANGES, take
 from bridge.tasks import Scorer
 from bridge.tasks.matching import check_match
@@ -292,11 +292,17 @@ def test_memory_is_as_the_shapes_say(toy_model):
     token = 2 * 2 * 1 * 8 * 4  # keys and values, layers, heads of keys, width of a head, float32
     assert token_bytes(config, "float32") == token
     caches = token * (2 * 5 + 7 * 9)  # two prompts of the longest's size, and rows' own timesteps
-    logits, scores = 4 * 7 * config.vocab_size, 4 * 2 * 4**2
-    assert decoding_bytes(config, "float32", [5, 3], [3, 4], 10) == caches + logits + scores
-    alone = config.without_bridge()
-    assert decoding_bytes(alone, "bfloat16", [5, 3], [3, 4], 10) == caches // 2 + logits
-    assert 2**26 < machine_memory() < 2**50
+    assert cache_bytes(config, "float32", [5, 3], [3, 4], 10) == caches
+    assert cache_bytes(config, "bfloat16", [5, 3], [3, 4], 10) == caches // 2
+    D, F, V, heads = 16, 32, config.vocab_size, 2
+    assert (config.hidden_size, config.intermediate_size, config.num_attention_heads) == (D, F, 2)
+    logits, layer = 32 * V, 10 * D + 3 * F  # of a row, and vectors of a cell
+    step = 7 * (4 * layer + logits + 8 * (heads * 15 + 2 * 4))  # scores of 15 slots, and of 4 rows
+    assert step_bytes(config, "float32", 7, 4, 15) == step
+    assert step_bytes(config.without_bridge(), "float32", 7, 4, 15) == step - 7 * 8 * 2 * 4
+    read = 2 * (5 * (2 * layer + 8 * heads * 5) + logits)
+    assert prefill_bytes(config, "bfloat16", 2, 5) == read
+    assert 2**26 < available_memory() <= machine_memory() < 2**50
 
 
 def test_what_cannot_fit_is_refused_with_the_figures(monkeypatch):
@@ -311,8 +317,9 @@ def test_what_cannot_fit_is_refused_with_the_figures(monkeypatch):
 
 @pytest.fixture
 def small(monkeypatch):
-    """A machine of 4 MB, which holds what the other tests of the toy model do."""
+    """A machine of 4 MB, all of it free, which holds what the other tests of the toy model do."""
     monkeypatch.setattr("bridge.numbers.machine.machine_memory", lambda: 4_000_000)
+    monkeypatch.setattr("bridge.decoding.budget.available_memory", lambda: 4_000_000)
 
 
 def test_rows_that_cannot_fit_are_refused_before_they_are_decoded(toy_model, small):
@@ -323,8 +330,10 @@ def test_rows_that_cannot_fit_are_refused_before_they_are_decoded(toy_model, sma
 
     model.implementation.prefill = prefill  # pyright: ignore[reportAttributeAccessIssue]
     need = r"memory: 2000 rows of up to 50 tokens at once, of width 2000, need [\d.]+ MB"
-    with pytest.raises(BridgeError, match=f"{need}, and this machine has 4.0 MB; lower width"):
+    with pytest.raises(BridgeError, match=f"{need}, and 3.6 MB are free for them on cpu; low"):
         model.generate("1+1=", width=2_000, max_new_tokens=50)
+    with pytest.raises(BridgeError, match="and cache_bytes is 2.0 MB; raise it, or lower width"):
+        model.generate("1+1=", width=2_000, max_new_tokens=50, cache_bytes=2_000_000)
     with pytest.raises(BridgeError, match="memory: 60000 rows of up to 50 tokens need"):
         model.generate(["1+1="] * 30, width=2_000, max_new_tokens=50, max_rows=2_000)
     with pytest.raises(BridgeError, match="memory: 20 problems by 4096 groups by widths of 16"):

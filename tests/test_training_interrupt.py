@@ -11,7 +11,7 @@ from training_stops import Watch, interrupt, toy_run
 from training_toys import Graded, InProcess
 
 import bridge
-from bridge.decoding.generation import Token
+from bridge.decoding.events import Token
 from bridge.training import SFTSettings
 from bridge.training.log import read_log
 

@@ -6,7 +6,7 @@ from tiny_host import write_host
 
 import bridge
 from bridge.checkpoints.initialise import init
-from bridge.decoding.generation import Response, ResponseSet
+from bridge.decoding.events import Response, ResponseSet
 from bridge.tracing.trace import Trace
 
 

@@ -1,50 +1,36 @@
-"""What work needs of memory, and refusing in one line what no machine like this one can hold.
+"""What work needs of memory, and refusing in one line what does not fit, before any work is done.
 
-Sizes follow from the config alone, and leave out what a step computes in passing: what is refused
-here would have failed, and later. Only the CPU's memory is known, so devices with their own are
-asked for what the host keeps alone.
+Rows that are decoded are held to the budget that an engine keeps to. What training keeps follows
+from the config alone, and leaves out what it computes in passing: only the CPU's memory is known
+for it.
 """
 
-from collections.abc import Sequence
-
 from bridge.config import ModelConfig
-from bridge.config.sizes import decoding_bytes, kept_bytes
+from bridge.config.sizes import kept_bytes
+from bridge.contract import BackendModel
+from bridge.decoding.budget import Budget, Load
 from bridge.numbers.machine import check_memory
 
 KEPT = 8  # bytes of a token that is kept in a list, at least
 
 
-def check_decoding(
-    config: ModelConfig,
-    device: str,
-    dtype: str,
-    prompts: Sequence[int],
-    widths: Sequence[int],
-    new_tokens: int,
-    max_rows: int,
-) -> None:
-    """Refuse rows that cannot be held: those decoded at once, and the tokens of all.
-
-    `prompts`: tokens of each; `widths`: rows of each.
-    """
-    rows = sum(widths)
+def check_kept(rows: int, new_tokens: int) -> None:
+    """Refuse more tokens than can be kept, of all rows to the end."""
     check_memory(
         KEPT * rows * new_tokens,
         f"{rows} rows of up to {new_tokens} tokens",
         "lower width, max_new_tokens, or the number of prompts",
     )
-    if not device.startswith("cpu"):
-        return
-    widest = max(widths, default=0)
-    count = max(1, min(len(prompts), max_rows // max(widest, 1)))
-    needed = decoding_bytes(
-        config, dtype, [max(prompts, default=0)] * count, [widest] * count, new_tokens
-    )
-    check_memory(
-        needed,
-        f"{count * widest} rows of up to {new_tokens} tokens at once, of width {widest},",
-        "lower width, max_new_tokens or max_rows",
-    )
+
+
+def check_decoding(
+    model: BackendModel, prompt: int, width: int, new_tokens: int, groups: int = 1
+) -> None:
+    """Refuse so many groups at once, each of `width` rows after `prompt` tokens, that do not
+    fit."""
+    load = Load((prompt,) * groups, (width,) * groups, new_tokens)
+    mend = "lower width or max_new_tokens" if groups == 1 else "lower max_rows or max_new_tokens"
+    Budget(model).check(load, mend)
 
 
 def check_training(config: ModelConfig, device: str, dtype: str, rows: int, length: int) -> None:

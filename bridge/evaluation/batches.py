@@ -1,16 +1,19 @@
-"""Finding the groups of an evaluation, batch by batch: decode, score, write down.
+"""Finding the groups of an evaluation: decoded part by part, scored and written batch by batch.
 
 A draw is a function of seed, problem, number of the group and row (clause 6.2), so that the same
-rows meet the same uniforms at every width and in a baseline. Batches are cut by place alone, not by
-what is left to do: an evaluation that was interrupted ends with the same bytes as one that was not.
+rows meet the same uniforms at every width and in a baseline. Parts and batches are cut by place
+alone, not by what is left to do, and a part is decoded as a whole, by an engine that has room for
+so many rows whatever is free: the same rows are always computed together, and so are rounded alike.
+An evaluation that was interrupted ends with the same bytes as one that was not.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bridge.decoding.generation import Done, Finished, ResponseSet, Token
+from bridge.config.sizes import cache_bytes
+from bridge.decoding.events import Answered, Finished, ResponseSet
 from bridge.errors import show
 from bridge.evaluation.records import Group, Journal, Row
 from bridge.model import Model
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
     from bridge.tasks import Problem, Scores, Task
 
 GROUP_SHIFT = 20  # a prompt's number in the counter is problem + (group << 20)
+PART = 8  # batches that one engine decodes: as its last rows end, places stay empty
+
+Place = tuple[int, int]  # of a group: its number, and the place of its problem
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,16 @@ class Plan:
     max_rows: int
     threshold: float  # a score from which on a response is correct
 
-    def batches(self, width: int) -> list[list[tuple[int, int]]]:
-        """Each group as (its number, the place of its problem): first one of every problem."""
+    def size(self, width: int) -> int:
+        """Groups of a batch, as many as are decoded at once."""
+        return max(1, self.max_rows // width)
+
+    def parts(self, width: int) -> list[list[list[Place]]]:
+        """All groups, by part and batch: first one of every problem."""
         places = [(g, i) for g in range(self.groups) for i in range(len(self.problems))]
-        size = max(1, self.max_rows // width)
-        return [places[at : at + size] for at in range(0, len(places), size)]
+        size = self.size(width)
+        batches = [places[at : at + size] for at in range(0, len(places), size)]
+        return [batches[at : at + PART] for at in range(0, len(batches), PART)]
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ class Progress:
     done: int  # groups
     of: int
     accuracy: float | None  # the mean over the rows of those
-    running: int  # rows of the present batch that have not ended
+    running: int  # rows of the present part that have not ended
     tokens: int  # drawn since the start, at all widths
     seconds: float  # since the start
 
@@ -84,34 +95,44 @@ class Run:
     ) -> None:
         self.model, self.task, self.plan = model, task, plan
         self.journal, self.scores, self.progress = journal, scores, progress
-        self.tokens, self.start = 0, time.perf_counter()
+        self.tokens, self.running, self.start = 0, 0, time.perf_counter()
 
     def find(self, width: int) -> None:
         """Every group of a width that is not in the journal yet, and with it then."""
-        batches = self.plan.batches(width)
+        parts = self.plan.parts(width)
         self.done = self.rows = self.correct = 0
-        self.of = sum(map(len, batches))
-        for batch in batches:
-            self._count(self._known(width, batch))
+        self.of = sum(len(batch) for part in parts for batch in part)
+        for part in parts:
+            for batch in part:
+                self._count(self._known(width, batch))
         self._tell(width, 0)
-        for batch in batches:
-            known = self._known(width, batch)
-            if len(known) < len(batch):
-                # The whole batch even if part of it is known: a smaller one would round otherwise.
-                found = self._score(width, batch, self._decode(width, batch))
-                keys = {group.key for group in known}
-                self.journal.append([group for group in found if group.key not in keys])
-                self._count([group for group in found if group.key not in keys])
-                self._tell(width, 0)
+        for part in parts:
+            if any(len(self._known(width, batch)) < len(batch) for batch in part):
+                self._find(width, part)
 
-    def _known(self, width: int, batch: Sequence[tuple[int, int]]) -> list[Group]:
+    def _find(self, width: int, part: Sequence[Sequence[Place]]) -> None:
+        """The groups of a part, which is decoded as a whole even if some of it is known."""
+        answers = self._decode(width, [place for batch in part for place in batch])
+        for batch in part:
+            sets = [next(answers) for _ in batch]
+            known = {group.key for group in self._known(width, batch)}
+            if len(known) < len(batch):
+                found = self._score(width, batch, sets)
+                new = [group for group in found if group.key not in known]
+                self.journal.append(new)
+                self._count(new)
+                self._tell(width, self.running)
+
+    def _known(self, width: int, batch: Sequence[Place]) -> list[Group]:
         keys = [(width, self.plan.problems[i].number, g) for g, i in batch]
         return [self.journal.groups[key] for key in keys if key in self.journal.groups]
 
-    def _decode(self, width: int, batch: Sequence[tuple[int, int]]) -> list[ResponseSet]:
+    def _decode(self, width: int, places: Sequence[Place]) -> Iterator[ResponseSet]:
+        """The answers of groups in the order of their places, whatever the order they end in."""
         plan, d = self.plan, self.plan.decoding
-        events = self.model.stream(
-            [plan.prompts[i] for _, i in batch],
+        assert d.max_new_tokens is not None
+        requests = self.model.requests(
+            [plan.prompts[i] for _, i in places],
             width=width,
             max_new_tokens=d.max_new_tokens,
             temperature=d.temperature,
@@ -120,23 +141,31 @@ class Run:
             min_p=d.min_p,
             seed=d.seed,
             stop=d.stop,
-            max_rows=width * len(batch),
-            prompt_ids=[plan.problems[i].number + (g << GROUP_SHIFT) for g, i in batch],
+            prompt_ids=[plan.problems[i].number + (g << GROUP_SHIFT) for g, i in places],
         )
-        running = width * len(batch)
-        for event in events:
-            if isinstance(event, Token):
-                self.tokens += 1
-            elif isinstance(event, Finished):
-                self.tokens += event.reason == "eos"  # which is no Token event
-                running -= 1
-                self._tell(width, running)
-            elif isinstance(event, Done):
-                return event.sets
-        raise AssertionError("a stream ends with Done")
+        size, prompt = plan.size(width), max(map(len, plan.prompts))
+        where = self.model.config, self.model.dtype
+        room = cache_bytes(*where, [prompt] * size, [width] * size, d.max_new_tokens)
+        engine = self.model.engine(max_rows=width * size, cache_bytes=room)
+        for request in requests:
+            engine.submit(request)
+        waiting: dict[int, ResponseSet] = {}
+        self.running, due, before = width * len(places), 0, self.tokens
+        while not engine.idle:
+            events = engine.step()
+            self.tokens = before + engine.stats.tokens
+            for event in events:
+                if isinstance(event, Finished):
+                    self.running -= 1
+                    self._tell(width, self.running)
+                elif isinstance(event, Answered):
+                    waiting[event.prompt] = event.answers
+            while due in waiting:
+                yield waiting.pop(due)
+                due += 1
 
     def _score(
-        self, width: int, batch: Sequence[tuple[int, int]], sets: Sequence[ResponseSet]
+        self, width: int, batch: Sequence[Place], sets: Sequence[ResponseSet]
     ) -> list[Group]:
         plan = self.plan
         asked = [plan.problems[i] for _, i in batch]

@@ -13,11 +13,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bridge.decoding.generation import check_sampling, row_length
-from bridge.decoding.memory import check_decoding
+from bridge.decoding.memory import check_decoding, check_kept
+from bridge.decoding.requests import check_sampling, row_length
 from bridge.decoding.stops import read_stops
 from bridge.errors import BridgeError
-from bridge.evaluation.batches import GROUP_SHIFT, Decoding, Plan, Progress, Run
+from bridge.evaluation.batches import GROUP_SHIFT, PART, Decoding, Plan, Progress, Run
 from bridge.evaluation.records import Journal
 from bridge.evaluation.summary import Evaluation, rows_are_independent, widths_decoded
 from bridge.model import Model
@@ -124,10 +124,8 @@ def _plan(
     longest = max(lengths.values())
     for width in widths:
         together = min(count * groups, max(1, max_rows // width))
-        check_decoding(
-            *(model.config, model.device, model.dtype),
-            *([longest] * together, [width] * together, limit, max_rows),
-        )
+        check_kept(PART * together * width, limit)
+        check_decoding(model.implementation, longest, width, limit, together)
     return Plan(
         problems,
         prompts,

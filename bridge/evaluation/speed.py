@@ -86,9 +86,9 @@ def bench(
         build(opened, config, opened.tensors, backend, device, dtype)
         for config in (opened.config, opened.config.without_bridge())
     )
-    w, where = workload, (opened.config, on.device, on.dtype)
-    check_decoding(*where, [w.prompt_tokens], [w.width], w.steps + 1, w.width)
-    check_training(*where, w.rows, w.timesteps)
+    w = workload
+    check_decoding(on.implementation, w.prompt_tokens, w.width, w.steps + 1)
+    check_training(opened.config, on.device, on.dtype, w.rows, w.timesteps)
     measures = {"decode": decode, "prefill": prefill, "train": train}
     for name in figures:
         yield measures[name](on.implementation, off.implementation, workload)

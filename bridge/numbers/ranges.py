@@ -117,6 +117,8 @@ RANGES = {
     "rows": ROWS,
     "samples": whole(2, 2**16),
     "max_rows": whole(1, 2**20),
+    "cache_bytes": whole(1, 2**60),
+    "ahead": whole(1, 4096),
     "max_new_tokens": whole(1, SIZE),
     "prompt_tokens": whole(1, SIZE),
     "timesteps": whole(1, SIZE),

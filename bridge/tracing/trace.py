@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from bridge.contract import Sampling
-from bridge.decoding.generation import ResponseSet
+from bridge.decoding.events import ResponseSet
 from bridge.decoding.inputs import default_positions
 from bridge.errors import BridgeError
 from bridge.model import Model

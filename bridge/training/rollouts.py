@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from bridge.decoding.generation import Response, ResponseSet
+from bridge.decoding.events import Response, ResponseSet
 from bridge.errors import BridgeError
 from bridge.model import Model
 from bridge.numbers.rewards import equal, mean, reaches, std

@@ -17,8 +17,8 @@ import numpy as np
 from bridge.checkpoints.reading import open_checkpoint
 from bridge.checkpoints.tensors import content_hash
 from bridge.contract import SFT, AdamW, Objective, Trainer
-from bridge.decoding.generation import row_length
-from bridge.decoding.memory import check_decoding, check_training
+from bridge.decoding.memory import check_decoding, check_kept, check_training
+from bridge.decoding.requests import row_length
 from bridge.decoding.stops import read_stops
 from bridge.errors import BridgeError
 from bridge.model import Model, build, trainable_names
@@ -193,8 +193,8 @@ def look_ahead(settings: Settings, model: Model, task: Task | None) -> Ahead:
         rows, count = settings.width, settings.problems
         if isinstance(settings, SFTSettings):  # a batch at a time is sampled
             rows, count = settings.samples, max(1, settings.max_rows // settings.samples)
-        asked_for = ([max(lengths.values())] * count, [rows] * count, length, settings.max_rows)
-        check_decoding(config, device, dtype, *asked_for)
+        check_kept(rows * count, length)
+        check_decoding(model.implementation, max(lengths.values()), rows, length)
     return Ahead(prompts, size, largest, length, data)
 
 

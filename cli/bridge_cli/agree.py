@@ -56,9 +56,9 @@ def agree(
     import numpy as np
     from rich.console import Console
 
-    from bridge.decoding.generation import check_sampling
     from bridge.decoding.inputs import check_prompts
     from bridge.decoding.memory import check_decoding
+    from bridge.decoding.requests import check_sampling
     from bridge.errors import BridgeError, shorten
     from bridge_conformance.agreement import allow_rounding, compare, replay
 
@@ -76,8 +76,7 @@ def agree(
     turn = {"role": "user", "content": prompt}
     ids = np.asarray(tokenizer.encode_chat([turn]) if chat else tokenizer.encode(prompt))
     check_prompts(first.config, [ids], [width], max_new_tokens)
-    where = first.config, first.device, first.dtype
-    check_decoding(*where, [len(ids)], [width], max_new_tokens, width)
+    check_decoding(first.implementation, len(ids), width, max_new_tokens)
     if not fill_blocks and _fresh(checkpoint):
         notes.print("the blocks are fresh and add nothing; --fill-blocks 0.5 makes rows exchange")
     implementations = {name: model.implementation for name, model in models.items()}

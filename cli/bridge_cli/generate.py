@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from bridge.decoding.generation import Done, Event, ResponseSet
+    from bridge.decoding.events import Done, Event, ResponseSet
     from bridge.evaluation.voting import Vote
     from bridge_cli.view import View
 
@@ -92,7 +92,7 @@ def generate(
     """
     from rich.console import Console
 
-    from bridge.decoding.generation import Done
+    from bridge.decoding.events import Done
     from bridge.model import BUNDLED, load
     from bridge_cli.prompts import check_words, read_prompts
     from bridge_cli.view import View
@@ -182,7 +182,8 @@ def _check_chat(
 
 
 def _timing(done: "Done") -> dict[str, float]:
-    """Tokens, seconds and rates; a prompt is read once for all of its rows (clause 4.2)."""
+    """Tokens, seconds and rates, and what became of the rows that were computed; a prompt is read
+    once for all of its rows (clause 4.2)."""
     responses = [r for s in done.sets for r in s.responses]
     return {
         "prompt_tokens": sum(len(s.prompt_tokens) for s in done.sets),
@@ -192,6 +193,9 @@ def _timing(done: "Done") -> dict[str, float]:
         "decode_seconds": done.decode_seconds,
         "tokens_per_second": done.tokens_per_second,
         "tokens_per_second_per_row": done.tokens_per_second / len(responses),
+        "row_steps": done.stats.row_steps,
+        "alive_share": done.stats.alive_share,
+        "occupancy": done.stats.occupancy,
     }
 
 
@@ -209,7 +213,7 @@ def _follow(
     """Run the stream to its end: on a terminal with the view, else with a count on stderr."""
     from rich.live import Live
 
-    from bridge.decoding.generation import Done
+    from bridge.decoding.events import Done
 
     # isatty as well: FORCE_COLOR makes rich take a file for a terminal.
     if live and console is not None and console.is_interactive and sys.stdout.isatty():

@@ -44,7 +44,7 @@ def show_trace(asked: Request) -> None:
     """Answer, replay, and show; raises BridgeError for what cannot be."""
     from rich.console import Console
 
-    from bridge.decoding.generation import check_sampling
+    from bridge.decoding.requests import check_sampling
     from bridge.model import load
     from bridge.tracing.trace import trace
     from bridge_cli.progress import late_bar
@@ -116,7 +116,7 @@ def _answer(
     model: "Model", prompt: str, asked: Request, update: Callable[[int, int], None]
 ) -> tuple[Any, bool]:
     """The group's answers, and whether the prompt went through a chat template."""
-    from bridge.decoding.generation import Done, Token
+    from bridge.decoding.events import Done, Token
     from bridge.model import BUNDLED
     from bridge_cli.prompts import check_system, check_words
 

@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from bridge.decoding.generation import Event, Finished, Started, Token
+from bridge.decoding.events import Event, Finished, Started, Token
 from bridge_cli.text import harmless
 
 COLUMN = 30  # characters below which a column is no pleasure to read
@@ -47,13 +47,13 @@ class View:
     def __init__(self, widths: list[int]) -> None:
         self.rows = [Row(g, n) for g, width in enumerate(widths) for n in range(width)]
         self.at = {(row.prompt, row.number): row for row in self.rows}
-        self.batch = range(len(widths))
+        self.started = len(widths)  # prompts that have been read, the first ones
         self.widths = widths
 
     def take(self, event: Event) -> None:
         """Note one event."""
         if isinstance(event, Started):
-            self.batch = range(event.first_prompt, event.first_prompt + len(event.prompt_tokens))
+            self.started = event.first_prompt + len(event.prompt_tokens)
         elif isinstance(event, Token):
             row = self.at[event.prompt, event.row]
             row.text += harmless(event.text)
@@ -65,9 +65,9 @@ class View:
             row.tokens += event.reason == "eos"  # which is no Token event
 
     def shown(self) -> list[Row]:
-        """The rows of the prompt to look at: the first of the batch that is not done."""
-        running = [row.prompt for row in self.rows if not row.reason and row.prompt in self.batch]
-        prompt = running[0] if running else self.batch[-1]
+        """The rows of the prompt to look at: the first that is read and not done, else the last."""
+        running = [row.prompt for row in self.rows if not row.reason and row.prompt < self.started]
+        prompt = running[0] if running else self.started - 1
         return [row for row in self.rows if row.prompt == prompt]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
