@@ -78,7 +78,7 @@ TIMING = (
     "decode_seconds",
     "tokens_per_second",
     "tokens_per_second_per_row",
-    *("row_steps", "alive_share", "occupancy"),
+    *("row_steps", "alive_share"),
 )
 ANSWER = {
     "type": "object",

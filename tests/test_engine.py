@@ -15,7 +15,7 @@ from tokenizers import models as token_models
 from bridge.config import parse_config, tensor_shapes
 from bridge.config.sizes import cache_bytes, prefill_bytes, step_bytes
 from bridge.contract import Sampling
-from bridge.decoding.budget import Budget, Load
+from bridge.decoding.budget import Budget
 from bridge.decoding.engine import Engine
 from bridge.decoding.events import Answered, Finished, Started, Token
 from bridge.decoding.requests import Request
@@ -301,7 +301,7 @@ def test_groups_come_while_their_worst_case_fits(monkeypatch):
     for count in (1, 2, 3):
         caches = cache_bytes(config, "float32", [2] * count, [1] * count, 40)
         passing = step_bytes(config, "float32", count, 1, 42)
-        needed.append((1 if count == 1 else 2) * caches + passing)
+        needed.append(2 * caches + passing)
     assert prefill_bytes(config, "float32", 3, 2) < passing
     # A tenth of what is free is left alone.
     monkeypatch.setattr("bridge.decoding.budget.available_memory", lambda: -(-needed[2] * 10 // 9))
@@ -317,7 +317,7 @@ def test_groups_come_while_their_worst_case_fits(monkeypatch):
 
 def test_a_device_says_what_it_has_left():
     backend = script([[3]] * 4)
-    alone = cache_bytes(backend.config, "float32", [2], [1], 40)
+    alone = 2 * cache_bytes(backend.config, "float32", [2], [1], 40)
     alone += step_bytes(backend.config, "float32", 1, 1, 42)
     backend.free_bytes = lambda: -(-alone * 10 // 9)
     engine = Engine(backend, byte_tokenizer(), Budget(backend))
@@ -351,19 +351,3 @@ def test_prompts_that_are_read_together_are_not_many():
     engine = Engine(backend, byte_tokenizer(), Budget(backend))
     run(engine, [ask(p, 1, tokens=n) for p, n in enumerate([4000, 100, 100, 4000, 2000])])
     assert [prompts for prompts, _ in backend.prefills] == [[0, 1], [2, 3], [4]]
-
-
-def test_room_that_was_made_for_a_group_alone_counts_until_it_is_made_anew():
-    """A group alone may fill all that is free; then nobody comes beside it, though rows left."""
-    backend = script([[1] * 7 + [9], [1]])
-    before = Load((2,), (8,), 40)
-    free = cache_bytes(deep(backend), "float32", [2], [8], 40)
-    free += step_bytes(backend.config, "float32", 8, 8, 42)
-    backend.free_bytes = lambda: -(-free * 10 // 9)
-    budget = Budget(backend)
-    assert budget.fits(before, 1) and budget.fits(Load((2, 2), (1, 1), 40), 1)
-    assert not budget.fits(Load((2, 2), (1, 1), 40), 1, before)
-    engine = Engine(backend, byte_tokenizer(), budget)
-    steps = run(engine, [ask(0, 8), ask(1, 1)])
-    assert [e.prompt for e in steps[9] if isinstance(e, Answered)] == [0]
-    assert isinstance(steps[10][0], Started)

@@ -332,7 +332,7 @@ def test_rows_that_cannot_fit_are_refused_before_they_are_decoded(toy_model, sma
     need = r"memory: 2000 rows of up to 50 tokens at once, of width 2000, need [\d.]+ MB"
     with pytest.raises(BridgeError, match=f"{need}, and 3.6 MB are free for them on cpu; low"):
         model.generate("1+1=", width=2_000, max_new_tokens=50)
-    with pytest.raises(BridgeError, match="and cache_bytes is 2.0 MB; raise it, or lower width"):
+    with pytest.raises(BridgeError, match=r"and cache_bytes is 2.0 MB; raise it, or lower width"):
         model.generate("1+1=", width=2_000, max_new_tokens=50, cache_bytes=2_000_000)
     with pytest.raises(BridgeError, match="memory: 60000 rows of up to 50 tokens need"):
         model.generate(["1+1="] * 30, width=2_000, max_new_tokens=50, max_rows=2_000)

@@ -1,9 +1,9 @@
 """What may be decoded at once: so many rows, and groups whose worst case fits in memory.
 
 The worst case is that every row says all that it may. What there is of memory is measured, on the
-device or else of the machine; what it takes follows from the config alone, and is what any backend
-may take: each prompt and each row with the room of the longest, twice while groups come and go,
-since a decoder may then hold the old caches and the new at once.
+device or else of the machine; what is taken follows from the config alone, and is what any backend
+may take: each prompt and each row with the room of the longest, and that twice, since as groups
+come and go a decoder may hold the old caches and the new at once, or leave room between rows.
 """
 
 from dataclasses import dataclass
@@ -48,16 +48,16 @@ class Budget:
         found = self.model.free_bytes()
         self.free = available_memory() if found is None else found
 
-    def fits(self, load: Load, read: int, before: Load | None = None) -> bool:
+    def fits(self, load: Load, read: int) -> bool:
         """Whether memory holds groups to their last token, where the prompts of the `read` last of
-        them are read together, and the decoder made room for `before` until now."""
+        them are read together."""
         if read > 1 and read * max(load.prompts[-read:]) > READ:
             return False
-        return self._needed(load, read, before) <= self._there()
+        return self._needed(load, read) <= self._there()
 
     def check(self, load: Load, mend: str) -> None:
         """Refuse, in one line, groups that memory does not hold, were they read one by one."""
-        needed, there = self._needed(load, 1, None), self._there()
+        needed, there = self._needed(load, 1), self._there()
         if needed <= there:
             return
         where = f"{size(there)} are free for them on {self.model.device}"
@@ -68,20 +68,13 @@ class Budget:
     def _there(self) -> int:
         return int((1 - MARGIN) * self.free) if self.cache_bytes is None else self.cache_bytes
 
-    def _needed(self, load: Load, read: int, before: Load | None) -> int:
-        """Bytes; of keys and values alone where it is them that are limited."""
+    def _needed(self, load: Load, read: int) -> int:
+        """Bytes; of keys and values alone, once, where it is them that are limited."""
         config, dtype = self.model.config, self.model.dtype
-        caches = self._caches(load)
+        caches = cache_bytes(config, dtype, load.prompts, load.widths, load.new_tokens)
         if self.cache_bytes is not None:
             return caches
-        moved = caches if len(load.widths) > 1 else 0  # a group alone stays where it is
-        if before is not None:
-            moved = max(moved, self._caches(before))
         rows, longest = sum(load.widths), max(load.prompts) + load.new_tokens
         step = step_bytes(config, dtype, rows, max(load.widths), longest)
         reading = prefill_bytes(config, dtype, read, max(load.prompts[-read:]))
-        return caches + moved + max(step, reading)
-
-    def _caches(self, load: Load) -> int:
-        config, dtype = self.model.config, self.model.dtype
-        return cache_bytes(config, dtype, load.prompts, load.widths, load.new_tokens)
+        return 2 * caches + max(step, reading)

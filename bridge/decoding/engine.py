@@ -44,7 +44,6 @@ class Engine:
         self.queue: deque[Running] = deque()
         self.running: list[Running] = []  # in the order of the decoder's rows
         self._decoder: Decoder | None = None
-        self._room: Load | None = None  # that the decoder has made
         self._cancelled: set[int] = set()  # tickets, since the last step
         self._tickets = 0
 
@@ -124,7 +123,7 @@ class Engine:
         rows = sum(len(group.left) for group in others)
         if others and rows + len(head.left) > self.budget.rows:
             return False
-        return self.budget.fits(_load([*others, head]), len(coming) + 1, self._room)
+        return self.budget.fits(_load([*others, head]), len(coming) + 1)
 
     def _admit(self, coming: list[Running]) -> Started:
         """Read the prompts of groups, which run from now on."""
@@ -138,7 +137,6 @@ class Engine:
         else:
             self._decoder.admit(prompts, widths, limit, prompt_ids=ids)
         self.running += coming
-        self._room = _load(self.running)
         seconds = time.perf_counter() - start
         self.stats.prompts += len(coming)
         self.stats.prefill_seconds += seconds
@@ -171,7 +169,7 @@ class Engine:
         if self.running:
             self._decoder.advance(tokens, keep, back if back[keep].any() else None)
         else:
-            self._decoder = self._room = None
+            self._decoder = None
         self._count(R, k, int(keep.sum()), said, ended)
         self.stats.decode_seconds += time.perf_counter() - start
         return events

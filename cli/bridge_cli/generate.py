@@ -195,7 +195,6 @@ def _timing(done: "Done") -> dict[str, float]:
         "tokens_per_second_per_row": done.tokens_per_second / len(responses),
         "row_steps": done.stats.row_steps,
         "alive_share": done.stats.alive_share,
-        "occupancy": done.stats.occupancy,
     }
 
 
