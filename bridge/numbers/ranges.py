@@ -175,6 +175,9 @@ RANGES = {
     "fill_blocks": _up_to(1e6),
     # Work
     "rounds": whole(1, 10**6),
+    "bench.new": whole(2, SIZE),  # the first token is the prompt's
+    "bench.seconds": _above(SMALL, 1e6),
+    "threads": whole(1, 1024),
     "workers": whole(1, 1024),
     "processes": whole(1, 1024),
     "memory": whole(1, 2**60),

@@ -1,4 +1,5 @@
-"""`bridge bench`: what Bridge costs here, as ratios against the same host without it."""
+"""`bridge bench`: what Bridge costs here, as ratios against the same host without it; and, with
+`--peers`, beside other engines."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -6,30 +7,75 @@ from typing import Annotated, Any
 
 import typer
 
-from bridge_cli.options import Backend, Device, Dtype, integer
+from bridge_cli.options import Backend, Device, Dtype, integer, number
 from bridge_cli.text import print_json
+
+RATIOS = ("backend", "dtype", "figures", "width", "steps", "rows", "timesteps")  # without --peers
+PEERS = ("widths", "new", "seconds", "threads", "engines", "weights", "plot", "save")  # with it
 
 
 def bench(
+    ctx: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint with blocks.")],
     backend: Backend = None,
     device: Device = None,
     dtype: Dtype = None,
     figures: Annotated[str, typer.Option(help="Which, by commas.")] = "decode,prefill,train",
     width: Annotated[int, integer("width", "-n", "--width", help="Rows decoded together.")] = 8,
-    prompt_tokens: Annotated[int, integer("prompt_tokens", help="Length of the prompt.")] = 128,
+    prompt_tokens: Annotated[
+        int | None, integer("prompt_tokens", help="Of the prompt; else 128, with --peers 85.")
+    ] = None,
     steps: Annotated[int, integer("steps", help="Decoded timesteps a round.")] = 32,
-    rounds: Annotated[int, integer("rounds", help="Rounds; one more warms up.")] = 5,
+    rounds: Annotated[
+        int | None, integer("rounds", help="After a warm-up; else 5, with --peers 3.")
+    ] = None,
     rows: Annotated[int, integer("rows", help="Rows of a training batch, groups of four.")] = 8,
     timesteps: Annotated[int, integer("timesteps", help="Tokens a row of a training batch.")] = 64,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Beside other engines; the options below are for it.")
+    ] = False,
+    widths: Annotated[str, typer.Option(help="By commas.")] = "1,2,4,8,16,32",
+    new: Annotated[int, integer("bench.new", help="New tokens of each row.")] = 128,
+    seconds: Annotated[
+        float, number("bench.seconds", float, help="Of a call; longer ones get fewer tokens.")
+    ] = 20.0,
+    threads: Annotated[
+        int | None, integer("threads", help="Of every engine; else the processors there are.")
+    ] = None,
+    engines: Annotated[
+        str, typer.Option(help="Backends and peers, by commas; else all, but not numpy.")
+    ] = "",
+    weights: Annotated[
+        str, typer.Option(help="float32, bfloat16, int8, int4, by commas; else what each can.")
+    ] = "",
+    plot: Annotated[
+        Path | None, typer.Option(help="Tokens a second by width, a .png or .svg file.")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="The figures, a .json file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure decoding, prefill and training with Bridge, as ratios within one run.
 
     Both sides are timed in turn, and the medians compared: 1.05 is 5 % slower than the host.
+    With --peers: tokens a second of the same model in transformers, llama.cpp and others too.
 
     Example: bridge bench ./smol-bridge --backend torch --width 8
+
+    Example: bridge bench ./smol-bridge --peers --widths 1,8 --plot peers.png
     """
+    from bridge.errors import BridgeError
+
+    for name in RATIOS if peers else PEERS:
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise BridgeError(f"--{name}: {'not' if peers else 'only'} with --peers; leave it out")
+    if peers:
+        from bridge_cli.bench_peers import bench_peers
+
+        chosen = {"widths": widths, "engines": engines, "weights": weights}
+        sizes = {"new": new, "seconds": seconds, "threads": threads}
+        sizes |= {"prompt_tokens": prompt_tokens, "rounds": rounds}
+        return bench_peers(checkpoint, device, chosen, sizes, plot, save, json)
     from rich.console import Console
     from rich.table import Table
 
@@ -41,7 +87,7 @@ def bench(
     chosen = find_backend(backend)
     device = resolve_device(chosen, device)
     dtype = resolve_dtype(chosen, device, dtype, opened.dtype)
-    workload = Workload(width, prompt_tokens, steps, rounds, rows, timesteps)
+    workload = Workload(width, prompt_tokens or 128, steps, rounds or 5, rows, timesteps)
     names = tuple(name.strip() for name in figures.split(",") if name.strip())
     found = []
     with Console(stderr=True).status("measuring") as status:
@@ -84,6 +130,15 @@ def processor() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
+def device_name(device: str, backend: str = "torch") -> str:
+    """The name of what figures are of: the processor, or the GPU where torch tells of it."""
+    if device.startswith("cuda") and backend == "torch":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    return processor()
+
+
 def _machine(backend: str, device: str) -> dict[str, Any]:
     """What the figures are of."""
     import os
@@ -93,16 +148,10 @@ def _machine(backend: str, device: str) -> dict[str, Any]:
         installed = version(backend)
     except PackageNotFoundError:
         installed = "?"
-    name = processor()
-    if device.startswith("cuda") and backend == "torch":
-        import torch
-
-        name = torch.cuda.get_device_name(device)
-    cores = os.cpu_count()
     return {
         "backend": backend,
         "version": installed,
         "device": device,
-        "processor": name,
-        "cores": cores,
+        "processor": device_name(device, backend),
+        "cores": os.cpu_count(),
     }

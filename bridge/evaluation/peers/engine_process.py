@@ -1,0 +1,42 @@
+"""An engine in a process of its own: it prepares, loads and decodes, one question at a time.
+
+Questions and answers are JSON; an answer has `error`, in one line, where the engine raised one.
+"""
+
+import json
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from bridge.errors import describe
+from bridge.evaluation.peers.engine import Call, Engine, Seconds, Session, Setup
+from bridge.evaluation.peers.threads import limit_threads
+
+
+def serve(payload: bytes) -> Callable[[bytes], bytes]:
+    """What answers the questions of `measure` for the setup in `payload`."""
+    setup = Setup.from_json(json.loads(payload))
+    limit_threads(setup.threads)
+    sessions: list[Session] = []
+
+    def answer(question: bytes) -> bytes:
+        asked = json.loads(question)
+        try:
+            return json.dumps(_carry_out(setup, sessions, asked)).encode()
+        except Exception as error:  # whatever an engine raises is one line of the report
+            return json.dumps({"error": describe(error)}).encode()
+
+    return answer
+
+
+def _carry_out(setup: Setup, sessions: list[Session], asked: dict[str, Any]) -> dict[str, Any]:
+    engine: Engine = import_module(setup.entry.module)
+    if asked["do"] == "prepare":
+        engine.prepare(setup)
+        return {}
+    if asked["do"] == "load":
+        sessions.append(engine.load(setup))
+        return {}
+    call = Call(**asked["call"])
+    found: Seconds = sessions[0].decode(call)
+    return {"first": found.first, "all": found.all}

@@ -1,0 +1,17 @@
+"""The host of a checkpoint as other engines read it: a Hugging Face directory without blocks."""
+
+from pathlib import Path
+
+from bridge.checkpoints.forms import plain_config
+from bridge.checkpoints.reading import Checkpoint
+from bridge.checkpoints.writing import write_checkpoint
+from bridge.config import tensor_shapes
+
+
+def write_host(opened: Checkpoint, out: Path) -> None:
+    """Write it as `out`, each tensor in its stored dtype; what is quantised, dequantised."""
+    config = opened.config.without_bridge()
+    raw = {k: v for k, v in plain_config(opened.raw_config).items() if k != "bridge"}
+    specs = {name: opened.specs[name] for name in tensor_shapes(config)}
+    tensors = ((name, opened.tensors[name]) for name in specs)
+    write_checkpoint(out, raw, specs, tensors, assets=opened.assets)

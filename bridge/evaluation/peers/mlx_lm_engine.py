@@ -1,0 +1,51 @@
+"""mlx-lm: its own batch generation, which reads the prompt once for each row."""
+
+import time
+from typing import Any
+
+from bridge.evaluation.peers.engine import Call, Seconds, Setup
+
+
+class MlxLmSession:
+    """A model of mlx-lm's."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def decode(self, call: Call) -> Seconds:
+        """One batch of equal prompts; every token reaches the host as it is drawn."""
+        import mlx.core as mx
+        from mlx_lm.generate import BatchGenerator
+        from mlx_lm.sample_utils import make_sampler
+
+        mx.random.seed(call.seed)
+        batch = BatchGenerator(
+            self.model,
+            sampler=make_sampler(temp=1.0),
+            max_tokens=call.new,
+            prefill_batch_size=call.width,
+            completion_batch_size=call.width,
+        )
+        left = dict.fromkeys(batch.insert([list(call.prompt)] * call.width), call.new)
+        first = 0.0
+        start = time.perf_counter()
+        while any(left.values()):
+            for response in batch.next_generated():
+                left[response.uid] -= 1
+            if not first and all(n < call.new for n in left.values()):
+                first = time.perf_counter() - start
+        found = Seconds(first, time.perf_counter() - start)
+        batch.close()
+        return found
+
+
+def load(setup: Setup) -> MlxLmSession:
+    """The host, by mlx-lm alone."""
+    from pathlib import Path
+
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(Path(setup.host))
+    model.set_dtype(getattr(mx, setup.entry.weights))
+    return MlxLmSession(model)

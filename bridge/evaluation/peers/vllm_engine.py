@@ -1,0 +1,55 @@
+"""vLLM, offline. Not tested: where it was written, vLLM was not installed.
+
+Rows are samples of one request (`n`). It tells nothing of its steps here, so that the time to the
+first token is that of a call for one token; its cache of prefixes is off, or the second call would
+find the prompt read.
+"""
+
+import time
+from typing import Any
+
+from bridge.evaluation.peers.engine import Call, Seconds, Setup
+
+
+class VllmSession:
+    """An engine of vLLM's."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    def decode(self, call: Call) -> Seconds:
+        """Two calls: of one token, and of all."""
+        return Seconds(self._call(call, 1), self._call(call, call.new))
+
+    def _call(self, call: Call, new: int) -> float:
+        from vllm import SamplingParams
+
+        asked = SamplingParams(
+            n=call.width,
+            temperature=1.0,
+            max_tokens=new,
+            ignore_eos=True,
+            seed=call.seed,
+            detokenize=False,
+        )
+        start = time.perf_counter()
+        prompt = {"prompt_token_ids": list(call.prompt)}
+        [found] = self.engine.generate([prompt], asked, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        assert [len(row.token_ids) for row in found.outputs] == [new] * call.width
+        return seconds
+
+
+def load(setup: Setup) -> VllmSession:
+    """The host, by vLLM alone."""
+    from vllm import LLM
+
+    engine = LLM(
+        str(setup.host),
+        dtype=setup.entry.weights,
+        max_model_len=setup.context,
+        max_num_seqs=setup.widest,
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+    )
+    return VllmSession(engine)
