@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from bridge.config import parse_config
 from bridge.contract import Sampling
+from bridge.decoding.rows import Rows
 from bridge.registry import find_backend
 from bridge_conformance.cases import random_tensors
 from bridge_ref.sampling import sample as reference_sample
@@ -16,8 +17,10 @@ from bridge_ref.sampling import sampling_weights
 from bridge_torch import block
 from bridge_torch.backend import TorchModel
 from bridge_torch.block import Grid, mix
+from bridge_torch.cache import PaddedCache
 from bridge_torch.model import Cells, attend
 from bridge_torch.sampling import first_above, sample
+from bridge_torch.step import ByProducts
 
 CONFIG = parse_config(
     {
@@ -122,6 +125,16 @@ def test_scores_are_not_rounded_before_they_are_scaled(masked):
     parts = [x.flatten(2)[0] for x in (q, k.repeat(1, 1, 2, 1), v.repeat(1, 1, 2, 1))]
     mixed = mix([x[:, None] for x in parts], 4, Grid.of([0] * 3, "cpu"), None)
     assert torch.allclose(mixed, torch.ones_like(mixed))
+
+
+def test_a_steps_scores_are_not_rounded_before_they_are_scaled():
+    q, v = torch.full((2, 1, 128), 32.0).half(), torch.ones(2, 1, 128).half()
+    k = q.clone()
+    rows = Rows.of([np.zeros(2)], [2], 2)
+    prefix = torch.stack([q[:, 0] - 0.1, 0 * v[:, 0]])[None, :, None, None]
+    cache = PaddedCache(prefix, torch.zeros(1, 2, 2, 1, 1, 128).half(), rows)
+    y = ByProducts(cache, cache.grid, 0, {None: cache.reach(None)})(0, None, q, k, v)
+    assert torch.equal(y, v[:, 0])  # the prompt's keys are less alike, by exp(-36)
 
 
 def test_a_block_attends_in_lots():

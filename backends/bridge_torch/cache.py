@@ -8,7 +8,7 @@ that are told where each lies. The Bridge block has no cache: it reads the rows 
 Axes: L layers, G prompts, P prefix slots, R rows left, T own timesteps, K key heads, d head width.
 """
 
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from bridge.config import ModelConfig
 from bridge.decoding.rows import Rows, lost_to_window
 from bridge_torch.block import Grid
+from bridge_torch.shared_prefix import Readers
 
 NO_ROWS = Rows(*(np.zeros(0, np.int64) for _ in range(6)))
 
@@ -46,6 +47,17 @@ class Cache(Protocol):
         ...
 
 
+class Reach(NamedTuple):
+    """What the present timestep may read: the prefix from slot `p0` on, own timesteps from `t0` to
+    `end`. `hidden`: which of those places are not to be read; of the last ones nothing is said
+    where it is shorter. None: all are."""
+
+    p0: int
+    t0: int
+    end: int
+    hidden: Bool[Tensor, "G S"] | None
+
+
 class PaddedCache:
     """Rows in tensors as long as the longest. Prompts end at the last slot, own timesteps begin
     with the first. Places without a number that is somebody's hold 0, not NaN."""
@@ -69,6 +81,7 @@ class PaddedCache:
         """What stays the same for as long as the same rows are left."""
         device, lengths, P = self.prefix.device, self.rows.lengths, self.prefix.shape[4]
         self.grid = Grid.of(self.rows.group, device)
+        self._readers: Readers | None = None
         self.first_rows = np.searchsorted(self.rows.group, np.arange(len(lengths)))
         self.padding: Bool[Tensor, "G P"] | None = None  # None: prompts are equally long
         if len(lengths) and lengths.min() < lengths.max():
@@ -114,23 +127,27 @@ class PaddedCache:
             row = torch.arange(rows, device=at.device)
             own[0][row, :, at], own[1][row, :, at] = k, v
 
-    def read(self, window: int | None) -> tuple[int, int, Bool[Tensor, "G S"] | None]:
-        """What the present timestep may read: from which slot of the prefix and which own timestep
-        on, and which of those S places are not to be read; of the last ones nothing is said where
-        S is shorter. None: all are."""
+    @property
+    def readers(self) -> Readers:
+        """Which rows read which prompt, on the device."""
+        if self._readers is None:
+            self._readers = Readers.of(self.rows, self.prefix.device)
+        return self._readers
+
+    def reach(self, window: int | None) -> Reach:
+        """Of all rows, at their present timesteps."""
         rows, P = self.rows, self.prefix.shape[4]
-        longest = P - int(rows.lengths.max())
+        longest, T = P - int(rows.lengths.max()), int(rows.steps.max()) + 1
         if rows.in_step:
-            p0, t0 = lost_to_window(window, P, int(rows.steps[0]) + 1)
+            p0, t0 = lost_to_window(window, P, T)
             p0 = max(p0, longest)
-            return p0, t0, None if self.padding is None else self.padding[:, p0:]
+            return Reach(p0, t0, T, None if self.padding is None else self.padding[:, p0:])
         steps = rows.steps[self.first_rows][:, None]
-        T = int(steps.max()) + 1
         back = steps - np.arange(-P, T)  # how far before the present each place stands
         reach = rows.lengths[:, None] + steps + 1
         hidden = (back < 0) | (back >= (reach if window is None else np.minimum(reach, window)))
         p0 = longest + int(np.argmin(hidden[:, longest:P].all(0))) if longest < P else P
-        return p0, 0, torch.from_numpy(hidden[:, p0:]).to(self.prefix.device)
+        return Reach(p0, 0, T, torch.from_numpy(hidden[:, p0:]).to(self.prefix.device))
 
 
 def _roomy(cache: Tensor, used: int, count: int, length: int, at_end: bool) -> Tensor:

@@ -1,22 +1,20 @@
 """Cached decoding of interdependent rows (chapter 4).
 
 A prompt is read once and its keys and values are shared by the rows of its group. A step is a
-function of packed weights, a cache and tokens: the plain one here, or the fused one of `fused.py`,
-which computes the same. A decoder keeps the weights that it began with. Nothing goes to the host
-but drawn tokens.
+function of packed weights, a cache and tokens: the plain one of `step.py`, or the fused one of
+`fused.py`, which computes the same. A decoder keeps the weights that it began with. Nothing goes to
+the host but drawn tokens.
 
-Axes: G prompts, P prefix slots, R rows left, N rows of the widest group, T own timesteps, K key
-heads, M query heads that share one, d head width, D model width, V vocabulary.
+Axes: G prompts, P prefix slots, R rows left, K key heads, d head width, D model width,
+V vocabulary.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bridge.contract import Sampling
@@ -28,6 +26,7 @@ from bridge_torch.block import wide
 from bridge_torch.cache import Cache, PaddedCache, RaggedCache
 from bridge_torch.packed import Packed
 from bridge_torch.sampling import sample
+from bridge_torch.step import step
 
 CELLS = 2048  # of prompts that are read at once, unless one has more: enough for any device's GEMMs
 
@@ -181,60 +180,3 @@ def _read(weights: Packed, prompts: list[np.ndarray], places: list[Tensor]) -> F
     cells = weights.cells(np.arange(len(prompts)), active, positions)
     h = weights.read(torch.from_numpy(tokens).to(device), cells, keep)
     return h[torch.arange(len(prompts), device=device), torch.from_numpy(lengths - 1).to(device)]
-
-
-def step(weights: Packed, cache: PaddedCache, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
-    """One timestep of every row left: logits for the next. The cache takes its keys and values."""
-    rows, device = cache.rows, tokens.device
-    positions = torch.from_numpy(rows.positions).to(device)
-    rope = weights.rope(positions, int((rows.positions + rows.left).max()), weights.embed.dtype)
-    at = int(rows.steps[0]) if rows.in_step else torch.from_numpy(rows.steps).to(device)
-    read = {window: cache.read(window) for window in {layer.window for layer in weights.layers}}
-    h = F.embedding(tokens, weights.embed)
-    for i, layer in enumerate(weights.layers):
-        h = layer.attention(h, rope, partial(_attend, cache, i, at, read[layer.window]))
-        h = layer.feed_forward(h)
-        if layer.block is not None:
-            h = layer.block(h[:, None], cache.grid)[:, 0]
-    return weights.logits(h)
-
-
-def _attend(
-    cache: PaddedCache,
-    i: int,
-    at: int | Int[Tensor, " R"],
-    read: tuple[int, int, Bool[Tensor, "G S"] | None],
-    q: Float[Tensor, "R heads d"],
-    k: Float[Tensor, "R kv_heads d"],
-    v: Float[Tensor, "R kv_heads d"],
-) -> Float[Tensor, "R heads_d"]:
-    """Each row's query over its group's prefix and its own timesteps, this one too, in one softmax.
-    `at`: which timestep it is. `read`: what of the cache is read.
-
-    The prefix is read once a group, by the queries of all its rows together.
-    """
-    (R, _, d), grid, (p0, t0, hidden) = q.shape, cache.grid, read
-    G, N = grid.groups, grid.width
-    cache.put(i, k, v, at)
-    T = int(cache.rows.steps.max()) + 1
-    prefix_k, prefix_v = cache.prefix[i, :, :G, :, p0:]
-    own_k, own_v = cache.own[i, :, :R, :, t0:T]
-    K, P = prefix_k.shape[1:3]
-
-    # bmm on views of three axes: half the time of matmul on four, for sizes as small as these.
-    M = q.shape[1] // K
-    q = q.reshape(R * K, M, d)
-    cells = grid.spread(q.view(R, K * M * d)).view(G, N, K, M, d).transpose(1, 2)
-    on_prefix = cells.reshape(G * K, N * M, d).bmm(prefix_k.flatten(0, 1).transpose(1, 2))
-    on_own = q.bmm(own_k.flatten(0, 1).transpose(1, 2)).view(R, K, M, T - t0)
-    on_own = grid.spread(on_own).view(G, N, K, M, T - t0).transpose(1, 2)
-    score = torch.cat([on_prefix.view(G, K, N, M, P), on_own], -1)
-    score = score.to(wide(score.dtype)).mul_(d**-0.5)
-    if hidden is not None:
-        score[..., : hidden.shape[1]].masked_fill_(hidden[:, None, None, None], float("-inf"))
-    p = score.softmax(-1).to(q.dtype)
-    from_prefix = p.view(G * K, N * M, -1)[..., :P].bmm(prefix_v.flatten(0, 1))
-    y = from_prefix.view(G, K, N, M, d).transpose(1, 2).reshape(G * N, K * M * d)
-    p = grid.collect(p[..., P:].transpose(1, 2).reshape(G * N, K, M, T - t0))
-    y = grid.collect(y).view(R * K, M, d).baddbmm(p.reshape(R * K, M, -1), own_v.flatten(0, 1))
-    return y.view(R, K * M * d)

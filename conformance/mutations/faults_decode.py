@@ -12,7 +12,7 @@ LEAVE = """\
             self._rows_changed()
         if len(fed):"""
 POSITIONS = "torch.from_numpy(rows.positions)"
-LOST = "p0, t0 = lost_to_window(window, P, int(rows.steps[0]) + 1)"
+LOST = "p0, t0 = lost_to_window(window, P, T)"
 CHECKED = "kept, back = check_advance(V, rows.group, rows.left, self.drawn, tokens, keep, back)"
 MOVED = "self.own[:, :, new, :, :step] = self.own[:, :, old, :, :step]"
 
@@ -20,6 +20,11 @@ MOVED = "self.own[:, :, new, :, :step] = self.own[:, :, old, :, :step]"
 def decode(old: str, new: str) -> Edit:
     """An edit of `decode.py`."""
     return Edit("decode", old, new)
+
+
+def step(old: str, new: str) -> Edit:
+    """An edit of `step.py`."""
+    return Edit("step", old, new)
 
 
 def cache(old: str, new: str) -> Edit:
@@ -54,7 +59,7 @@ FAULTS = (
         "Rows are trained to share, and answer alone.",
         "4.1",
         CACHED,
-        decode("if layer.block is not None:", "if False:"),
+        step("if layer.block is not None:", "if False:"),
     ),
     Fault(
         "prompts of a request are one group",
@@ -113,7 +118,7 @@ FAULTS = (
         "A short prompt beside a long one is answered differently.",
         "4.1",
         CACHED,
-        decode("if hidden is not None:", "if False:"),
+        step("if hidden is not None:", "if False:"),
     ),
     Fault(
         "prompts are read at padded positions",
@@ -127,21 +132,21 @@ FAULTS = (
         "A gap between every prompt and its answer.",
         "2.4",
         CACHED,
-        decode(POSITIONS, POSITIONS.replace("positions", "positions + 1")),
+        step(POSITIONS, POSITIONS.replace("positions", "positions + 1")),
     ),
     Fault(
         "positions stand still",
         "Every generated token is read where the prompt ended.",
         "2.4",
         CACHED,
-        decode(POSITIONS, POSITIONS.replace("positions", "positions - rows.steps")),
+        step(POSITIONS, POSITIONS.replace("positions", "positions - rows.steps")),
     ),
     Fault(
         "cached windows are one too wide",
         "Decoding reads a token that training never let it see.",
         "5.5",
         CACHED,
-        cache(LOST, LOST.replace(" + 1)", ")")),
+        cache(LOST, LOST.replace("T)", "T - 1)")),
     ),
     Fault(
         "windows do not reach the prompt",
@@ -155,10 +160,10 @@ FAULTS = (
         "The two halves of a row's past weigh the same whatever they hold.",
         "4.1",
         CACHED,
-        decode(
+        step(
             "p = score.softmax(-1).to(q.dtype)",
-            "p = torch.cat([part.softmax(-1) for part in score.split([P, T - t0], -1)], -1)\n"
-            "    p = p.to(q.dtype) / 2",
+            "p = torch.cat([part.softmax(-1) for part in score.split([P, T], -1)], -1)\n"
+            "        p = p.to(q.dtype) / 2",
         ),
     ),
     Fault(

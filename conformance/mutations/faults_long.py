@@ -55,7 +55,7 @@ PLAIN = (
         "After 256 positions decoding reads its text as if it began again.",
         "2.4",
         READ,
-        Edit("decode", POSITIONS, POSITIONS.replace("positions", "positions % 256")),
+        Edit("step", POSITIONS, POSITIONS.replace("positions", "positions % 256")),
     ),
     Fault(
         "caches hold 256 timesteps",
@@ -68,11 +68,7 @@ PLAIN = (
             "own[0, :rows, :, at], own[1, :rows, :, at] = k, v",
             "own[0, :rows, :, min(at, 255)], own[1, :rows, :, min(at, 255)] = k, v",
         ),
-        Edit(
-            "decode",
-            "T = int(cache.rows.steps.max()) + 1",
-            "T = min(int(cache.rows.steps.max()) + 1, 256)",
-        ),
+        Edit("cache", "Reach(p0, t0, T, None if", "Reach(p0, t0, min(T, 256), None if"),
     ),
     Fault(
         "masks of batches with padding reach 256 timesteps",
