@@ -123,6 +123,14 @@ class JaxModel:
         """Read each prompt once, and start `widths[g]` rows from prompt g (clause 4.2)."""
         return Decoder(self.transformer, prompts, widths, max_new_tokens, prompt_ids)
 
+    def free_bytes(self) -> int | None:
+        """What the device can still give; None on a CPU, whose memory is the machine's."""
+        device = next(iter(self.transformer.home.device_set))
+        stats = device.memory_stats() or {}
+        if "bytes_limit" not in stats:
+            return None
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+
     def loss_and_grads(
         self, batch: Batch, objective: Objective, trainable: Sequence[str]
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:

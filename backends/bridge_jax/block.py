@@ -7,6 +7,8 @@ block: the RMS norm.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -57,12 +59,16 @@ def take(array: Array, places: Array | np.ndarray) -> Array:
     return array.at[places].get(mode="clip")
 
 
-class Layout(NamedTuple):
-    """A batch's grid, and the place of each of its rows among those that are computed."""
+@dataclass(frozen=True)
+class Layout:
+    """Where each of a batch's rows lies: its place among the R that are computed, and its cell in
+    the flat grid `[G, N]`. Where the grid has no more cells than R, places are cells."""
 
-    grid: Grid
     places: Int[np.ndarray, " rows"]
-    size: int  # R, how many places there are
+    cells: Int[np.ndarray, " rows"]
+    groups: int  # G
+    width: int  # N
+    size: int  # R
 
     @classmethod
     def of(cls, groups: Sequence[int] | np.ndarray, floor: int = 1, width: int = 1) -> "Layout":
@@ -70,13 +76,58 @@ class Layout(NamedTuple):
         groups, of at least `width` rows."""
         plan, rows = GridPlan.of(groups), len(groups)
         plan = plan.padded(bucket(plan.groups, floor), bucket(plan.width, width))
-        filled, size = plan.filled, bucket(rows, floor * width)
-        if size >= filled.size:
-            return cls(Grid(filled), plan.to_rows, filled.size)
-        to_rows = np.zeros(size, np.int32)
-        to_rows[:rows] = plan.to_rows
-        grid = Grid(filled, plan.to_grid.astype(np.int32), to_rows)
-        return cls(grid, np.arange(rows), size)
+        size, whole = bucket(rows, floor * width), plan.groups * plan.width
+        places = plan.to_rows if size >= whole else np.arange(rows)
+        return cls(places, plan.to_rows, plan.groups, plan.width, min(size, whole))
+
+    def keep(self, rows: Int[np.ndarray, " kept"]) -> "Layout":
+        """The rows at these numbers alone, where they are."""
+        return replace(self, places=self.places[rows], cells=self.cells[rows])
+
+    def same(self, other: "Layout") -> bool:
+        """Whether all rows lie as in the other, among as many places and cells."""
+        sizes = [(x.groups, x.width, x.size) for x in (self, other)]
+        return sizes[0] == sizes[1] and all(
+            np.array_equal(a, b)
+            for a, b in ((self.places, other.places), (self.cells, other.cells))
+        )
+
+    def joined(self, groups: Int[np.ndarray, " new"]) -> "Layout | None":
+        """These rows where they are, and after them those of further groups in what is free; None
+        where that does not hold them."""
+        plan = GridPlan.of(groups)
+        free = np.setdiff1d(np.arange(self.groups), self.lines)
+        if plan.groups > len(free) or plan.width > self.width:
+            return None
+        cells = free[plan.line] * self.width + plan.place
+        places = cells
+        if self.size < self.groups * self.width:
+            places = np.setdiff1d(np.arange(self.size), self.places)[: len(groups)]
+            if len(places) < len(groups):
+                return None
+        return replace(
+            self,
+            places=np.concatenate([self.places, places]),
+            cells=np.concatenate([self.cells, cells]),
+        )
+
+    @property
+    def lines(self) -> Int[np.ndarray, " rows"]:
+        """The line of the grid that each row's group has."""
+        return self.cells // self.width
+
+    @cached_property
+    def grid(self) -> Grid:
+        """For the device."""
+        cells = self.groups * self.width
+        filled = np.zeros(cells, bool)
+        filled[self.cells] = True
+        filled = filled.reshape(self.groups, self.width)
+        if self.size == cells:
+            return Grid(filled)
+        to_grid, to_rows = np.zeros(cells, np.int32), np.zeros(self.size, np.int32)
+        to_grid[self.cells], to_rows[self.places] = self.places, self.cells
+        return Grid(filled, to_grid, to_rows)
 
     def put(self, rows: np.ndarray, empty: int = 0) -> np.ndarray:
         """Values by row `[rows, ...]` to values by place `[R, ...]`."""

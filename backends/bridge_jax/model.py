@@ -20,6 +20,7 @@ from bridge.config import ModelConfig
 from bridge.decoding.rows import only_active
 from bridge.rope import rotation_tables
 from bridge_jax.block import LOWEST, Grid, Layout, block, norm_ratio, rms_norm, silu, take
+from bridge_jax.cache import Cache
 from bridge_jax.compiled import SMALL, bucket, compiled
 from bridge_jax.linear import (
     KEPT,
@@ -37,6 +38,7 @@ Params = Mapping[str, Array]
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 STEPS = 16  # timesteps are padded at least to it
+CONTEXT = 4096  # positions that a table has if the model has as many
 QUERIES = 256  # timesteps whose scores are in memory at once
 
 
@@ -63,7 +65,8 @@ class Transformer:
             self.params[key] = put(_stack(config, names, own))
         small = sum(array.size for array in self.params.values()) < SMALL
         self.floor = 4 if small else 1  # of groups in a batch and of rows in a group
-        on_cpu = next(iter(self.params["model.norm.weight"].devices())).platform == "cpu"
+        self.home = self.params["model.norm.weight"].sharding  # where activations lie
+        on_cpu = next(iter(self.home.device_set)).platform == "cpu"
         self.quick = small and on_cpu
         self.tables: dict[int, Array] = {}
         self.of_cache: NamedSharding | None = None  # how caches `[L, R, kv, T, d]` lie on a mesh
@@ -77,16 +80,28 @@ class Transformer:
         self.of_cache = NamedSharding(mesh, PartitionSpec(None, *keys[:2]))
         everywhere = NamedSharding(mesh, PartitionSpec())
         self.put = lambda array: jax.device_put(array, everywhere)
+        self.home = everywhere
         self.tables.clear()
 
     def rope(self, length: int) -> Float[Array, "two P d"]:
         """cos and sin of the positions below `length` or more, from float64 on the host (clause
-        5.6)."""
-        length = bucket(length, 64)
+        5.6). Of a whole context that is not long, so that nearly all share one size."""
+        length = max(bucket(length), min(self.config.max_position_embeddings, CONTEXT))
         if length not in self.tables:
             table = rotation_tables(self.config.rope, self.config.head_dim, length)
             self.tables[length] = self.put(table.astype(np.float32))
         return self.tables[length]
+
+    def zeros(self, *shape: int, dtype: Any = np.float32) -> Array:
+        """On the model's device, or on each of them."""
+        return jnp.zeros(shape, dtype, device=self.home)
+
+    def cache(self, lines: int, slots: int) -> Cache:
+        """An empty one of so many prompts or rows."""
+        c = self.config
+        shape = (c.num_hidden_layers, lines, c.num_key_value_heads, slots, c.head_dim)
+        where = self.of_cache or self.home
+        return Cache(*(jnp.zeros(shape, self.dtype, device=where) for _ in "kv"))
 
     def batch(
         self, tokens: np.ndarray, groups: np.ndarray, active: np.ndarray, positions: np.ndarray

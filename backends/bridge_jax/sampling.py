@@ -6,8 +6,8 @@ above some value, which is found by halving the range of float32's bit patterns.
 vocabulary, padded with -inf.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,28 +21,36 @@ Array = jax.Array
 
 LANES = 128  # V is a multiple of it
 ONE = int(np.float32(1).view(np.int32))
+MOST = 2**31 - 1
 INFINITY = int(np.float32(np.inf).view(np.int32))
 
 
 class Settings(NamedTuple):
-    """A Sampling as numbers, of which those that filter nothing stand for None."""
+    """How each row draws, of which numbers that filter nothing stand for None."""
 
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
+    temperature: Float[Any, " R"]
+    top_k: Int[Any, " R"]
+    top_p: Float[Any, " R"]
+    min_p: Float[Any, " R"]
 
     @classmethod
-    def of(cls, sampling: Sampling) -> "Settings":
-        """Numbers on the host, to be passed to a compiled function."""
-        # Only 0 is 0 (clause 6.8): what float32 rounds or flushes to it is the least above.
-        temperature = float(sampling.temperature)
-        if temperature:
-            temperature = max(temperature, float(jnp.finfo(jnp.float32).tiny))
-        top_k = 2**31 - 1 if sampling.top_k is None else min(sampling.top_k, 2**31 - 1)
-        top_p = 1.0 if sampling.top_p is None else sampling.top_p
-        min_p = 0.0 if sampling.min_p is None else sampling.min_p
-        return cls(temperature, int(top_k), float(top_p), float(min_p))
+    def of(cls, sampling: Sampling | Sequence[Sampling], rows: int) -> "Settings":
+        """On the host: of so many rows that draw alike, or of each its own (clause 6.9)."""
+        each = [sampling] * rows if isinstance(sampling, Sampling) else sampling
+        numbers = {one: _numbers(one) for one in dict.fromkeys(each)}
+        columns = np.array([numbers[one] for one in each], np.float64).reshape(-1, 4).T
+        return cls(*(c.astype(t) for c, t in zip(columns, "fiff", strict=True)))
+
+
+def _numbers(sampling: Sampling) -> tuple[float, int, float, float]:
+    # Only 0 is 0 (clause 6.8): what float32 rounds or flushes to it is the least above.
+    temperature = float(sampling.temperature)
+    if temperature:
+        temperature = max(temperature, float(jnp.finfo(jnp.float32).tiny))
+    top_k = MOST if sampling.top_k is None else min(sampling.top_k, MOST)
+    top_p = 1.0 if sampling.top_p is None else sampling.top_p
+    min_p = 0.0 if sampling.min_p is None else sampling.min_p
+    return temperature, top_k, top_p, min_p
 
 
 @compiled()
@@ -50,43 +58,48 @@ def sample(
     logits: Float[Array, "R V"], table: Float[Array, "steps R"], line: int, settings: Settings
 ) -> Int[Array, " R"]:
     """One token a row: int32."""
+    return draw(logits, table[line], settings)
 
-    def draw() -> Array:
-        w = weights(logits, settings)
-        return inverse(w, table[line]).astype(jnp.int32)
 
-    def likeliest() -> Array:  # clause 6.8; argmax takes the first of equals
-        return jnp.argmax(logits, -1).astype(jnp.int32)
+def draw(
+    logits: Float[Array, "R V"], uniform: Float[Array, " R"], settings: Settings
+) -> Int[Array, " R"]:
+    """One token a row, by its uniform and settings: int32."""
+    greedy = settings.temperature == 0
+    # Clause 6.8; argmax takes the first of equals.
+    likeliest = jnp.argmax(logits, -1).astype(jnp.int32)
 
-    return jax.lax.cond(settings.temperature == 0, likeliest, draw)
+    def drawn() -> Array:
+        return inverse(weights(logits, settings), uniform).astype(jnp.int32)
+
+    drawn_ = jax.lax.cond(greedy.all(), lambda: likeliest, drawn)
+    return jnp.where(greedy, likeliest, drawn_)
 
 
 def weights(logits: Float[Array, "R V"], settings: Settings) -> Float[Array, "R V"]:
     """Unnormalised weights of the kept tokens, 0 elsewhere (clauses 6.3 to 6.6)."""
+    temperature, top_k, top_p, min_p = (x[:, None] for x in settings)
     z = logits - logits.max(-1, keepdims=True)
-    w = jnp.exp(z / settings.temperature)
+    w = jnp.exp(z / temperature)  # of a greedy row it is not read
     # Below the largest logit by how much: not negative, so its bits are in its order.
-    below = _bits(jnp.abs(z))
-    top_k, V = settings.top_k, z.shape[-1]
+    below, V = _bits(jnp.abs(z)), z.shape[-1]
     kth = smallest(
-        lambda bits: (below <= bits).sum(-1, keepdims=True) >= top_k, INFINITY, z, top_k < V
+        lambda bits: (below <= bits).sum(-1, keepdims=True) >= top_k, INFINITY, top_k < V
     )
     w = jnp.where(below <= kth, w, 0)
-    share = settings.top_p * _sum(w)
-    floor = smallest(
-        lambda bits: _sum(jnp.where(_bits(w) > bits, w, 0)) < share, ONE, z, settings.top_p < 1
-    )
-    # Where nothing is filtered the range was not halved, and all stay.
-    w = jnp.where((_bits(w) >= floor) | (settings.top_p >= 1), w, 0)
-    return jnp.where(w >= settings.min_p, w, 0)  # the largest weight is 1
+    share = top_p * _sum(w)
+    floor = smallest(lambda bits: _sum(jnp.where(_bits(w) > bits, w, 0)) < share, ONE, top_p < 1)
+    # Where nothing is filtered all stay.
+    w = jnp.where((_bits(w) >= floor) | (top_p >= 1), w, 0)
+    return jnp.where(w >= min_p, w, 0)  # the largest weight is 1
 
 
 def smallest(
-    holds: Callable[[Array], Array], end: int, like: Float[Array, "R V"], wanted: bool
+    holds: Callable[[Array], Array], end: int, wanted: Bool[Array, "R one"]
 ) -> Int[Array, "R one"]:
     """By row, the smallest bits in 0..end where `holds`, which must hold at `end` and from its
-    first place on; `end` itself unless `wanted`."""
-    low, high = (jnp.full((len(like), 1), value, jnp.int32) for value in (-1, end))
+    first place on; `end` itself unless `wanted`. Nothing is computed where no row wants it."""
+    low = jnp.full(wanted.shape, -1, jnp.int32)
 
     def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
@@ -94,8 +107,9 @@ def smallest(
         inside = holds(middle)
         return jnp.where(inside, low, middle), jnp.where(inside, middle, high)
 
-    halvings = jnp.where(wanted, (end + 1).bit_length(), 0)
-    return jax.lax.fori_loop(0, halvings, halve, (low, high))[1]
+    halvings = jnp.where(wanted.any(), (end + 1).bit_length(), 0)
+    high = jax.lax.fori_loop(0, halvings, halve, (low, jnp.full_like(low, end)))[1]
+    return jnp.where(wanted, high, end)
 
 
 def inverse(w: Float[Array, "R V"], uniform: Float[Array, " R"]) -> Int[Array, " R"]:
