@@ -108,6 +108,9 @@ def _show(results: "Results", machine: Mapping[str, Any]) -> None:
         for why in dict.fromkeys(found.left_out.values()):
             left = ", ".join(str(w) for w, said in found.left_out.items() if said == why)
             console.print(f"{found.entry.label}: no width {left}: {why}", style="dim")
+    for name, same in results.doubts().items():
+        said = f"{name}: parts from the host after {same} of the likeliest tokens; is it the same?"
+        console.print(said, style="yellow", markup=False)
     for name, other in (("not measured", results.absent), ("failed", results.failed)):
         for absent in other:
             console.print(f"{name}: {absent.name}: {absent.why}", style="yellow", markup=False)

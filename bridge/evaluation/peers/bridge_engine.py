@@ -2,10 +2,14 @@
 
 import time
 
+import numpy as np
+
 from bridge.checkpoints.reading import open_checkpoint
 from bridge.contract import BackendModel, Sampling
-from bridge.evaluation.peers.engine import Call, Seconds, Setup, tokens_of
+from bridge.evaluation.peers.engine import Call, Decoded, Setup, tokens_of
 from bridge.model import build
+
+AHEAD = 8  # tokens that are drawn at most before any is looked at, as when text is generated
 
 
 class BridgeSession:
@@ -16,17 +20,18 @@ class BridgeSession:
         compiles may depend on it."""
         self.model, self.room = model, room
 
-    def decode(self, call: Call) -> Seconds:
-        """As `Model.generate` does, without text."""
-        sampling = Sampling(seed=call.seed)
+    def decode(self, call: Call) -> Decoded:
+        """As the engine of `bridge.decoding` does, without text."""
+        sampling = Sampling(temperature=call.temperature, seed=call.seed)
         start = time.perf_counter()
         decoder = self.model.prefill([tokens_of(call)], [call.width], self.room - len(call.prompt))
-        decoder.sample(sampling)
-        first = time.perf_counter()
-        for _ in range(call.new - 1):
+        drawn = [decoder.sample_ahead(sampling, 1, ())]
+        first = time.perf_counter() - start
+        while left := call.new - sum(part.shape[1] for part in drawn):
             decoder.advance()
-            decoder.sample(sampling)
-        return Seconds(first - start, time.perf_counter() - start)
+            drawn.append(decoder.sample_ahead(sampling, min(left, AHEAD), ()))
+        whole = time.perf_counter() - start
+        return Decoded(first, whole, np.concatenate(drawn, 1).tolist())
 
 
 def load(setup: Setup) -> BridgeSession:

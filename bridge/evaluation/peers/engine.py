@@ -56,27 +56,37 @@ class Setup:
 
 @dataclass(frozen=True)
 class Call:
-    """What is measured: `new` tokens for each of `width` rows, sampled at temperature 1 from the
-    whole distribution; a row that says its end goes on."""
+    """What is measured: `new` tokens for each of `width` rows, sampled from the whole distribution,
+    or the likeliest where `temperature` is 0; a row that says its end goes on."""
 
     prompt: tuple[int, ...]
     width: int
-    new: int  # 2 or more: the first belongs to the prompt
-    seed: int
+    new: int
+    seed: int = 0
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
-class Seconds:
-    """Of a call: until every row has its first token, and until it has its last."""
+class Decoded:
+    """What came of a call. The first token of each row belongs to the prompt, the others to
+    decoding."""
 
-    first: float
-    all: float
+    first: float  # seconds until every row had its first token
+    all: float  # until every row had its last
+    tokens: list[list[int]]  # of each row
+
+    def check(self, call: Call) -> None:
+        """Raises RuntimeError where that is not what was asked for."""
+        rows, lengths = len(self.tokens), {len(row) for row in self.tokens}
+        if rows != call.width or lengths != {call.new}:
+            wanted = f"{call.width} rows of {call.new} tokens"
+            raise RuntimeError(f"asked for {wanted}, it gave {rows} of {sorted(lengths)}")
 
 
 class Session(Protocol):
     """A loaded engine."""
 
-    def decode(self, call: Call) -> Seconds:
+    def decode(self, call: Call) -> Decoded:
         """Carry out one call."""
         ...
 

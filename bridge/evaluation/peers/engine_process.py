@@ -5,11 +5,12 @@ Questions and answers are JSON; an answer has `error`, in one line, where the en
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib import import_module
 from typing import Any
 
 from bridge.errors import describe
-from bridge.evaluation.peers.engine import Call, Engine, Seconds, Session, Setup
+from bridge.evaluation.peers.engine import Call, Session, Setup
 from bridge.evaluation.peers.threads import limit_threads
 
 
@@ -30,7 +31,7 @@ def serve(payload: bytes) -> Callable[[bytes], bytes]:
 
 
 def _carry_out(setup: Setup, sessions: list[Session], asked: dict[str, Any]) -> dict[str, Any]:
-    engine: Engine = import_module(setup.entry.module)
+    engine: Any = import_module(setup.entry.module)  # an `Engine`
     if asked["do"] == "prepare":
         engine.prepare(setup)
         return {}
@@ -38,5 +39,6 @@ def _carry_out(setup: Setup, sessions: list[Session], asked: dict[str, Any]) -> 
         sessions.append(engine.load(setup))
         return {}
     call = Call(**asked["call"])
-    found: Seconds = sessions[0].decode(call)
-    return {"first": found.first, "all": found.all}
+    found = sessions[0].decode(call)
+    found.check(call)
+    return asdict(found)

@@ -1,8 +1,8 @@
 """A host as the GGUF file that llama.cpp runs, in float32, bfloat16 or quantised.
 
 In: an opened checkpoint without blocks. Out: one file with every tensor of it, by the `gguf`
-package, and what llama.cpp must know of the model. The words of its vocabulary are made up: prompts
-go in as ids, and what comes out is counted and not read.
+package, and what llama.cpp must know of the model. The words of its vocabulary are made up, so that
+texts are ids (`ids_of`), whatever tokenizer the host has.
 """
 
 from pathlib import Path
@@ -17,6 +17,8 @@ from bridge.rope import RopeConfig, inverse_frequencies
 
 TYPES = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+
+WORD = "w"  # and a number
 
 
 def write_gguf(opened: Checkpoint, path: Path, weights: str) -> None:
@@ -48,6 +50,11 @@ def write_gguf(opened: Checkpoint, path: Path, weights: str) -> None:
     writer.close()
 
 
+def ids_of(text: str) -> list[int]:
+    """The tokens of a text in made-up words."""
+    return [int(word) for word in text.split(WORD)[1:]]
+
+
 def _describe(writer: Any, config: ModelConfig) -> None:
     """What llama.cpp reads of the model, by its own names."""
     from gguf import RopeScalingType
@@ -72,9 +79,9 @@ def _describe(writer: Any, config: ModelConfig) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([f"w{i}" for i in range(config.vocab_size)])
+    writer.add_token_list([f"{WORD}{i}" for i in range(config.vocab_size)])
     writer.add_token_types([1] * config.vocab_size)
-    writer.add_token_merges(["w 0"])
+    writer.add_token_merges([f"{WORD} 0"])
     writer.add_eos_token_id(0)
     writer.add_bos_token_id(0)
     writer.add_add_bos_token(False)

@@ -8,12 +8,13 @@ import time
 from typing import Any
 
 from bridge.checkpoints.reading import open_checkpoint
-from bridge.evaluation.peers.engine import Call, Seconds, Setup
-from bridge.evaluation.peers.gguf_file import write_gguf
+from bridge.errors import one_line
+from bridge.evaluation.peers.engine import Call, Decoded, Setup
+from bridge.evaluation.peers.gguf_file import ids_of, write_gguf
 
 FILE = "host.gguf"
 # The whole distribution: temperature alone of llama.cpp's samplers.
-SAMPLING = {"samplers": ["temperature"], "temperature": 1.0, "ignore_eos": True}
+SAMPLING = {"samplers": ["temperature"], "ignore_eos": True}
 
 
 class LlamaCppSession:
@@ -22,17 +23,17 @@ class LlamaCppSession:
     def __init__(self, server: Any) -> None:
         self.server = server
 
-    def decode(self, call: Call) -> Seconds:
+    def decode(self, call: Call) -> Decoded:
         """One request. Each row has a seed of its own, counted on from the call's."""
         asked = {"prompt": list(call.prompt), "n_predict": call.new, "n": call.width}
-        asked |= {"seed": call.seed, "cache_prompt": False, **SAMPLING}
+        asked |= {"seed": call.seed, "temperature": call.temperature, "cache_prompt": False}
         start = time.perf_counter()
-        found = self.server.handle_completions(asked)
+        found = self.server.handle_completions(asked | SAMPLING)
         whole = time.perf_counter() - start
-        rows = len(found.get("choices", ()))
-        if rows != call.width or found["timings"]["predicted_n"] != call.new:
-            raise RuntimeError(f"asked for {call.width} rows, and got {rows}: {str(found)[:120]}")
-        return Seconds(whole - found["timings"]["predicted_ms"] / 1000, whole)
+        if "choices" not in found:
+            raise RuntimeError(one_line(found.get("message", found)))
+        tokens = [ids_of(row["text"]) for row in found["choices"]]
+        return Decoded(whole - found["timings"]["predicted_ms"] / 1000, whole, tokens)
 
 
 def prepare(setup: Setup) -> None:
@@ -42,7 +43,7 @@ def prepare(setup: Setup) -> None:
 
 def load(setup: Setup) -> LlamaCppSession:
     """A server with a place for each row."""
-    from xllamacpp import CommonParams, Server
+    from xllamacpp import CommonParams, Server  # pyright: ignore[reportMissingImports]
 
     params = CommonParams()
     params.model.path = str(setup.scratch / FILE)

@@ -18,7 +18,7 @@ from bridge.evaluation.peers.engine import Call, Entry, Setup
 from bridge.evaluation.peers.host import write_host
 from bridge.evaluation.peers.limit import step_parameters
 from bridge.evaluation.peers.plan import Absent, Plan
-from bridge.evaluation.peers.results import Found, Results, Workload
+from bridge.evaluation.peers.results import Found, Results, Seconds, Workload
 from bridge.evaluation.peers.worker import EngineFailed, Rates, Worker
 from bridge.numbers.machine import check_disk, check_memory
 
@@ -102,12 +102,16 @@ def _setup(
 def _warm_up(
     worker: Worker, found: Found, prompt: tuple[int, ...], workload: Workload, failed: list[Absent]
 ) -> None:
-    """Find out, from the narrowest width on, how many tokens a call may have within its seconds."""
+    """Find out what it says, and, from the narrowest width on, how many tokens a call may have
+    within its seconds."""
+    new = min(WARM, workload.new)
     for width in sorted(workload.widths):
         try:
-            worker.decode(Call(prompt, width, 2, 0), WARMING)  # which compiles
-            new = min(WARM, workload.new)
-            call = worker.decode(Call(prompt, width, new, 0), WARMING)
+            if not found.likeliest:
+                likeliest = worker.decode(Call(prompt, 1, new, temperature=0.0), WARMING)
+                found.likeliest = likeliest.tokens[0]
+            worker.decode(Call(prompt, width, 2), WARMING)  # which compiles
+            call = worker.decode(Call(prompt, width, new), WARMING)
         except EngineFailed as error:
             failed.append(Absent(f"{found.entry.label}, width {width}", str(error)))
             if worker.closed:
@@ -134,11 +138,11 @@ def _measure(
     time.sleep(SETTLE)
     try:
         call = Call(prompt, width, found.new[width], turn + 1)
-        seconds = worker.decode(call, PATIENCE * max(workload.seconds, 6.0))
+        decoded = worker.decode(call, PATIENCE * max(workload.seconds, 6.0))
     except EngineFailed as error:
         failed.append(Absent(f"{found.entry.label}, width {width}", str(error)))
         return
-    found.seconds.setdefault(width, []).append(seconds)
+    found.seconds.setdefault(width, []).append(Seconds(decoded.first, decoded.all))
 
 
 def _check_fits(plan: Plan, parameters: int) -> None:

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from bridge.evaluation.peers.engine import Call, Seconds, Setup
+from bridge.evaluation.peers.engine import Call, Decoded, Setup
 
 
 class MlxLmSession:
@@ -12,7 +12,7 @@ class MlxLmSession:
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def decode(self, call: Call) -> Seconds:
+    def decode(self, call: Call) -> Decoded:
         """One batch of equal prompts; every token reaches the host as it is drawn."""
         import mlx.core as mx
         from mlx_lm.generate import BatchGenerator
@@ -21,22 +21,24 @@ class MlxLmSession:
         mx.random.seed(call.seed)
         batch = BatchGenerator(
             self.model,
-            sampler=make_sampler(temp=1.0),
+            sampler=make_sampler(temp=call.temperature),
             max_tokens=call.new,
             prefill_batch_size=call.width,
             completion_batch_size=call.width,
         )
-        left = dict.fromkeys(batch.insert([list(call.prompt)] * call.width), call.new)
+        rows: dict[int, list[int]] = {
+            uid: [] for uid in batch.insert([list(call.prompt)] * call.width)
+        }
         first = 0.0
         start = time.perf_counter()
-        while any(left.values()):
+        while any(len(row) < call.new for row in rows.values()):
             for response in batch.next_generated():
-                left[response.uid] -= 1
-            if not first and all(n < call.new for n in left.values()):
+                rows[response.uid].append(response.token)
+            if not first and all(rows.values()):
                 first = time.perf_counter() - start
-        found = Seconds(first, time.perf_counter() - start)
+        whole = time.perf_counter() - start
         batch.close()
-        return found
+        return Decoded(first, whole, list(rows.values()))
 
 
 def load(setup: Setup) -> MlxLmSession:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bridge.errors import BridgeError
-from bridge.evaluation.peers.engine import Entry, Seconds
+from bridge.evaluation.peers.engine import Entry
 from bridge.evaluation.peers.limit import Limit
 from bridge.evaluation.peers.plan import Absent
 from bridge.numbers.ranges import take
@@ -35,12 +35,21 @@ class Workload:
             raise BridgeError(f"prompt_tokens and new go past the context of {context}")
 
 
+@dataclass(frozen=True)
+class Seconds:
+    """Of a call: until every row had its first token, and until it had its last."""
+
+    first: float
+    all: float
+
+
 @dataclass
 class Found:
     """What was measured of an entry, by width."""
 
     entry: Entry
     version: str
+    likeliest: list[int] = field(default_factory=list)  # tokens after the prompt, of one row
     new: dict[int, int] = field(default_factory=dict)  # tokens of a row in each call
     seconds: dict[int, list[Seconds]] = field(default_factory=dict)  # of the calls
     left_out: dict[int, str] = field(default_factory=dict)  # and why
@@ -63,6 +72,7 @@ class Found:
             "blocks": self.entry.blocks,
             "package": self.entry.package,
             "version": self.version,
+            "likeliest": self.likeliest,
             "widths": {
                 str(width): {
                     "tokens_per_second": self.tokens_per_second(width),
@@ -91,6 +101,14 @@ class Results:
         """Tokens a second that the machine allows the host with float32 weights."""
         return self.limit and self.limit.tokens_per_second(self.parameters, width)
 
+    def doubts(self) -> dict[str, int]:
+        """Engines that have the host in float32 and say other tokens than Bridge's host, with the
+        number of tokens until they part: they may run another model than was meant."""
+        hosts = [f for f in self.found if f.entry.weights == "float32" and not f.entry.blocks]
+        ours = next((f.likeliest for f in hosts if f.entry.backend and f.likeliest), [])
+        parting = {f.entry.label: _parting(ours, f.likeliest) for f in hosts}
+        return {label: same for label, same in parting.items() if same is not None}
+
     def to_json(self) -> dict[str, Any]:
         """For machines."""
         limit = None
@@ -104,4 +122,11 @@ class Results:
             "engines": [found.to_json() for found in self.found],
             "absent": [asdict(absent) for absent in self.absent],
             "failed": [asdict(failed) for failed in self.failed],
+            "doubts": self.doubts(),
         }
+
+
+def _parting(one: list[int], other: list[int]) -> int | None:
+    """How many tokens two rows begin with alike; None where that is all of one."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), None)

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from bridge.evaluation.peers.engine import Call, Seconds, Setup, tokens_of
+from bridge.evaluation.peers.engine import Call, Decoded, Setup, tokens_of
 
 
 class TransformersSession:
@@ -12,7 +12,7 @@ class TransformersSession:
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def decode(self, call: Call) -> Seconds:
+    def decode(self, call: Call) -> Decoded:
         """One `generate`, which tells of each step through a stopping criterion."""
         import torch
 
@@ -27,23 +27,22 @@ class TransformersSession:
 
         torch.manual_seed(call.seed)
         prompt = torch.from_numpy(tokens_of(call))[None].to(self.model.device)
+        drawing = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if call.temperature else {}
         start = time.perf_counter()
         with torch.inference_mode():
             out = self.model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
+                do_sample=bool(drawing),
+                **drawing,
                 num_return_sequences=call.width,
                 max_new_tokens=call.new,
                 eos_token_id=None,
                 pad_token_id=0,
                 stopping_criteria=[step],
             )
-        assert out.cpu().shape == (call.width, len(call.prompt) + call.new)
-        return Seconds(steps[0] - start, time.perf_counter() - start)
+        tokens = out[:, len(call.prompt) :].tolist()
+        return Decoded(steps[0] - start, time.perf_counter() - start, tokens)
 
 
 def load(setup: Setup) -> TransformersSession:

@@ -8,7 +8,7 @@ find the prompt read.
 import time
 from typing import Any
 
-from bridge.evaluation.peers.engine import Call, Seconds, Setup
+from bridge.evaluation.peers.engine import Call, Decoded, Setup
 
 
 class VllmSession:
@@ -17,16 +17,17 @@ class VllmSession:
     def __init__(self, engine: Any) -> None:
         self.engine = engine
 
-    def decode(self, call: Call) -> Seconds:
+    def decode(self, call: Call) -> Decoded:
         """Two calls: of one token, and of all."""
-        return Seconds(self._call(call, 1), self._call(call, call.new))
+        first, _ = self._call(call, 1)
+        return Decoded(first, *self._call(call, call.new))
 
-    def _call(self, call: Call, new: int) -> float:
-        from vllm import SamplingParams
+    def _call(self, call: Call, new: int) -> tuple[float, list[list[int]]]:
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
         asked = SamplingParams(
             n=call.width,
-            temperature=1.0,
+            temperature=call.temperature,
             max_tokens=new,
             ignore_eos=True,
             seed=call.seed,
@@ -36,13 +37,12 @@ class VllmSession:
         prompt = {"prompt_token_ids": list(call.prompt)}
         [found] = self.engine.generate([prompt], asked, use_tqdm=False)
         seconds = time.perf_counter() - start
-        assert [len(row.token_ids) for row in found.outputs] == [new] * call.width
-        return seconds
+        return seconds, [list(row.token_ids) for row in found.outputs]
 
 
 def load(setup: Setup) -> VllmSession:
     """The host, by vLLM alone."""
-    from vllm import LLM
+    from vllm import LLM  # pyright: ignore[reportMissingImports]
 
     engine = LLM(
         str(setup.host),

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from bridge.errors import BridgeError
-from bridge.evaluation.peers.engine import Call, Seconds, Setup
+from bridge.evaluation.peers.engine import Call, Decoded, Setup
 from bridge.evaluation.peers.limit import Limit
 from bridge.processes.parent import Child, ChildLost
 
@@ -37,9 +37,9 @@ class Worker:
             self.close()
             raise
 
-    def decode(self, call: Call, limit: float) -> Seconds:
+    def decode(self, call: Call, limit: float) -> Decoded:
         """One call, within `limit` seconds. Raises EngineFailed."""
-        return Seconds(**self._ask(limit, do="decode", call=asdict(call)))
+        return Decoded(**self._ask(limit, do="decode", call=asdict(call)))
 
     @property
     def closed(self) -> bool:
