@@ -11,7 +11,7 @@ from bridge_cli.options import Backend, Device, Dtype, integer, number
 from bridge_cli.text import print_json
 
 RATIOS = ("backend", "dtype", "figures", "width", "steps", "rows", "timesteps")  # without --peers
-PEERS = ("widths", "new", "seconds", "threads", "engines", "weights", "plot", "save")  # with it
+PEERS = ("widths", "new", "seconds", "threads", "engines", "dtypes", "plot", "save")  # with it
 
 
 def bench(
@@ -45,8 +45,8 @@ def bench(
     engines: Annotated[
         str, typer.Option(help="Backends and peers, by commas; else all, but not numpy.")
     ] = "",
-    weights: Annotated[
-        str, typer.Option(help="float32, bfloat16, int8, int4, by commas; else what each can.")
+    dtypes: Annotated[
+        str, typer.Option(help="Of weights, int8 and int4 too, by commas; else what is worth it.")
     ] = "",
     plot: Annotated[
         Path | None, typer.Option(help="Tokens a second by width, a .png or .svg file.")
@@ -72,7 +72,7 @@ def bench(
     if peers:
         from bridge_cli.bench_peers import bench_peers
 
-        chosen = {"widths": widths, "engines": engines, "weights": weights}
+        chosen = {"widths": widths, "engines": engines, "dtypes": dtypes}
         sizes = {"new": new, "seconds": seconds, "threads": threads}
         sizes |= {"prompt_tokens": prompt_tokens, "rounds": rounds}
         return bench_peers(checkpoint, device, chosen, sizes, plot, save, json)

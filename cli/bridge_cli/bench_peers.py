@@ -22,7 +22,7 @@ def bench_peers(
     save: Path | None,
     json: bool,
 ) -> None:
-    """Measure, show, plot and keep. `chosen`: widths, engines and weights, by commas."""
+    """Measure, show, plot and keep. `chosen`: widths, engines and dtypes, by commas."""
     from rich.console import Console
 
     from bridge.checkpoints.reading import open_checkpoint
@@ -52,16 +52,18 @@ def bench_peers(
         sizes["threads"] or available_threads(),
     )
     opened = open_checkpoint(checkpoint)
+    installed = backends()
+    device = device or installed[0].devices[0]
     planned = plan(
-        backends(),
-        device or "cpu",
+        installed,
+        device,
         blocks=opened.config.bridge is not None,
         engines=_listed(chosen["engines"]),
-        weights=_listed(chosen["weights"]),
+        weights=_listed(chosen["dtypes"]),
     )
     with Console(stderr=True).status("starting") as status:
-        results = run(opened, planned, device or "cpu", workload, status.update)
-    machine = {"device": device_name(device or "cpu"), "threads": workload.threads}
+        results = run(opened, planned, device, workload, status.update)
+    machine = {"device": device_name(device), "threads": workload.threads}
     said = {"machine": machine, "checkpoint": str(checkpoint), **results.to_json()}
     if save is not None:
         import json as writer
@@ -69,7 +71,8 @@ def bench_peers(
         with new_file(save) as file:
             file.write((writer.dumps(said, indent=2) + "\n").encode())
     if plot is not None:
-        plot_peers(plot, results, f"{checkpoint.name} on {machine['device']}")
+        title = f"{checkpoint.name} on {machine['device']}, {workload.threads} threads"
+        plot_peers(plot, results, title)
     if json:
         return print_json(said)
     _show(results, machine)

@@ -1,6 +1,7 @@
 """Bridge itself, by the contract: any backend, with the blocks or as the host alone."""
 
 import time
+from typing import Any
 
 import numpy as np
 
@@ -8,6 +9,7 @@ from bridge.checkpoints.reading import open_checkpoint
 from bridge.contract import BackendModel, Sampling
 from bridge.evaluation.peers.engine import Call, Decoded, Setup, tokens_of
 from bridge.model import build
+from bridge.registry import DTYPES
 
 AHEAD = 8  # tokens that are drawn at most before any is looked at, as when text is generated
 
@@ -38,5 +40,9 @@ def load(setup: Setup) -> BridgeSession:
     """The checkpoint on the entry's backend."""
     opened, entry = open_checkpoint(setup.checkpoint), setup.entry
     config = opened.config if entry.blocks else opened.config.without_bridge()
-    model = build(opened, config, opened.tensors, entry.backend, setup.device, entry.weights)
+    if entry.weights in DTYPES:
+        kind: dict[str, Any] = {"dtype": entry.weights}
+    else:
+        kind = {"weights": entry.weights}
+    model = build(opened, config, opened.tensors, entry.backend, setup.device, **kind)
     return BridgeSession(model.implementation, setup.context)

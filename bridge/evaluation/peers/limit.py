@@ -43,28 +43,33 @@ def step_parameters(config: ModelConfig) -> int:
     return sum(map(prod, shapes.values()))
 
 
-def measure() -> dict[str, float]:
-    """Both rates of a CPU, the best of what was seen in half a second each, with all the threads of
-    this process: by torch where it is there, else by NumPy."""
+def measure(device: str) -> dict[str, float]:
+    """Both rates of a device, the best of what was seen in half a second each, on a CPU with all
+    threads of this process: by torch where it is there and has the device, else by NumPy."""
     try:
-        read, multiply = _by_torch()
+        read, multiply = _by_torch(device if device.startswith("cuda") else "cpu")
     except ImportError:
         read, multiply = _by_numpy()
     return {"bandwidth": ARRAY / _best(read), "rate": 2 * SIDE**3 / _best(multiply)}
 
 
-def _by_torch() -> tuple[Callable[[], Any], Callable[[], Any]]:
+def _by_torch(device: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
     import torch
 
-    array = torch.ones(ARRAY // 4)
-    a, b = torch.ones(SIDE, SIDE), torch.ones(SIDE, SIDE)
-    out = torch.empty(SIDE, SIDE)
-    return array.sum, lambda: torch.mm(a, b, out=out)
+    array = torch.ones(ARRAY // 4, device=device)
+    a, b = torch.ones(2, SIDE, SIDE, device=device)
+    out = torch.empty_like(a)
+
+    def multiply() -> None:
+        torch.mm(a, b, out=out)
+        out[0, 0].item()  # waits for the device
+
+    return lambda: array.sum().item(), multiply
 
 
 def _by_numpy() -> tuple[Callable[[], Any], Callable[[], Any]]:
     array = np.ones(ARRAY // 4, np.float32)
-    a, b = np.ones((SIDE, SIDE), np.float32), np.ones((SIDE, SIDE), np.float32)
+    a, b = np.ones((2, SIDE, SIDE), np.float32)
     return lambda: array @ array, lambda: a @ b
 
 

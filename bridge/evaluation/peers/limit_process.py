@@ -1,5 +1,5 @@
 """The machine's rates, measured in a process of its own, like the engines that they are held
-against. A question is any bytes; the answer is `limit.measure`, as JSON."""
+against. A question is the name of a device; the answer is `limit.measure`, as JSON."""
 
 import json
 from collections.abc import Callable
@@ -14,6 +14,6 @@ def serve(payload: bytes) -> Callable[[bytes], bytes]:
     def answer(question: bytes) -> bytes:
         from bridge.evaluation.peers.limit import measure
 
-        return json.dumps(measure()).encode()
+        return json.dumps(measure(question.decode())).encode()
 
     return answer

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from bridge.checkpoints.reading import open_checkpoint
-from bridge.errors import one_line
+from bridge.errors import BridgeError, one_line
 from bridge.evaluation.peers.engine import Call, Decoded, Setup
 from bridge.evaluation.peers.gguf_file import ids_of, write_gguf
 
@@ -37,8 +37,12 @@ class LlamaCppSession:
 
 
 def prepare(setup: Setup) -> None:
-    """Write the host as GGUF."""
-    write_gguf(open_checkpoint(setup.host), setup.scratch / FILE, setup.entry.weights)
+    """Write the host as GGUF. Raises BridgeError where rows would reach past a sliding window,
+    which llama.cpp's Llama has not."""
+    opened = open_checkpoint(setup.host)
+    if any(window and window < setup.context for window in opened.config.sliding_windows):
+        raise BridgeError("its layers have sliding windows, shorter than what is measured")
+    write_gguf(opened, setup.scratch / FILE, setup.entry.weights)
 
 
 def load(setup: Setup) -> LlamaCppSession:
@@ -52,6 +56,7 @@ def load(setup: Setup) -> LlamaCppSession:
     params.kv_unified = True  # so that rows share the cells of their prompt
     params.cache_ram_mib = 0  # every call reads its prompt
     params.fit_params = False
+    params.n_gpu_layers = 0
     params.verbosity = -1
     for pool in (params.cpuparams, params.cpuparams_batch):
         pool.n_threads = setup.threads

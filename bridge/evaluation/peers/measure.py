@@ -6,15 +6,16 @@ slow is reported, and the others go on.
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 
 from bridge.checkpoints.reading import Checkpoint
-from bridge.evaluation.peers.engine import Call, Entry, Setup
+from bridge.evaluation.peers.engine import Call, Decoded, Setup
 from bridge.evaluation.peers.host import write_host
 from bridge.evaluation.peers.limit import step_parameters
 from bridge.evaluation.peers.plan import Absent, Plan
@@ -41,113 +42,118 @@ def run(
 
     Raises BridgeError, before any work, for sizes out of their range or the machine's memory.
     """
-    config = opened.config
-    workload.check(config.max_position_embeddings)
-    parameters = step_parameters(config.without_bridge())
+    workload.check(opened.config.max_position_embeddings)
+    parameters = step_parameters(opened.config.without_bridge())
     _check_fits(plan, parameters)
     results = Results(workload, parameters, plan.absent)
     with tempfile.TemporaryDirectory(prefix="bridge-peers-") as scratch, ExitStack() as stack:
         running = []
-        for number, entry in enumerate(plan.entries):
-            tell(f"loading {entry.label}")
-            setup = _setup(opened, entry, device, workload, Path(scratch), number)
+        for setup in _setups(opened, plan, device, workload, Path(scratch)):
+            tell(f"loading {setup.entry.label}")
             try:
                 worker = stack.enter_context(closing(Worker(setup)))
             except EngineFailed as error:
-                results.failed.append(Absent(entry.label, str(error)))
+                results.failed.append(Absent(setup.entry.label, str(error)))
                 continue
-            found = Found(entry, _version(entry.package))
+            found = Found(setup.entry, _version(setup.entry.package))
             results.found.append(found)
-            running.append((worker, found))
-        prompt = np.random.default_rng(0).integers(0, config.vocab_size, workload.prompt_tokens)
+            running.append(_Running(worker, found, results))
+        prompt = np.random.default_rng(0).integers(
+            0, opened.config.vocab_size, workload.prompt_tokens
+        )
         ids = tuple(prompt.tolist())
-        for worker, found in running:
-            tell(f"warming up {found.entry.label}")
-            _warm_up(worker, found, ids, workload, results.failed)
-        rates = stack.enter_context(closing(Rates(workload.threads)))
+        for one in running:
+            tell(f"warming up {one.found.entry.label}")
+            one.warm_up(ids)
+        rates = stack.enter_context(closing(Rates(device, workload.threads)))
         for turn in range(workload.rounds):
             results.limit = rates.look()
             for width in workload.widths:
-                for worker, found in running if turn % 2 == 0 else reversed(running):
-                    if width in found.new and not worker.closed:
-                        tell(
-                            f"round {turn + 1} of {workload.rounds}, width {width}, "
-                            f"{found.entry.label}"
-                        )
-                        _measure(worker, found, ids, width, turn, workload, results.failed)
+                for one in running if turn % 2 == 0 else reversed(running):
+                    what = f"width {width}, {one.found.entry.label}"
+                    tell(f"round {turn + 1} of {workload.rounds}, {what}")
+                    one.measure(ids, width, seed=turn + 1)
         results.limit = rates.look()
     return results
 
 
-def _setup(
-    opened: Checkpoint, entry: Entry, device: str, workload: Workload, scratch: Path, number: int
-) -> Setup:
-    """What an entry needs, its files written."""
-    host, own = scratch / "host", scratch / str(number)
-    own.mkdir()
-    if not entry.backend and not host.exists():
-        write_host(opened, host)
-    return Setup(
-        entry=entry,
-        checkpoint=opened.path.resolve(),
-        host=host,
-        scratch=own,
-        device=device,
-        threads=workload.threads,
-        widest=max(workload.widths),
-        context=workload.prompt_tokens + workload.new,
-    )
+def _setups(
+    opened: Checkpoint, plan: Plan, device: str, workload: Workload, scratch: Path
+) -> Iterator[Setup]:
+    """What each entry is loaded from, its files written when it is its turn."""
+    host = scratch / "host"
+    for number, entry in enumerate(plan.entries):
+        own = scratch / str(number)
+        own.mkdir()
+        if not entry.backend and not host.exists():
+            write_host(opened, host)
+        yield Setup(
+            entry=entry,
+            checkpoint=opened.path.resolve(),
+            host=host,
+            scratch=own,
+            device=device,
+            threads=workload.threads,
+            widest=max(workload.widths),
+            context=workload.prompt_tokens + workload.new,
+        )
 
 
-def _warm_up(
-    worker: Worker, found: Found, prompt: tuple[int, ...], workload: Workload, failed: list[Absent]
-) -> None:
-    """Find out what it says, and, from the narrowest width on, how many tokens a call may have
-    within its seconds."""
-    new = min(WARM, workload.new)
-    for width in sorted(workload.widths):
-        try:
-            if not found.likeliest:
-                likeliest = worker.decode(Call(prompt, 1, new, temperature=0.0), WARMING)
-                found.likeliest = likeliest.tokens[0]
-            worker.decode(Call(prompt, width, 2), WARMING)  # which compiles
-            call = worker.decode(Call(prompt, width, new), WARMING)
-        except EngineFailed as error:
-            failed.append(Absent(f"{found.entry.label}, width {width}", str(error)))
-            if worker.closed:
-                return
-            continue
-        step = (call.all - call.first) / (new - 1)
-        fit = 1 + int((workload.seconds - call.first) / step)
-        if fit < 2:
-            why = f"a call of two tokens takes {call.first + step:.0f} s"
-            found.left_out |= {w: why for w in workload.widths if w >= width}
+@dataclass(frozen=True)
+class _Running:
+    """An engine under way, and where its figures go."""
+
+    worker: Worker
+    found: Found
+    results: Results
+
+    def warm_up(self, prompt: tuple[int, ...]) -> None:
+        """Find out what it says, and, from the narrowest width on, how many tokens a call may have
+        within its seconds."""
+        work, found = self.results.workload, self.found
+        new = min(WARM, work.new)
+        if (said := self._decode(Call(prompt, 1, new, temperature=0.0), WARMING)) is None:
             return
-        found.new[width] = min(workload.new, fit)
+        found.likeliest = said.tokens[0]
+        for width in sorted(work.widths):
+            self._decode(Call(prompt, width, 2), WARMING)  # which compiles
+            if (call := self._decode(Call(prompt, width, new), WARMING)) is None:
+                continue
+            step = max((call.all - call.first) / (new - 1), 1e-9)
+            fit = 1 + int((work.seconds - call.first) / step)
+            if fit < 2:
+                why = f"a call of two tokens takes {call.first + step:.0f} s"
+                found.left_out |= {w: why for w in work.widths if w >= width}
+                return
+            found.new[width] = min(work.new, fit)
 
+    def measure(self, prompt: tuple[int, ...], width: int, seed: int) -> None:
+        """One call that counts, where there is a figure to be had."""
+        if width not in self.found.new or self.worker.closed:
+            return
+        time.sleep(SETTLE)
+        limit = PATIENCE * max(self.results.workload.seconds, 6.0)
+        call = Call(prompt, width, self.found.new[width], seed)
+        if (decoded := self._decode(call, limit)) is not None:
+            seconds = Seconds(decoded.first, decoded.all)
+            self.found.seconds.setdefault(width, []).append(seconds)
 
-def _measure(
-    worker: Worker,
-    found: Found,
-    prompt: tuple[int, ...],
-    width: int,
-    turn: int,
-    workload: Workload,
-    failed: list[Absent],
-) -> None:
-    time.sleep(SETTLE)
-    try:
-        call = Call(prompt, width, found.new[width], turn + 1)
-        decoded = worker.decode(call, PATIENCE * max(workload.seconds, 6.0))
-    except EngineFailed as error:
-        failed.append(Absent(f"{found.entry.label}, width {width}", str(error)))
-        return
-    found.seconds.setdefault(width, []).append(Seconds(decoded.first, decoded.all))
+    def _decode(self, call: Call, limit: float) -> Decoded | None:
+        """A call; None where it failed, which is reported once a width."""
+        if self.worker.closed:
+            return None
+        try:
+            return self.worker.decode(call, limit)
+        except EngineFailed as error:
+            failed = Absent(f"{self.found.entry.label}, width {call.width}", str(error))
+            if failed not in self.results.failed:
+                self.results.failed.append(failed)
+            return None
 
 
 def _check_fits(plan: Plan, parameters: int) -> None:
     """Refuse more engines than the memory holds at once, or the disk beside."""
-    mend = "name fewer with --engines or --weights"
+    mend = "name fewer with --engines or --dtypes"
     held = sum(SIZES[entry.weights] * parameters for entry in plan.entries)
     check_memory(int(held), f"{len(plan.entries)} engines at once", mend)
     written = 4 * parameters + sum(

@@ -48,6 +48,7 @@ def load(setup: Setup) -> MlxLmSession:
     import mlx.core as mx
     from mlx_lm.utils import load_model
 
+    mx.set_default_device(mx.Device(mx.gpu if setup.device.startswith("gpu") else mx.cpu))
     model, _ = load_model(Path(setup.host))
     model.set_dtype(getattr(mx, setup.entry.weights))
     return MlxLmSession(model)

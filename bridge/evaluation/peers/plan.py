@@ -6,12 +6,12 @@ the host alone, the others as they come.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 from bridge.errors import BridgeError
 from bridge.evaluation.peers.engine import Entry
-from bridge.registry import BackendInfo
+from bridge.registry import BackendInfo, find_backend
 
 ROOM = "bridge.evaluation.peers"
 PEERS_EXTRA = "pip install 'bridge-llm[peers]'"
@@ -61,6 +61,7 @@ PEERS: Mapping[str, Peer] = {
         ("mlx_lm", "mlx"),
         ("float32", "bfloat16", "float16"),
         ("float32",),
+        ("cpu", "gpu"),
         package="mlx-lm",
     ),
     "vLLM": Peer(
@@ -110,53 +111,42 @@ def plan(
     if unknown := [name for name in engines if name.lower() not in folded]:
         raise BridgeError(f"engine {unknown[0]!r} is not known; use some of {', '.join(known)}")
     if unknown := [name for name in weights if name not in WEIGHTS]:
-        raise BridgeError(f"weights {unknown[0]!r} are not known; use some of {', '.join(WEIGHTS)}")
+        raise BridgeError(f"dtype {unknown[0]!r} is not known; use some of {', '.join(WEIGHTS)}")
     chosen = {folded[name.lower()] for name in engines} or set(known) - {REFERENCE}
     found = Plan([], [])
     for info in backends:
         if info.name in chosen:
-            _add_backend(found, info, device, blocks, bool(engines), weights)
+            _add_backend(found, info, device, blocks, weights)
     for name, peer in peers.items():
         if name in chosen:
             _add_peer(found, name, peer, device, weights)
     if not found.entries:
         why = "; ".join(f"{a.name}: {a.why}" for a in found.absent)
-        raise BridgeError(f"there is nothing to measure ({why or 'no engine has these weights'})")
+        raise BridgeError(f"there is nothing to measure ({why or 'no engine has such weights'})")
     return found
 
 
 def _add_backend(
-    found: Plan,
-    info: BackendInfo,
-    device: str,
-    blocks: bool,
-    named: bool,
-    weights: Collection[str],
+    found: Plan, info: BackendInfo, device: str, blocks: bool, weights: Collection[str]
 ) -> None:
     name, kind = f"bridge {info.name}", device.partition(":")[0]
-    place = next((d for d in info.devices if d.partition(":")[0] == kind), None)
+    place = next((d for d in info.devices if kind in (d, d.partition(":")[0])), None)
     if place is None:
-        why = info.problem or f"does not run on {kind}"
-        found.absent.append(Absent(name, why))
+        found.absent.append(Absent(name, info.problem or f"does not run on {kind}"))
         return
-    offered = _offered(info, place)
-    first = not any(entry.backend for entry in found.entries)
-    shown = SHOWN if first else [info.dtypes[place][0]]
-    for kind_of_weights in weights or shown:
-        if kind_of_weights in offered:
-            entry = Entry(
-                name, kind_of_weights, blocks, f"{ROOM}.bridge_engine", info.name, info.name
-            )
-            found.entries.append(entry)
-            if first and blocks and kind_of_weights == "float32":
-                found.entries.append(
-                    Entry(name, kind_of_weights, False, entry.module, info.name, info.name)
-                )
+    best = not any(entry.backend for entry in found.entries)
+    for wanted in weights or (SHOWN if best else info.dtypes[place][:1]):
+        if wanted in _offered(info, place):
+            ours = Entry(name, wanted, blocks, f"{ROOM}.bridge_engine", info.name, info.name)
+            found.entries.append(ours)
+            if best and blocks and wanted == "float32":
+                found.entries.append(replace(ours, blocks=False))
 
 
 def _offered(info: BackendInfo, device: str) -> list[str]:
-    """The weights that a backend can have on a device."""
-    return list(info.dtypes[device])
+    """The weights that a backend can have on a device: a dtype, or integers where it makes them."""
+    narrow = getattr(find_backend(info.name), "weights", None)
+    return [*info.dtypes[device], *(narrow(device) if narrow else ())]
 
 
 def _add_peer(found: Plan, name: str, peer: Peer, device: str, weights: Collection[str]) -> None:
@@ -168,10 +158,7 @@ def _add_peer(found: Plan, name: str, peer: Peer, device: str, weights: Collecti
         found.absent.append(Absent(name, f"is not measured on {kind}"))
     else:
         package = peer.package or peer.needs[0]
-        for kind_of_weights in weights or peer.shown:
-            if kind_of_weights in peer.weights:
-                found.entries.append(
-                    Entry(
-                        name, kind_of_weights, False, peer.module, package, prepares=peer.prepares
-                    )
-                )
+        for wanted in weights or peer.shown:
+            if wanted in peer.weights:
+                theirs = Entry(name, wanted, False, peer.module, package, prepares=peer.prepares)
+                found.entries.append(theirs)

@@ -55,9 +55,12 @@ class Found:
     left_out: dict[int, str] = field(default_factory=dict)  # and why
 
     def tokens_per_second(self, width: int) -> float | None:
-        """Of decoding, by the median; None where nothing was measured."""
+        """Of decoding, by the median; None where nothing was measured, or nothing that a clock can
+        tell from none."""
         decoding = [call.all - call.first for call in self.seconds.get(width, ())]
-        return width * (self.new[width] - 1) / statistics.median(decoding) if decoding else None
+        if not decoding or (seconds := statistics.median(decoding)) <= 0:
+            return None
+        return width * (self.new[width] - 1) / seconds
 
     def first_token(self, width: int) -> float | None:
         """Seconds until every row has its first token, the median."""

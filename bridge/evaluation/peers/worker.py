@@ -69,14 +69,15 @@ class Worker:
 class Rates:
     """The machine's limits, measured in a process of their own; the best seen counts."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, device: str, threads: int) -> None:
+        self.device = device
         self.child = Child(f"{ROOM}.limit_process:serve", str(threads).encode(), what="the limit")
         self.best: Limit | None = None
 
     def look(self) -> Limit | None:
         """Measure once more; the limit so far, None where it could not be measured."""
         try:
-            seen = Limit(**json.loads(self.child.ask(b"", MEASURING)))
+            seen = Limit(**json.loads(self.child.ask(self.device.encode(), MEASURING)))
         except (ChildLost, BridgeError):
             return self.best
         if self.best is not None:
