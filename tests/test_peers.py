@@ -237,9 +237,7 @@ def test_what_fails_is_told_and_the_others_go_on(checkpoint, fake):
 
 def test_what_no_machine_like_this_holds_is_refused(checkpoint, monkeypatch):
     monkeypatch.setattr("bridge.numbers.machine.machine_memory", lambda: 1000)
-    with pytest.raises(
-        BridgeError, match=r"memory: 2 engines at once need .*--engines or --dtypes"
-    ):
+    with pytest.raises(BridgeError, match=r"memory: 2 engines at once need .*--dtypes"):
         run(open_checkpoint(checkpoint), fakes("float32", "int8"), "cpu", Workload())
 
 

@@ -24,9 +24,13 @@ class LlamaCppSession:
         self.server = server
 
     def decode(self, call: Call) -> Decoded:
-        """One request. Each row has a seed of its own, counted on from the call's."""
+        """One request. The server counts on from its seed, so that each row has its own."""
         asked = {"prompt": list(call.prompt), "n_predict": call.new, "n": call.width}
-        asked |= {"seed": call.seed, "temperature": call.temperature, "cache_prompt": False}
+        asked |= {
+            "seed": call.seed * call.width,
+            "temperature": call.temperature,
+            "cache_prompt": False,
+        }
         start = time.perf_counter()
         found = self.server.handle_completions(asked | SAMPLING)
         whole = time.perf_counter() - start
