@@ -431,6 +431,37 @@ def test_fused_work_gives_the_same_numbers(monkeypatch, dtype):
         np.testing.assert_allclose(got, want, atol=allowed, rtol=0)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="MLX compiles with g++ on CPUs")
+@pytest.mark.parametrize("limit", [None, 0.5])
+def test_compiled_updates_are_the_same_updates(monkeypatch, limit):
+    """What a GPU runs as few kernels, compiled here for the CPU: rates that change, and a state
+    that is taken back between."""
+
+    def train_some():
+        loaded, (batch, _) = load(), rows_of_two()
+        names = [name for name, _ in loaded.tensors() if ".0." in name]
+        optimizer = AdamW(lr=0.01, weight_decay=0.1, max_grad_norm=limit)
+        trainer = loaded.trainer(SFT(), optimizer, names)
+        metrics = [trainer.step(batch), trainer.step(batch, lr=0.03)]
+        state = trainer.state()
+        metrics.append(trainer.step(batch))
+        trainer.restore(state)
+        metrics += [trainer.step(batch) for _ in range(2)]
+        assert metrics[2] == metrics[3]
+        return metrics, trainer.state()
+
+    plain, plain_state = train_some()
+    monkeypatch.setattr(mx, "default_device", lambda: SimpleNamespace(type=mx.gpu))
+    metrics, state = train_some()
+    rounding = 64 * float(mx.finfo(mx.float32).eps)
+    for got, want in zip(metrics, plain, strict=True):
+        assert got == pytest.approx(want, rel=rounding)
+    assert state["step"] == plain_state["step"] == 4
+    for name, want in plain_state.items():
+        allowed = rounding * np.abs(want).max()
+        np.testing.assert_allclose(state[name], want, atol=allowed, rtol=0, err_msg=name)
+
+
 def test_the_users_default_device_is_left_alone():
     before = mx.default_device(), mx.default_stream(mx.default_device())
     loaded = load()

@@ -7,7 +7,8 @@ a padded one. Also holds what the host shares with the block: the RMS norm and s
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +16,8 @@ from jaxtyping import Bool, Float
 
 from bridge.decoding.rows import GridPlan
 from bridge_mlx.linear import Linear, Weight
+
+Result = TypeVar("Result")
 
 
 def rms_norm(x: Float[mx.array, "... D"], weight: Float[mx.array, " D"], eps: float) -> mx.array:
@@ -26,20 +29,23 @@ def rms_norm(x: Float[mx.array, "... D"], weight: Float[mx.array, " D"], eps: fl
     return mx.fast.rms_norm(x.astype(mx.float32), weight, eps).astype(x.dtype)
 
 
-def fused(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """Element-wise work as one kernel on a GPU.
+def compiled_on_gpu(function: Callable[..., Result], **options: Any) -> Callable[..., Result]:
+    """Element-wise work as few kernels on a GPU; `options` as `mx.compile` takes them.
 
-    On a CPU `mx.compile` would want a C++ compiler at run time, which a user may lack, and gains
-    nothing there.
+    On a CPU `mx.compile` would want a C++ compiler at run time, which a user may lack, and of a
+    step it gains next to nothing there.
     """
-    compiled = mx.compile(function, shapeless=True)
+    compiled = mx.compile(function, **options)
 
     @wraps(function)
-    def run(*arrays: mx.array) -> mx.array:
+    def run(*arguments: Any) -> Result:
         on_gpu = mx.default_device().type == mx.gpu
-        return compiled(*arrays) if on_gpu else function(*arrays)
+        return compiled(*arguments) if on_gpu else function(*arguments)
 
     return run
+
+
+fused = partial(compiled_on_gpu, shapeless=True)
 
 
 @fused

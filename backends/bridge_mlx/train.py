@@ -6,7 +6,7 @@ dtype. A batch holds whole groups (clause 7.3): gradients flow across the rows o
 group may not be split over two batches of an update.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -27,10 +27,12 @@ from bridge.decoding.inputs import (
 )
 from bridge.decoding.rows import only_active
 from bridge.decoding.targets import TargetCells
+from bridge_mlx.block import compiled_on_gpu
 from bridge_mlx.linear import trained
 from bridge_mlx.model import Transformer
 
 Metrics = dict[str, float]
+Leaves = dict[str, mx.array]
 
 
 def choose(model: Transformer, trainable: Sequence[str]) -> dict[str, mx.array]:
@@ -151,6 +153,24 @@ def _floats(values: Float[np.ndarray, " tokens"]) -> Float[mx.array, " tokens"]:
     return mx.array(values.astype(np.float32))
 
 
+def updating(
+    adamw: optim.AdamW, limit: float | None
+) -> Callable[[Leaves, Leaves], tuple[Leaves, mx.array]]:
+    """What makes of gradients and masters the masters after an update, which moves the optimizer's
+    state too, and the norm of the gradients before they were clipped (clauses 7.7 and 7.8).
+
+    Batches differ in shape, so that to compile a loss would be to do so again and again. An update
+    is the same each time, and nearly all of it is element by element.
+    """
+
+    def update(grads: Leaves, master: Leaves) -> tuple[Leaves, mx.array]:
+        clipped, norm = optim.clip_grad_norm(grads, float("inf") if limit is None else limit)
+        grads = grads if limit is None else clipped  # a norm of inf would make them NaN
+        return adamw.apply_gradients(grads, master), norm
+
+    return compiled_on_gpu(update, inputs=adamw.state, outputs=adamw.state)
+
+
 class Trainer:
     """Updates a model's trainable tensors in place; see `bridge.contract.Trainer`."""
 
@@ -177,6 +197,7 @@ class Trainer:
             )
             self.adamw.init(self.master)
             mx.eval(self.master, self.adamw.state)
+        self._update = updating(self.adamw, optimizer.max_grad_norm)
 
     def step(self, batch: Batch | Sequence[Batch], *, lr: float | None = None) -> Metrics:
         """One update, of one batch or accumulated over several (clause 7.10); the loss's metrics,
@@ -192,11 +213,9 @@ class Trainer:
                 parts.append(metrics)
                 grads = {name: g + grads[name] if grads else g for name, g in added.items()}
                 mx.eval(grads)
-            limit = self.options.max_grad_norm
-            clipped, norm = optim.clip_grad_norm(grads, float("inf") if limit is None else limit)
-            grads = grads if limit is None else clipped  # a norm of inf would make them NaN
             self.adamw.learning_rate = self.options.lr if lr is None else lr
-            self.master = self.adamw.apply_gradients(grads, self.master)
+            # Nothing else holds the masters and moments before, so the new ones take their memory.
+            self.master, norm = self._update(grads, self.master)
             mx.eval(norm, self.master, self.adamw.state)
             self._publish()
             return {**add_metrics(parts), "grad_norm": float(norm)}
