@@ -12,18 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bridge.checkpoints.packing import Packed, take_packed
 from bridge.config import ModelConfig, tensor_shapes
 from bridge.contract import AdamW, Batch, Objective
 from bridge.decoding.inputs import (
     check_block,
     check_device_and_dtype,
     check_trainable,
+    check_weights,
     take_tensor,
 )
 from bridge.decoding.rows import only_active
 from bridge.decoding.targets import by_cell
 from bridge_torch.decode import Decoder
 from bridge_torch.model import Transformer
+from bridge_torch.narrow import can_hold_int4
 from bridge_torch.train import Trainer, logprobs, loss_and_grads
 from bridge_torch.weights import Weights
 
@@ -50,21 +53,40 @@ class TorchBackend:
             return ["float32", "bfloat16", "float16", "float64"]
         return ["bfloat16", "float32", "float16", "float64"]
 
+    def weights(self, device: str) -> list[str]:
+        """What matrices can be made; 4 bits on CPUs that ATen has a kernel for."""
+        return ["int8", "int4"] if device == "cpu" and can_hold_int4() else ["int8"]
+
     def load(
-        self, config: ModelConfig, tensors: Mapping[str, np.ndarray], *, device: str, dtype: str
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, np.ndarray],
+        *,
+        device: str,
+        dtype: str,
+        weights: str | None = None,
     ) -> "TorchModel":
-        """A model on `device` in `dtype`; `tensors` are read one at a time. Raises BridgeError for
-        an unknown device or dtype, and for a tensor that is missing or has another shape."""
+        """A model on `device` in `dtype`; `tensors` are read one at a time. What they hold as 4-bit
+        integers stays so on CPUs, in bfloat16, which is as exact as ATen's kernel, or if asked for.
+        Raises BridgeError for an unknown device, dtype or weights, and for a tensor that is missing
+        or has another shape."""
         check_device_and_dtype(self.name, device, self.devices(), dtype, DTYPES)
+        check_weights(self.name, device, weights, self.weights(device))
         if device != "cpu":
             add_up_in_float32()
         shapes = tensor_shapes(config)
 
+        keep = device == "cpu" and (weights or dtype) in ("int4", "bfloat16") and can_hold_int4()
+        stored: dict[str, Packed] = {}
+
         def get(name: str) -> Tensor:
+            packed = take_packed(tensors, name, shapes[name], dtype) if keep else None
+            if packed is not None and packed.bits == 4:
+                stored[name] = packed
             tensor = from_numpy(take_tensor(tensors, name, shapes[name], dtype))
             return tensor.to(device, DTYPES[dtype])
 
-        return TorchModel(Weights(Transformer.read(config, get)))
+        return TorchModel(Weights(Transformer.read(config, get), weights, stored))
 
 
 class TorchModel:
@@ -80,7 +102,7 @@ class TorchModel:
 
     @property
     def dtype(self) -> str:
-        """What it computes in."""
+        """Its own: what it computes in is that, or wider."""
         return str(self.weights.dtype).removeprefix("torch.")
 
     @property
@@ -99,8 +121,8 @@ class TorchModel:
         block = weights.layers[layer].block
         assert block is not None
         cells = weights.cells(groups, active, np.zeros(active.shape, np.int64))
-        h = from_numpy(hidden).to(weights.embed)
-        return to_numpy(block(h, cells.grid, cells.active))
+        h = from_numpy(hidden).to(weights.like)
+        return to_numpy(block(h, cells.grid, cells.active).to(self.weights.dtype))
 
     @torch.inference_mode()
     def logits(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bridge.config import ModelConfig
 from bridge.decoding.rows import GridPlan
-from bridge_torch.linear import Linear
+from bridge_torch.linear import Whole
 
 # Timesteps of groups that attend in one call. CUDA's kernels take fewer than 2**16 of them, and
 # flash attention's gradient counts the numbers of all in 32 bits, after padding each to 128 rows.
@@ -135,8 +135,8 @@ class PackedBlock:
     """One layer's weights. `inward`: q, k and v stacked (P-Match: up); `outward`: o (down)."""
 
     norm: Float[Tensor, " D"]
-    inward: Linear
-    outward: Linear
+    inward: Whole
+    outward: Whole
     num_heads: int | None  # None: P-Match
     eps: float
 

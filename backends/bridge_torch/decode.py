@@ -44,14 +44,14 @@ class Decoder:
     ) -> None:
         """Prefill (clause 4.2): the first groups come to a decoder that has none. Raises
         BridgeError for what clause 4.4 refuses."""
-        self.weights, embed = weights, weights.embed
+        self.weights, like = weights, weights.like
         self.forward: Callable[[Packed, Any, Tensor], Tensor]  # a step over the rows of the cache
         self.cache: Cache
-        if fused.serves(embed.device.type, embed.dtype):
-            self.forward, self.cache = fused.step, RaggedCache.empty(weights.config, embed)
+        if fused.serves(like.device.type, like.dtype):
+            self.forward, self.cache = fused.step, RaggedCache.empty(weights.config, like)
         else:
-            self.forward, self.cache = step, PaddedCache.empty(weights.config, embed)
-        self.next_logits = embed.new_empty(0, len(embed), dtype=wide(embed.dtype))
+            self.forward, self.cache = step, PaddedCache.empty(weights.config, like)
+        self.next_logits = like.new_empty(0, len(weights.embed), dtype=wide(like.dtype))
         self.admit(prompts, widths, max_new_tokens, prompt_ids)
 
     @torch.inference_mode()

@@ -1,19 +1,12 @@
-"""Fused kernels for a decoding step on CPUs, compiled from fused.c by this machine's C compiler.
+"""Fused kernels for a decoding step on CPUs, compiled from fused.c (`compiled.py`).
 
 A step at a few rows reads each weight once, which no code can save, and otherwise does little: most
 of what is left is the dispatch of tiny operations. Four fused ones stand in for them in float32,
 one of them the whole Bridge block, whose weights are too small for a GEMM to be worth its call.
-They are compiled once, in a second or two, and kept in the user's cache directory. Without a
-compiler, or with BRIDGE_TORCH_FUSED=0, the step is the plain one of decode.py: the same but slower.
+Where there is no library of them the step is the plain one of decode.py: the same but slower.
 """
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -25,13 +18,13 @@ from torch import Tensor
 from bridge.config import ModelConfig
 from bridge_torch.block import PackedBlock
 from bridge_torch.cache import RaggedCache
+from bridge_torch.compiled import FLOAT, POINTER, SIZE, library
 from bridge_torch.packed import Packed, PackedLayer
 
 SOURCE = Path(__file__).with_name("fused.c")
 # Sums in any order, and no errno or signals: what -ffast-math has that leaves NaN and infinity be.
 MATHS = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
 OPTIONS = ("-O3", "-march=native", *MATHS, "-fPIC")
-POINTER, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 SIGNATURES = {
     "rms_norm": [POINTER] * 3 + [FLOAT] + [SIZE] * 2,
     "swiglu": [POINTER] * 2 + [SIZE] * 2,
@@ -48,51 +41,7 @@ def serves(device: str, dtype: torch.dtype) -> bool:
 @cache
 def kernels() -> ctypes.CDLL | None:
     """The compiled kernels; None where they are switched off or cannot be had."""
-    if os.environ.get("BRIDGE_TORCH_FUSED") == "0":
-        return None
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        return None
-    # OpenMP is not linked: its symbols are those that torch has loaded, and so are the threads.
-    for threads in ("-fopenmp", "-fopenmp-simd"):
-        try:
-            library = ctypes.CDLL(str(_compiled(compiler, (*OPTIONS, threads))))
-        except (OSError, RuntimeError, subprocess.SubprocessError):  # no home, no space, ...
-            continue
-        for name, signature in SIGNATURES.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = signature, None
-        return library
-    return None
-
-
-def _compiled(compiler: str, options: tuple[str, ...]) -> Path:
-    """The library, from the cache if this machine has made it before."""
-    made_of = (SOURCE.read_bytes(), compiler, options, platform.machine(), _processor())
-    key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bridge"
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    target = home / f"fused-{key}.so"
-    if not target.exists():
-        with tempfile.TemporaryDirectory(dir=home) as scratch:
-            # Two steps: what links decides what else is linked, such as another OpenMP.
-            unit, made = Path(scratch, "fused.o"), Path(scratch, "fused.so")
-            compiling = [compiler, *options, "-c", str(SOURCE), "-o", str(unit)]
-            linking = [compiler, "-shared", str(unit), "-lm", "-o", str(made)]
-            for command in (compiling, linking):
-                subprocess.run(command, check=True, capture_output=True, timeout=60)
-            made.replace(target)
-    return target
-
-
-def _processor() -> str:
-    """What -march=native stands for: a home directory may be shared by unlike machines."""
-    try:
-        described = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
-    except OSError:
-        return platform.processor()
-    names = ("model name", "flags", "Features")
-    return "\n".join(line for line in described if line.startswith(names))
+    return library(SOURCE, OPTIONS, SIGNATURES)
 
 
 def step(weights: Packed, cache: RaggedCache, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
@@ -117,7 +66,7 @@ def step(weights: Packed, cache: RaggedCache, tokens: Int[Tensor, " R"]) -> Floa
     # Rows of a prompt lie together, and stay so as rows leave.
     first, last = (np.searchsorted(rows.group, rows.group, side) for side in ("left", "right"))
     ends = (scratch.data_ptr(), first.ctypes.data, last.ctypes.data)
-    h = weights.embed.index_select(0, tokens)
+    h = weights.look_up(tokens)
     for i, layer in enumerate(weights.layers):
         qkv = layer.qkv(_norm(library, h, layer.input_norm, eps))
         y = _attend(library, layer, i, qkv, rope, told, read)

@@ -4,11 +4,11 @@ A stack is checkpoint matrices one after the other along their outputs: one GEMM
 (or gate and up) at once, and `parts` splits them again, byte for byte. A module's parameters may be
 views into such a stack, which is then nobody's copy. On CPUs a stack is kept in oneDNN's blocked
 layout: a decoding step reads every weight once, and for a few rows that layout is two to three
-times as fast as a plain GEMM.
+times as fast as a plain GEMM. `narrow.py` has the kinds that hold fewer bits than they compute in.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -22,12 +22,42 @@ ROWS = 16  # what the blocked layout is tuned for; it serves any number
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """`x @ weight.T + bias` (clause 2.1: weights are `[out, in]`), without gradients."""
+    """`x @ weight.T + bias` (clause 2.1: weights are `[out, in]`), without gradients, from and to
+    the dtype of `x`. How its numbers are held is what kinds differ in: here and in `narrow.py`."""
 
     names: tuple[str, ...]  # checkpoint names without `.weight` and `.bias`, in stacking order
     sizes: tuple[int, ...]  # outputs of each
+    bias: Float[Tensor, " out"] | None = field(default=None, kw_only=True)
+
+    def __call__(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        raise NotImplementedError
+
+    def add_to(
+        self, residual: Float[Tensor, "... out"], x: Float[Tensor, "... in"]
+    ) -> Float[Tensor, "... out"]:
+        """`residual + self(x)`."""
+        return residual + self(x)
+
+    def floats(self) -> Float[Tensor, "out in"]:
+        """The weight, in the plain layout; itself, where it is held so."""
+        raise NotImplementedError
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """Each stacked tensor by its checkpoint name, in canonical order; views of what is computed
+        with, where that is plain."""
+        weights = self.floats().split(self.sizes)
+        biases = (None,) * len(weights) if self.bias is None else self.bias.split(self.sizes)
+        for name, weight, bias in zip(self.names, weights, biases, strict=True):
+            yield f"{name}.weight", weight
+            if bias is not None:
+                yield f"{name}.bias", bias
+
+
+@dataclass(frozen=True, eq=False)
+class Whole(Linear):
+    """In the dtype that it computes in."""
+
     weight: Float[Tensor, "out in"]  # plain or blocked
-    bias: Float[Tensor, " out"] | None = None
 
     def __call__(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         if self.weight.is_mkldnn:
@@ -41,17 +71,10 @@ class Linear:
         if self.weight.is_mkldnn:
             linear = torch.ops.mkldnn._linear_pointwise.binary
             return linear(x, residual, self.weight, self.bias, "add")
-        return residual + self(x)
+        return super().add_to(residual, x)
 
-    def parts(self) -> Iterator[tuple[str, Tensor]]:
-        """Each stacked tensor by its checkpoint name, in canonical order; views of what is computed
-        with, unless that is blocked."""
-        weights = plain(self.weight).split(self.sizes)
-        biases = (None,) * len(weights) if self.bias is None else self.bias.split(self.sizes)
-        for name, weight, bias in zip(self.names, weights, biases, strict=True):
-            yield f"{name}.weight", weight
-            if bias is not None:
-                yield f"{name}.bias", bias
+    def floats(self) -> Float[Tensor, "out in"]:
+        return plain(self.weight)
 
 
 def stacked(parts: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "..."]:
@@ -126,7 +149,7 @@ def can_block(device: str, dtype: torch.dtype) -> bool:
     weight = torch.arange(15, dtype=dtype).reshape(3, 5)
     x = torch.ones(2, 5, dtype=dtype)
     try:
-        got = Linear((), (), blocked(weight))(x)
+        got = Whole((), (), blocked(weight))(x)
     except (AttributeError, RuntimeError, TypeError):
         return False
     return torch.equal(got, F.linear(x, weight)) and torch.equal(plain(blocked(weight)), weight)

@@ -1,7 +1,8 @@
 """The weights of a model packed for decoding, and the forward that reads them without gradients.
 
 A packed form is derived from a `Transformer` (`packing.py`) and never changes: what reads one input
-is stacked, and on CPUs in oneDNN's blocked layout. The forward is that of `model.py` over `[B, S]`
+is stacked, and on CPUs in oneDNN's blocked layout, or narrow. What is computed may be wider than
+what is held: on CPUs a model in bfloat16 or float16 has float32 activations. The forward is that of `model.py` over `[B, S]`
 cells, and the parts of it that a decoding step takes too.
 """
 
@@ -93,13 +94,19 @@ class Packed:
 
     config: ModelConfig
     rope: Rope
+    like: Float[Tensor, " 0"]  # of the dtype that is computed in, where the weights are
     embed: Float[Tensor, "V D"]
     layers: tuple[PackedLayer, ...]
     norm: Float[Tensor, " D"]
     head: Linear
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor by checkpoint name, in canonical order (clause 9.3)."""
+        """Every tensor by checkpoint name, in canonical order (clause 9.3), in the dtype of the
+        embedding, which is the model's."""
+        for name, tensor in self._parts():
+            yield name, tensor.to(self.embed.dtype)
+
+    def _parts(self) -> Iterator[tuple[str, Tensor]]:
         yield "model.embed_tokens.weight", self.embed
         for layer in self.layers:
             yield from layer.parts()
@@ -113,7 +120,11 @@ class Packed:
 
     def cells(self, groups: np.ndarray, active: np.ndarray, positions: np.ndarray) -> Cells:
         """Of a batch `[B, S]`."""
-        return Cells.of(self.config, self.rope, self.embed, groups, active, positions)
+        return Cells.of(self.config, self.rope, self.like, groups, active, positions)
+
+    def look_up(self, tokens: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
+        """What the first layer reads (clause 5.2)."""
+        return F.embedding(tokens, self.embed).to(self.like.dtype)
 
     def read(
         self,
@@ -122,7 +133,7 @@ class Packed:
         keep: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> Float[Tensor, "B S D"]:
         """Hidden states after the last layer; `keep` receives each layer's keys and values."""
-        h = F.embedding(tokens, self.embed)
+        h = self.look_up(tokens)
         for i, layer in enumerate(self.layers):
             h = layer.attention(h, cells.rope, _teacher_forced(i, layer, cells, keep))
             h = layer.feed_forward(h)
@@ -137,7 +148,7 @@ class Packed:
 
     def norm_ratios(self, tokens: Int[Tensor, "B S"], cells: Cells) -> Float[Tensor, " blocks"]:
         """How much each block adds to what it reads, in order of layers (clause 3.9)."""
-        h, ratios = F.embedding(tokens, self.embed), []
+        h, ratios = self.look_up(tokens), []
         for i, layer in enumerate(self.layers):
             h = layer.attention(h, cells.rope, _teacher_forced(i, layer, cells, None))
             h = layer.feed_forward(h)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from bridge.config import ModelConfig
 from bridge.errors import BridgeError
 from bridge_torch.block import Block, Norm, PackedBlock
-from bridge_torch.linear import Embedding, Linear, blocked, can_block, stacked
+from bridge_torch.linear import Embedding, Linear, Whole, blocked, can_block, stacked
 from bridge_torch.model import Attention, FeedForward, Layer, Transformer
+from bridge_torch.narrow import Hold
 from bridge_torch.packed import Packed, PackedLayer, Part
 
 M = TypeVar("M", bound=nn.Module)
@@ -24,16 +25,19 @@ P = TypeVar("P", PackedLayer, Linear)
 
 @torch.inference_mode(False)  # or no parameters could be made of it again
 @torch.no_grad()
-def pack(model: Transformer, *, fused: bool, consume: bool) -> Packed:
-    """Pack a model. `fused`: for the fused step, which reads the weights of a block as they
-    are. `consume`: leave its layers and an untied head empty, one by one, on the device `meta`,
-    so that there are never two of the model; otherwise what is in the blocked layout has all
-    its memory to itself. Raises BridgeError, naming it, for a part that is no longer what it
+def pack(
+    model: Transformer, *, dtype: torch.dtype, fused: bool, consume: bool, hold: Hold | None = None
+) -> Packed:
+    """Pack a model. `dtype`: of activations, the model's or float32. `fused`: for the fused step,
+    which reads the weights of a block as they are. `consume`: leave its layers and an untied head
+    empty, one by one, on the device `meta`, so that there are never two of the model; otherwise
+    what is in the blocked layout has all its memory to itself. `hold`: how to hold the host's
+    matrices; None: as they are. Raises BridgeError, naming it, for a part that is no longer what it
     was made as."""
     config, body = model.config, model.model
     weight = body.embed_tokens.weight
-    blocks = can_block(weight.device.type, weight.dtype)
-    packing = _Packing(blocks, own=blocks and not consume)
+    blocks = can_block(weight.device.type, dtype)
+    packing = _Packing(dtype, blocks, blocks and not consume, hold)
     taken: list[Part] = []
 
     def take(part: P, module: nn.Module) -> P:
@@ -42,11 +46,12 @@ def pack(model: Transformer, *, fused: bool, consume: bool) -> Packed:
             module.to("meta")
         return part
 
-    embed = packing.tensor("model.embed_tokens", body.embed_tokens, Embedding, nn.Embedding)
+    embed, _ = _parameters("model.embed_tokens", body.embed_tokens, Embedding, nn.Embedding)
+    embed = embed.clone() if packing.own else embed.contiguous()
     norm = packing.tensor("model.norm", body.norm, Norm)
     try:
         if model.lm_head is None:
-            head = Linear(("lm_head",), (len(embed),), blocked(embed) if blocks else embed)
+            head = packing.held(("model.embed_tokens",), [embed], None)
         else:
             head = take(packing.linear("", {"lm_head": model.lm_head}), model.lm_head)
         layers = [take(packing.layer(config, i, m, fused), m) for i, m in enumerate(body.layers)]
@@ -54,45 +59,69 @@ def pack(model: Transformer, *, fused: bool, consume: bool) -> Packed:
         if consume:
             fill(model, taken)
         raise
-    return Packed(config, model.rope, embed, tuple(layers), norm, head)
+    like = torch.empty(0, dtype=dtype, device=weight.device)
+    return Packed(config, model.rope, like, embed, tuple(layers), norm, head)
 
 
 def fill(model: Transformer, parts: list[Part], *, copy: bool = False) -> None:
     """Put parts back that packing took out of a model, one by one, each out of the list when it is
     back. `copy`: into memory of its own."""
+    dtype = model.model.embed_tokens.weight.dtype
     while parts:
         for name, tensor in parts[-1].parts():
-            model.put(name, tensor.clone() if copy else tensor)
+            model.put(name, tensor.to(dtype, copy=copy))
         parts.pop()
 
 
 @dataclass(frozen=True)
 class _Packing:
-    """Reads modules as weights. `blocks`: into the blocked layout. `own`: into memory that is not
-    the module's, whatever the layout."""
+    """Reads modules as weights, for activations of a `dtype`. `blocks`: into the blocked layout.
+    `own`: into memory that is not the module's, whatever the layout. `hold`: see `pack`."""
 
+    dtype: torch.dtype
     blocks: bool
     own: bool
+    hold: Hold | None
 
     def tensor(self, name: str, module: nn.Module, *kinds: type[nn.Module]) -> Tensor:
-        """The weight of an embedding or a norm."""
+        """The weight of a norm."""
         weight, _ = _parameters(name, module, *kinds)
-        return weight.clone() if self.own else weight.contiguous()
+        return weight.to(self.dtype, copy=self.own).contiguous()
 
-    def linear(self, prefix: str, modules: dict[str, nn.Linear], plain: bool = False) -> Linear:
-        """Linear layers stacked; `plain`: in the plain layout at any rate."""
+    def linear(self, prefix: str, modules: dict[str, nn.Linear]) -> Linear:
+        """Linear layers stacked, held as `hold` has it."""
+        return self.held(*self._read(prefix, modules))
+
+    def held(self, names: tuple[str, ...], weights: list[Tensor], bias: Tensor | None) -> Linear:
+        """Matrices stacked, held as `hold` has it."""
+        sizes = tuple(map(len, weights))
+        if self.hold is not None:
+            return self.hold(weights, names=names, sizes=sizes, bias=bias)
+        if self.blocks:
+            return Whole(names, sizes, blocked(stacked(weights)), bias=bias)
+        return Whole(names, sizes, self._join(weights), bias=bias)
+
+    def whole(self, prefix: str, modules: dict[str, nn.Linear], plain: bool) -> Whole:
+        """Linear layers stacked, in the dtype of activations; `plain`: in the plain layout at any
+        rate."""
+        names, weights, bias = self._read(prefix, modules)
+        weight = self._join([weight.to(self.dtype) for weight in weights])
+        blocks = self.blocks and not plain
+        return Whole(names, tuple(map(len, weights)), blocked(weight) if blocks else weight, bias=bias)
+
+    def _read(
+        self, prefix: str, modules: dict[str, nn.Linear]
+    ) -> tuple[tuple[str, ...], list[Tensor], Tensor | None]:
         names = tuple(f"{prefix}{name}" for name in modules)
         read = [_parameters(n, m, nn.Linear) for n, m in zip(names, modules.values(), strict=True)]
         weights = [weight for weight, _ in read]
-        biased = any(bias is not None for _, bias in read)
-        biases = [w.new_zeros(len(w)) if b is None else b for w, b in read] if biased else []
-        join = torch.cat if self.own else stacked
-        return Linear(
-            names,
-            tuple(map(len, weights)),
-            blocked(stacked(weights)) if self.blocks and not plain else join(weights),
-            join(biases) if biases else None,
-        )
+        if all(bias is None for _, bias in read):
+            return names, weights, None
+        biases = [w.new_zeros(len(w)) if b is None else b for w, b in read]
+        return names, weights, self._join([bias.to(self.dtype) for bias in biases])
+
+    def _join(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts) if self.own else stacked(parts)
 
     def layer(self, config: ModelConfig, i: int, layer: nn.Module, fused: bool) -> PackedLayer:
         """One decoder layer."""
@@ -127,8 +156,8 @@ class _Packing:
         block = _known(f"{prefix}.bridge", module, Block)
         return PackedBlock(
             norm=self.tensor(f"{prefix}.bridge.norm", block.norm, Norm),
-            inward=self.linear(f"{prefix}.bridge.", block.inward(), plain=fused),
-            outward=self.linear(f"{prefix}.bridge.", block.outward(), plain=fused),
+            inward=self.whole(f"{prefix}.bridge.", block.inward(), plain=fused),
+            outward=self.whole(f"{prefix}.bridge.", block.outward(), plain=fused),
             num_heads=block.num_heads,
             eps=block.norm.eps,
         )

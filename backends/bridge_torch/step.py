@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -30,12 +29,12 @@ Attend = Callable[[int, int | None, Tensor, Tensor, Tensor], Tensor]
 
 def step(weights: Packed, cache: PaddedCache, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
     """One timestep of every row left: logits for the next. The cache takes its keys and values."""
-    rows, embed = cache.rows, weights.embed
-    positions = torch.from_numpy(rows.positions).to(embed.device)
-    rope = weights.rope(positions, int((rows.positions + rows.left).max()), embed.dtype)
-    at = int(rows.steps[0]) if rows.in_step else torch.from_numpy(rows.steps).to(embed.device)
+    rows, like = cache.rows, weights.like
+    positions = torch.from_numpy(rows.positions).to(like.device)
+    rope = weights.rope(positions, int((rows.positions + rows.left).max()), like.dtype)
+    at = int(rows.steps[0]) if rows.in_step else torch.from_numpy(rows.steps).to(like.device)
     windows = {layer.window for layer in weights.layers}
-    if shared_prefix.serves(embed.device, embed.dtype, weights.config.head_dim):
+    if shared_prefix.serves(like.device, like.dtype, weights.config.head_dim):
         steps = torch.full_like(positions, at) if isinstance(at, int) else at
         attend: Attend = ByKernels.of(cache, steps, int(rows.steps.max()) + 1, windows)
     else:
@@ -53,7 +52,7 @@ def forward(
 ) -> Float[Tensor, "R V"]:
     """Logits after one timestep of R rows. Those not `alive` are inactive (None: all are)."""
     active = None if alive is None else alive[:, None]
-    h = F.embedding(tokens, weights.embed)
+    h = weights.look_up(tokens)
     for i, layer in enumerate(weights.layers):
         h = layer.attention(h, rope, partial(attend, i, layer.window))
         h = layer.feed_forward(h)

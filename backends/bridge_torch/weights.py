@@ -10,14 +10,17 @@ what is written in place.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from bridge.config import ModelConfig
+from bridge.checkpoints.packing import Packed as Stored
+from bridge.errors import BridgeError
 from bridge_torch.fused import serves
 from bridge_torch.model import Transformer
+from bridge_torch.narrow import activations, holding
 from bridge_torch.packed import Packed, Part
 from bridge_torch.packing import fill, pack
 
@@ -25,8 +28,18 @@ from bridge_torch.packing import fill, pack
 class Weights:
     """Takes a module over; whoever has it besides should have it lent."""
 
-    def __init__(self, module: Transformer) -> None:
+    def __init__(
+        self,
+        module: Transformer,
+        narrow: str | None = None,
+        stored: Mapping[str, Stored] | None = None,
+    ) -> None:
+        """`narrow`: `int8` or `int4`, what its matrices are made for good (clause 10.5). `stored`:
+        the matrices of a checkpoint in 4 bits, which stay so until the module is asked for."""
         self._module, self._packed, self._lent = module, None, False
+        self.narrow, self._stored = narrow, dict(stored or {})
+        if narrow is not None:
+            self.packed()
 
     @property
     def config(self) -> ModelConfig:
@@ -49,7 +62,14 @@ class Weights:
         return self.module()
 
     def module(self) -> Transformer:
-        """The module, whole, for as long as nothing is packed."""
+        """The module, whole, for as long as nothing is packed. Raises BridgeError where its
+        matrices were made narrow."""
+        if self.narrow is not None:
+            raise BridgeError(
+                f"weights: {self.narrow} are for decoding, and have no gradient; load the model "
+                "without weights to train or change it"
+            )
+        self._stored = {}
         if self._packed is not None:
             parts, packed = self._packed.emptied(), weakref.ref(self._packed)
             self._packed = None
@@ -73,8 +93,15 @@ class Weights:
         """What decoding reads, as the weights are now."""
         if self._packed is not None:
             return self._packed
-        fused = serves(self.device.type, self.dtype)
-        packed = pack(self._module, fused=fused, consume=not self._lent)
+        device = self.device.type
+        dtype = activations(device, self.dtype, self.narrow)
+        packed = pack(
+            self._module,
+            dtype=dtype,
+            fused=serves(device, dtype),
+            consume=not self._lent,
+            hold=holding(device, self.dtype, self.narrow, self._stored),
+        )
         if not self._lent:
             self._packed = packed
         return packed

@@ -37,6 +37,10 @@ class Packed:
         """`[out, in]`."""
         return self.weight.shape[0], self.scales.shape[1] * self.group_size
 
+    def integers(self) -> UInt[np.ndarray, "out in"]:
+        """The q of each number, uint32."""
+        return _unpack(self.weight, self.bits)
+
     def dequantise(
         self, rows: slice = slice(None), dtype: Any = None
     ) -> Float[np.ndarray, "rows in"]:
