@@ -285,3 +285,26 @@ class Backend(Protocol):
     ) -> BackendModel:
         """A model from its tensors, which are read one at a time (`tensors` may be lazy)."""
         ...
+
+
+@runtime_checkable
+class NarrowBackend(Backend, Protocol):
+    """A backend that can also make the host's matrices integers of 8 or 4 bits (clause 10.5)."""
+
+    def weights(self, device: str) -> list[str]:
+        """Of `int8 int4`, what matrices can be made on `device`; may be empty."""
+        ...
+
+    def load(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, np.ndarray],
+        *,
+        device: str,
+        dtype: str,
+        weights: str | None = None,
+    ) -> BackendModel:
+        """As `Backend.load`. `weights`: one of `weights(device)`; None: as they are. The model is
+        for reading and decoding: what would change it or needs its gradients is a BridgeError, and
+        `tensors` gives the numbers that the integers stand for."""
+        ...

@@ -12,12 +12,12 @@ import numpy as np
 
 from bridge.checkpoints.reading import Checkpoint, open_checkpoint
 from bridge.config import ModelConfig, bridge_shapes, tensor_shapes
-from bridge.contract import AdamW, BackendModel, Batch, Objective, Trainer
+from bridge.contract import AdamW, BackendModel, Batch, NarrowBackend, Objective, Trainer
 from bridge.decoding.budget import MAX_ROWS, Budget
 from bridge.decoding.engine import AHEAD, Engine
 from bridge.decoding.events import Done, Event, ResponseSet
 from bridge.decoding.generation import follow
-from bridge.decoding.inputs import check_optimizer, positions_of
+from bridge.decoding.inputs import check_optimizer, check_weights, positions_of
 from bridge.decoding.memory import check_kept
 from bridge.decoding.prompts import (
     Prompt,
@@ -46,6 +46,7 @@ def load(
     backend: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    weights: str | None = None,
 ) -> "Model":
     """A model from a checkpoint directory of any form, ready to run.
 
@@ -55,12 +56,14 @@ def load(
     take a base whose hash is not the one that the adapter was made for.
     `backend`: a name from `bridge.backends()`; None is the best one present. `device`: None is the
     backend's best. `dtype`: None is the backend's default on CPUs, else the checkpoint's own.
+    `weights`: `int8` or `int4` makes the host's matrices integers, for decoding (clause 10.5); None
+    leaves them as they are.
     Raises BridgeError, in one line, for what is missing, damaged or not supported.
     """
     where = BUNDLED if checkpoint is None else _path(checkpoint, "checkpoint")
     beside = None if base is None else _path(base, "base")
     opened = open_checkpoint(where, beside, any_base=any_base)
-    return build(opened, opened.config, opened.tensors, backend, device, dtype)
+    return build(opened, opened.config, opened.tensors, backend, device, dtype, weights)
 
 
 def build(
@@ -70,12 +73,15 @@ def build(
     backend: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    weights: str | None = None,
 ) -> "Model":
     """A model of an opened checkpoint, with a config and tensors that may differ from its own: the
     plain host, for one, is `opened.config.without_bridge()` with the same tensors."""
     chosen = find_backend(backend)
     device = resolve_device(chosen, device)
     dtype = resolve_dtype(chosen, device, dtype, opened.dtype)
+    able = chosen.weights(device) if isinstance(chosen, NarrowBackend) else []
+    check_weights(chosen.name, device, weights, able)
     tokenizer = read_tokenizer(opened.assets)
     eos_ids = read_eos_ids(opened.assets, config.vocab_size) or opened.config.eos_token_ids
     if not eos_ids and tokenizer and tokenizer.eos_token_id is not None:
@@ -86,8 +92,9 @@ def build(
                 f"tokenizer.json, outside the model's vocabulary 0..{config.vocab_size - 1}; "
                 "set eos_token_id in config.json"
             )
-    implementation = chosen.load(config, tensors, device=device, dtype=dtype)
-    return Model(implementation, chosen.name, tokenizer, eos_ids)
+    narrow = {} if weights is None else {"weights": weights}
+    implementation = chosen.load(config, tensors, device=device, dtype=dtype, **narrow)
+    return Model(implementation, chosen.name, tokenizer, eos_ids, weights)
 
 
 class Model:
@@ -99,11 +106,14 @@ class Model:
         backend: str,
         tokenizer: Tokenizer | None = None,
         eos_ids: Sequence[int] = (),
+        weights: str | None = None,
     ) -> None:
+        """`weights`: what the host's matrices were made of `implementation` (clause 10.5)."""
         self.implementation = implementation
         self.backend = backend
         self.tokenizer = tokenizer
         self.eos_ids = tuple(eos_ids)
+        self.weights = weights
 
     @property
     def config(self) -> ModelConfig:
@@ -127,9 +137,10 @@ class Model:
 
     def __repr__(self) -> str:
         kind = self.config.bridge.kind if self.config.bridge else "no"
+        narrow = f" with {self.weights} weights" if self.weights else ""
         return (
             f"<bridge.Model {self.config.model_type}, {kind} Bridge blocks, "
-            f"{self.backend} on {self.device} in {self.dtype}>"
+            f"{self.backend} on {self.device} in {self.dtype}{narrow}>"
         )
 
     def logits(

@@ -10,12 +10,13 @@ import numpy as np
 
 from bridge.config import ModelConfig, tensor_shapes
 from bridge.contract import AdamW, Batch, Objective, Sampling
-from bridge.decoding.inputs import check_block, take_tensor
+from bridge.decoding.inputs import check_block, check_weights, check_whole, take_tensor
 from bridge.errors import BridgeError
 from bridge_ref.block import bridge_block
 from bridge_ref.decode import CachedDecoder
 from bridge_ref.losses import Metrics
 from bridge_ref.model import block_weights, forward, norm_ratios
+from bridge_ref.narrow import NarrowTensors, floats
 from bridge_ref.precision import DTYPES
 from bridge_ref.trace import Watched, watch
 from bridge_ref.train import ReferenceTrainer, logprobs, loss_and_grads
@@ -34,20 +35,34 @@ class Reference:
         """All that the spec knows, float64 first."""
         return list(DTYPES)
 
+    def weights(self, device: str) -> list[str]:
+        """What matrices can be made (clause 10.5)."""
+        return ["int8", "int4"]
+
     def load(
-        self, config: ModelConfig, tensors: Mapping[str, np.ndarray], *, device: str, dtype: str
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, np.ndarray],
+        *,
+        device: str,
+        dtype: str,
+        weights: str | None = None,
     ) -> "ReferenceModel":
         """A model in `dtype`, with arrays of its own, read one at a time. Raises BridgeError for
-        an unknown device or dtype, and for a tensor that is missing or has another shape."""
+        an unknown device, dtype or weights, and for a tensor that is missing or has another
+        shape."""
         if device not in self.devices():
             raise BridgeError(f"backend numpy: no device {device!r}; use cpu")
         if dtype not in DTYPES:
             raise BridgeError(f"backend numpy: no dtype {dtype!r}; use one of {', '.join(DTYPES)}")
+        check_weights(self.name, device, weights, self.weights(device))
         own = {
             name: take_tensor(tensors, name, shape, dtype).astype(DTYPES[dtype])
             for name, shape in tensor_shapes(config).items()
         }
-        return ReferenceModel(config, own, dtype)
+        return ReferenceModel(
+            config, own if weights is None else NarrowTensors(own, weights), dtype
+        )
 
 
 class ReferenceModel:
@@ -58,6 +73,7 @@ class ReferenceModel:
     def __init__(self, config: ModelConfig, tensors: dict[str, np.ndarray], dtype: str) -> None:
         """`tensors` in canonical order, all in `dtype`."""
         self.config, self.dtype, self._tensors = config, dtype, tensors
+        self._narrow = tensors.weights if isinstance(tensors, NarrowTensors) else None
 
     def block(
         self, layer: int, hidden: np.ndarray, groups: np.ndarray, active: np.ndarray
@@ -117,6 +133,7 @@ class ReferenceModel:
         self, batch: Batch, objective: Objective, trainable: Sequence[str]
     ) -> tuple[Metrics, dict[str, np.ndarray]]:
         """Metrics with `loss`, and the gradient of each tensor named in `trainable`, wide."""
+        check_whole(self._narrow)
         return loss_and_grads(self.config, self._tensors, batch, objective, trainable)
 
     def logprobs(self, batch: Batch, temperature: float = 1.0) -> np.ndarray:
@@ -133,9 +150,13 @@ class ReferenceModel:
     ) -> ReferenceTrainer:
         """A trainer that updates this model's `trainable` tensors. It keeps every activation, and
         computes none again: `checkpoint_activations` changes nothing here (clause 7.11)."""
+        check_whole(self._narrow)
         return ReferenceTrainer(self.config, self._tensors, objective, optimizer, trainable)
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor by its Hugging Face name, in canonical order, in the model's dtype."""
         for name in tensor_shapes(self.config):
-            yield name, self._tensors[name].copy()
+            held, part = self._tensors[name], name.split(".")[-2]
+            if self._narrow and part.endswith(("_proj", "lm_head")) and ".bridge." not in name:
+                held = floats(held, self._narrow) if held.ndim == 2 else held
+            yield name, held.copy()

@@ -21,6 +21,8 @@ from bridge_ref.attention import (
     split_heads,
 )
 from bridge_ref.block import bridge_block, bridge_block_backward, norm_ratio
+from bridge_ref.narrow import NarrowTensors
+from bridge_ref.narrow import linear as narrow_linear
 from bridge_ref.ops import Cache
 from bridge_ref.precision import rounded, wide, wide_dtype
 
@@ -289,8 +291,12 @@ def feed_forward_backward(
 def named_linear(
     tensors: Tensors, name: str, x: Float[np.ndarray, "... I"]
 ) -> tuple[Float[np.ndarray, "... O"], Cache]:
-    """`linear` with `name.weight`, and `name.bias` where the model has one."""
+    """`linear` with `name.weight`, and `name.bias` where the model has one; for narrow weights the
+    map of clause 10.5, which has no backward."""
     bias = tensors.get(f"{name}.bias")
+    if isinstance(tensors, NarrowTensors):
+        y = narrow_linear(x, tensors[f"{name}.weight"], bias, tensors.weights)
+        return y, ()
     y, cache = ops.linear(x, tensors[f"{name}.weight"], bias)
     return y, (name, bias is not None, cache)
 

@@ -175,7 +175,9 @@ class TorchModel:
 
     def logprobs(self, batch: Batch, temperature: float = 1.0) -> np.ndarray:
         """The log-probability of each target, `[B, S]` wide; 0 where there is none."""
-        found = to_numpy(logprobs(self.weights.module(), batch, temperature))
+        weights = self.weights
+        model = weights.module() if weights.narrow is None else weights.packed()
+        found = to_numpy(logprobs(model, batch, temperature))
         return by_cell(found, batch.target_mask)
 
     def trainer(

@@ -1,8 +1,8 @@
 """Linear layers that hold fewer bits than they compute in, for decoding on CPUs.
 
-What is held is a choice of whoever loads a model: bfloat16 and float16 weights as they are, or 8-bit
-and 4-bit integers made of them (clause 10.5). Activations are float32 in and out, so that
-all of them serve the same step. A row's numbers do not depend on how many rows there are.
+What is held is a choice of whoever loads a model: bfloat16 and float16 weights as they are, or
+8-bit and 4-bit integers made of them (clause 10.5). Activations are float32 in and out, so that all
+of them serve the same step. A row's numbers do not depend on how many rows there are.
 """
 
 import ctypes
@@ -129,15 +129,15 @@ class Bits8(Linear):
         return (y if residual is None else y.add_(residual)).to(x.dtype)
 
     def _compiled(self, x: Float[Tensor, "R in"], residual: Tensor | None) -> Tensor:
-        library, (R, K), O = _kernel(), x.shape, len(self.scales)
+        library, (R, K), outputs = _kernel(), x.shape, len(self.scales)
         assert library is not None
-        y, x = x.new_empty(R, O), x.contiguous()
+        y, x = x.new_empty(R, outputs), x.contiguous()
         integers, units = x.new_empty(R, K, dtype=torch.int8), x.new_empty(2, R)
         library.linear(
             *(y.data_ptr(), x.data_ptr(), self.integers.data_ptr(), self.scales.data_ptr()),
             None if self.bias is None else self.bias.data_ptr(),
             None if residual is None else residual.data_ptr(),
-            *(integers.data_ptr(), units.data_ptr(), units[1].data_ptr(), R, O, K),
+            *(integers.data_ptr(), units.data_ptr(), units[1].data_ptr(), R, outputs, K),
         )
         return y
 
@@ -218,22 +218,20 @@ def rounded_rows(
     return (x * steps).nan_to_num_(0).round_().to(torch.int8), units
 
 
-def _exact_product(
-    x: Int8[Tensor, "R in"], weight: Int8[Tensor, "out in"]
-) -> Int[Tensor, "R out"]:
+def _exact_product(x: Int8[Tensor, "R in"], weight: Int8[Tensor, "out in"]) -> Int[Tensor, "R out"]:
     if x.device.type == "cpu":
-        return torch._int_mm(x, weight.t())
+        return torch.ops.aten._int_mm(x, weight.t())
     # CUDA's own asks for more than 16 rows, and sizes that 8 divides.
-    (R, K), O = x.shape, len(weight)
+    (R, K), outputs = x.shape, len(weight)
     x = torch.nn.functional.pad(x, (0, -K % 8, 0, max(24 - R, -R % 8)))
-    weight = torch.nn.functional.pad(weight, (0, -K % 8, 0, -O % 8))
-    return torch._int_mm(x, weight.t())[:R, :O]
+    weight = torch.nn.functional.pad(weight, (0, -K % 8, 0, -outputs % 8))
+    return torch.ops.aten._int_mm(x, weight.t())[:R, :outputs]
 
 
 def _in_panels(integers: Int8[Tensor, "out in"]) -> UInt8[Tensor, "panels in_4 outputs 4"]:
     """As narrow.c reads them: 128 more, so that they are not negative."""
-    O, K = integers.shape
-    whole = torch.nn.functional.pad(integers, (0, 0, 0, -O % PANEL))
+    outputs, K = integers.shape
+    whole = torch.nn.functional.pad(integers, (0, 0, 0, -outputs % PANEL))
     numbers = whole.view(torch.uint8).bitwise_xor(128)
     return numbers.view(-1, PANEL, K // 4, 4).transpose(1, 2).contiguous()
 
@@ -304,9 +302,9 @@ def holding(
         packed = [stored.get(f"{name}.weight") for name in names]
         if weights == "int4" and weight.shape[1] % INT4.group_size == 0:
             packed = [p or quantised(part) for p, part in zip(packed, parts, strict=True)]
-        alike = [p for p in packed if p is not None and p.group_size == packed[0].group_size]
-        if len(alike) == len(parts):
-            return Bits4.of(alike, dtype, **named)
+        found = [p for p in packed if p is not None]
+        if len(found) == len(parts) and len({p.group_size for p in found}) == 1:
+            return Bits4.of(found, dtype, **named)
         return _as_it_is(weight, named)
 
     return hold

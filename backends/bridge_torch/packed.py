@@ -2,8 +2,8 @@
 
 A packed form is derived from a `Transformer` (`packing.py`) and never changes: what reads one input
 is stacked, and on CPUs in oneDNN's blocked layout, or narrow. What is computed may be wider than
-what is held: on CPUs a model in bfloat16 or float16 has float32 activations. The forward is that of `model.py` over `[B, S]`
-cells, and the parts of it that a decoding step takes too.
+what is held: on CPUs a model in bfloat16 or float16 has float32 activations. The forward is that of
+`model.py` over `[B, S]` cells, and the parts of it that a decoding step takes too.
 """
 
 from collections.abc import Callable, Iterator

@@ -107,7 +107,9 @@ class _Packing:
         names, weights, bias = self._read(prefix, modules)
         weight = self._join([weight.to(self.dtype) for weight in weights])
         blocks = self.blocks and not plain
-        return Whole(names, tuple(map(len, weights)), blocked(weight) if blocks else weight, bias=bias)
+        return Whole(
+            names, tuple(map(len, weights)), blocked(weight) if blocks else weight, bias=bias
+        )
 
     def _read(
         self, prefix: str, modules: dict[str, nn.Linear]

@@ -28,6 +28,7 @@ from bridge.decoding.rows import only_active
 from bridge.decoding.targets import TargetCells
 from bridge_torch.block import wide
 from bridge_torch.model import Transformer
+from bridge_torch.packed import Packed
 from bridge_torch.weights import Weights
 
 Metrics = dict[str, float]
@@ -73,7 +74,9 @@ def learning(model: nn.Module, trainable: Sequence[str]) -> Iterator[dict[str, T
 
 
 @torch.no_grad()
-def logprobs(model: Transformer, batch: Batch, temperature: float) -> Float[Tensor, " tokens"]:
+def logprobs(
+    model: Transformer | Packed, batch: Batch, temperature: float
+) -> Float[Tensor, " tokens"]:
     """Clause 7.12: lp of each target at the temperature, in the order of the mask."""
     check_batch(batch, SFT(), model.config.vocab_size)
     check_temperature(temperature)
@@ -81,7 +84,7 @@ def logprobs(model: Transformer, batch: Batch, temperature: float) -> Float[Tens
 
 
 def target_logits(
-    model: Transformer, batch: Batch, checkpoint_activations: bool = False
+    model: Transformer | Packed, batch: Batch, checkpoint_activations: bool = False
 ) -> Float[Tensor, "tokens V"]:
     """Logits of the cells with a target, in the order of the mask. The head reads no other cell: a
     vocabulary is wide, and prompts have none."""
@@ -89,6 +92,8 @@ def target_logits(
     cells = model.cells(batch.groups, batch.active, positions_of(batch))
     device = cells.rope.device
     mask = torch.tensor(batch.target_mask, device=device)
+    if isinstance(model, Packed):  # of narrow weights, which only read
+        return model.logits(model.read(ids.to(device), cells)[mask])
     return model(ids.to(device), cells, read=mask, recompute=checkpoint_activations)
 
 

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from bridge.config import ModelConfig
 from bridge.checkpoints.packing import Packed as Stored
-from bridge.errors import BridgeError
+from bridge.config import ModelConfig
+from bridge.decoding.inputs import check_whole
 from bridge_torch.fused import serves
 from bridge_torch.model import Transformer
 from bridge_torch.narrow import activations, holding
@@ -64,11 +64,7 @@ class Weights:
     def module(self) -> Transformer:
         """The module, whole, for as long as nothing is packed. Raises BridgeError where its
         matrices were made narrow."""
-        if self.narrow is not None:
-            raise BridgeError(
-                f"weights: {self.narrow} are for decoding, and have no gradient; load the model "
-                "without weights to train or change it"
-            )
+        check_whole(self.narrow)
         self._stored = {}
         if self._packed is not None:
             parts, packed = self._packed.emptied(), weakref.ref(self._packed)

@@ -45,6 +45,24 @@ def check_device_and_dtype(
             )
 
 
+def check_weights(backend: str, device: str, weights: str | None, able: Collection[str]) -> None:
+    """Refuse to make matrices what a backend cannot make them on a device (clause 10.5)."""
+    if weights is not None and weights not in able:
+        has = f"has: {', '.join(able)}" if able else "has none; leave weights out"
+        raise BridgeError(
+            f"weights {show(weights)} are not there for backend {backend!r} on {device} ({has})"
+        )
+
+
+def check_whole(weights: str | None) -> None:
+    """Refuse to train, or to give gradients of, a model whose matrices were made integers."""
+    if weights is not None:
+        raise BridgeError(
+            f"weights: {weights} are for decoding, and have no gradient; load the model without "
+            "weights to train or change it"
+        )
+
+
 def take_tensor(
     tensors: Mapping[str, np.ndarray],
     name: str,

@@ -74,6 +74,7 @@ def evaluate(
         "backend": model.backend,
         "device": model.device,
         "dtype": model.dtype,
+        **({} if model.weights is None else {"weights": model.weights}),
         **vars(plan.decoding),
         "stop": list(plan.decoding.stop),
     }

@@ -74,8 +74,10 @@ def bench(
     dtype: str | None,
     figures: tuple[str, ...] = FIGURES,
     workload: Workload | None = None,
+    weights: str | None = None,
 ) -> Iterator[Figure]:
-    """Measure `figures` one after another. Raises BridgeError for a host without blocks."""
+    """Measure `figures` one after another. `weights`: as for `bridge.load`.
+    Raises BridgeError for a host without blocks."""
     workload = Workload() if workload is None else workload
     if opened.config.bridge is None:
         raise BridgeError(f"{opened.path}: has no Bridge blocks to measure; bridge init adds them")
@@ -83,7 +85,7 @@ def bench(
         raise BridgeError(f"figure {unknown[0]!r} is not known; use {', '.join(FIGURES)}")
     workload.check(opened.config.max_position_embeddings)
     on, off = (
-        build(opened, config, opened.tensors, backend, device, dtype)
+        build(opened, config, opened.tensors, backend, device, dtype, weights)
         for config in (opened.config, opened.config.without_bridge())
     )
     w = workload

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from bridge_cli.options import Backend, Device, Dtype, integer, number
+from bridge_cli.options import Backend, Device, Dtype, Weights, integer, number
 from bridge_cli.text import print_json
 
-RATIOS = ("backend", "dtype", "figures", "width", "steps", "rows", "timesteps")  # without --peers
+RATIOS = ("backend", "dtype", "weights", "figures", "width", "steps", "rows", "timesteps")  # without --peers
 PEERS = ("widths", "new", "seconds", "threads", "engines", "dtypes", "plot", "save")  # with it
 
 
@@ -20,7 +20,11 @@ def bench(
     backend: Backend = None,
     device: Device = None,
     dtype: Dtype = None,
-    figures: Annotated[str, typer.Option(help="Which, by commas.")] = "decode,prefill,train",
+    weights: Weights = None,
+    figures: Annotated[
+        str | None,
+        typer.Option(help="decode, prefill, train, by commas; else all that weights allow."),
+    ] = None,
     width: Annotated[int, integer("width", "-n", "--width", help="Rows decoded together.")] = 8,
     prompt_tokens: Annotated[
         int | None, integer("prompt_tokens", help="Of the prompt; else 128, with --peers 85.")
@@ -88,10 +92,12 @@ def bench(
     device = resolve_device(chosen, device)
     dtype = resolve_dtype(chosen, device, dtype, opened.dtype)
     workload = Workload(width, prompt_tokens or 128, steps, rounds or 5, rows, timesteps)
+    if figures is None:
+        figures = "decode,prefill,train" if weights is None else "decode,prefill"
     names = tuple(name.strip() for name in figures.split(",") if name.strip())
     found = []
     with Console(stderr=True).status("measuring") as status:
-        for figure in bench(opened, chosen.name, device, dtype, names, workload):
+        for figure in bench(opened, chosen.name, device, dtype, names, workload, weights):
             found.append(figure)
             status.update(f"measured {', '.join(f.name for f in found)}")
     machine = _machine(chosen.name, device)
@@ -100,6 +106,7 @@ def bench(
             {
                 **machine,
                 "dtype": dtype,
+                "weights": weights,
                 "checkpoint": str(checkpoint),
                 "workload": asdict(workload),
                 "figures": [figure.to_json() for figure in found],
@@ -117,6 +124,7 @@ def bench(
     console = Console(soft_wrap=True)
     console.print(table)
     where = f"{chosen.name} {machine['version']} on {machine['processor']} ({device}) in {dtype}"
+    where += f" with {weights} weights" if weights else ""
     console.print(where, style="dim", highlight=False)
 
 

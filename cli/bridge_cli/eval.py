@@ -26,6 +26,7 @@ from bridge_cli.options import (
     Temperature,
     TopK,
     TopP,
+    Weights,
     integer,
     number,
     read_task_options,
@@ -88,6 +89,7 @@ def evaluate(
     backend: Backend = None,
     device: Device = None,
     dtype: Dtype = None,
+    weights: Weights = None,
     base: Base = None,
     out: Annotated[
         Path | None, typer.Option(help="Keep responses, figures and plots here, and go on later.")
@@ -123,8 +125,10 @@ def evaluate(
         asked.widths["baseline"] = widths_decoded(widths, rows_are_independent(theirs.config))
     found_task = find_task(task, **read_task_options(task_options or []))
 
+    where = (backend, device, dtype, weights)
+
     def evaluated(path: Path, base: Path | None, name: str) -> "Evaluation":
-        model, weights, chat = _load(path, base, backend, device, dtype, raw, system, out)
+        model, fingerprint, chat = _load(path, base, where, raw, system, out)
         asked.widths[name] = widths_decoded(widths, rows_are_independent(model.config))
         with _bar(name, asked, quiet=json) as progress:
             return run(
@@ -147,7 +151,7 @@ def evaluate(
                 ),
                 max_rows=max_rows,
                 reward_seconds=reward_seconds,
-                name=weights,
+                name=fingerprint,
                 directory=None if out is None else out / name,
                 progress=progress,
             )
@@ -199,20 +203,19 @@ def _check_out(out: Path) -> None:
 def _load(
     path: Path,
     base: Path | None,
-    backend: str | None,
-    device: str | None,
-    dtype: str | None,
+    where: tuple[str | None, ...],
     raw: bool,
     system: str | None,
     out: Path | None,
 ) -> tuple[Any, str, bool]:
-    """The model, what tells its weights from others where they are kept, and whether it chats."""
+    """The model, what tells its weights from others where they are kept, and whether it chats.
+    `where`: backend, device, dtype and weights, as for `bridge.load`."""
     from bridge.checkpoints.reading import open_checkpoint
     from bridge.model import build
     from bridge_cli.prompts import check_system
 
     opened = open_checkpoint(path, base)
-    model = build(opened, opened.config, opened.tensors, backend, device, dtype)
+    model = build(opened, opened.config, opened.tensors, *where)
     chat = model.has_chat_template and not raw
     check_system(system, chat, raw, path)
     if out is not None:

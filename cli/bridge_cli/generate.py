@@ -27,6 +27,7 @@ from bridge_cli.options import (
     Temperature,
     TopK,
     TopP,
+    Weights,
     integer,
 )
 from bridge_cli.text import harmless, print_json
@@ -71,6 +72,7 @@ def generate(
     backend: Backend = None,
     device: Device = None,
     dtype: Dtype = None,
+    weights: Weights = None,
     base: Base = None,
     live: Annotated[
         bool,
@@ -108,7 +110,7 @@ def generate(
     asked = read_prompts(prompts, file)
     notes = Console(stderr=True)
     with notes.status("loading") if notes.is_terminal and not json else _nothing():
-        model = load(where, base=base, backend=backend, device=device, dtype=dtype)
+        model = load(where, base=base, backend=backend, device=device, dtype=dtype, weights=weights)
     if where is None:
         check_words(asked, model.tokenizer)
     chat = model.has_chat_template and not raw
@@ -147,6 +149,7 @@ def generate(
             "backend": model.backend,
             "device": model.device,
             "dtype": model.dtype,
+            "weights": model.weights,
             "width": width,
             "max_new_tokens": max_new_tokens,
             "stop": stop or [],

@@ -62,6 +62,10 @@ AnswerSeed = Annotated[int, integer("seed", help="The same seed gives the same a
 Backend = Annotated[str | None, typer.Option(help="See bridge backends; else the best.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; else the best.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="int8 or int4: make the host's matrices integers; else as they are."),
+]
 Base = Annotated[Path | None, typer.Option(help="The host of an adapter.")]
 
 
