@@ -213,8 +213,8 @@ FAULTS = (
         "5.2",
         LOGITS,
         packed(
-            "h = F.embedding(tokens, self.embed)\n",
-            "h = F.embedding(tokens, self.embed) * self.config.hidden_size**0.5\n",
+            "F.embedding(tokens, self.embed).to(self.like.dtype)",
+            "F.embedding(tokens, self.embed).to(self.like.dtype) * self.config.hidden_size**0.5",
         ),
     ),
     Fault(

@@ -174,9 +174,9 @@ FAULTS = (
         LEARNT,
         Edit(
             "packing",
-            'head = Linear(("lm_head",), (len(embed),), ',
+            'head = packing.held(("model.embed_tokens",), [embed], None)',
             'kept = model.rope.__dict__.setdefault("kept", embed.clone())\n'
-            '            head = Linear(("lm_head",), (len(embed),), kept if True else ',
+            '            head = packing.held(("model.embed_tokens",), [kept], None)',
         ),
     ),
     Fault(
