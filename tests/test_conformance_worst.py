@@ -65,7 +65,7 @@ def test_groups_come_out_of_step_and_to_nobody_and_go_back_to_an_end():
     text, trial = case.text, Trial(Target(Reference(), "cpu", "float64"), case.model)
     seen = drive(trial, case)
     assert sum(len(set(timestep.steps)) > 1 for timestep in seen) >= 4  # rows out of step
-    assert max(len(timestep.rows) for timestep in seen) == 8
+    assert max(len(timestep.rows) for timestep in seen) >= 6
     # The last wave comes when no other row is left; those before it, to rows under way.
     first, second, third, last = (
         next(n for n, timestep in enumerate(seen) if w in case.wave_of[timestep.rows])
@@ -82,7 +82,8 @@ def test_groups_come_out_of_step_and_to_nobody_and_go_back_to_an_end():
     ahead, back = (Saying(trial, case, back=back) for back in (False, True))
     ahead.judge()
     back.judge()
-    assert back.revived >= 3
+    # Rows end within a table while others of their group go on, and go on themselves.
+    assert ahead.left_alone and back.left_alone and back.revived >= 3
 
 
 def test_draws_may_go_either_way_where_logits_may():

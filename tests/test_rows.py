@@ -200,6 +200,14 @@ def test_draws_are_those_of_the_counter(steps, seeds):
         counters = zip(*own, row_ids, prompt_ids, strict=True)
         want = [uniforms(int(s), t, row, prompt) for t, s, row, prompt in counters]
         assert table.dtype == np.float32 and table[line].tolist() == want
+    apart = Uniforms(row_ids, prompt_ids, put)
+    seed = np.full(3, 5, np.uint64)
+    apart.at(np.array([4, 4, 9]), seed, 3)
+    for now in ([6, 6, 11], [6, 6, 8], [1, 1, 8]):  # together, then each group its own way
+        table, line = apart.at(np.array(now), seed, 3)
+        for later in range(3):
+            want = uniforms(5, np.array(now) + later, row_ids, prompt_ids)
+            assert table[line + later].tolist() == want.tolist()
     many = Uniforms(row_ids, prompt_ids, put)
     tables.clear()
     for step in range(2 * STEPS + 1):

@@ -47,7 +47,8 @@ class Saying(Coming):
         self.said = np.zeros(case.alive.shape, np.int64)
         self.drawn: dict[Cell, int] = {}
         self.logits: dict[Cell, np.ndarray] = {}
-        self.revived = 0  # rows that had ended and went on
+        # Rows that had ended and went on, and those that went on after another of their group had.
+        self.revived = self.left_alone = 0
         for rows in self.go():
             self._look(rows)
             self._table(rows)
@@ -75,6 +76,7 @@ class Saying(Coming):
                     self.said[now[n] + j, row] = table[n, j]
         tokens = table[np.arange(len(rows)), at]
         keep = (tokens >= 0) & (now + at + 1 < self.case.limits[rows])
+        self.left_alone += int((keep & np.isin(groups, groups[tokens < 0])).sum())
         if not self.back:
             self.advance(None, keep & ~np.isin(tokens, self.ends), k - 1)
             return
@@ -166,28 +168,40 @@ def going_back_leaves_nothing_behind(target: Target, case: ComingCase) -> None:
 
 
 def what_may_not_follow_a_table_is_refused(target: Target, case: ComingCase) -> None:
-    """Clauses 4.7 and 10.1: no row that has ended goes on, and none goes back further than was fed
-    ahead, apart from its group, or to no token; and nothing is changed by asking."""
-    trial = Trial(target, case.model)
+    """Clauses 4.7 and 10.1: none goes back further than was fed ahead, apart from its group, or to
+    no token, and no row that has ended goes on; and nothing is changed by asking."""
+    trial, every = Trial(target, case.model), samplings(case)
     coming = Coming(trial.model, case)
     rows = next(coming.go())
-    decoder, every = coming.decoder, [samplings(case)[row] for row in rows]
-    ends = decoder.sample(every)[:1].tolist()  # the first row ends at once
-    table = decoder.sample_ahead(every, AHEAD, ends)
-    tokens, k = case.text.forced[0, rows], table.shape[1]
-    all_back = np.full(len(rows), k - 1)
-    apart = all_back - (np.arange(len(rows)) == 0)
-    refused: list[tuple[str, np.ndarray | None, np.ndarray | None]] = [
+    decoder, tokens = coming.decoder, case.text.forced[0, rows]
+    table = decoder.sample_ahead([every[row] for row in rows], AHEAD, ())
+    all_back = np.full(len(rows), table.shape[1] - 1)
+    refused: list[tuple[str, np.ndarray | None, np.ndarray]] = [
         ("going back further than was fed", tokens, all_back + 1),
         ("going back by less than nothing", tokens, -1 - 0 * all_back),
     ]
-    if k > 1:
+    if table.shape[1] > 1:
+        apart = all_back - (np.arange(len(rows)) == 0)
         refused.append(("going back to no token", None, all_back))
-        if table[0, -1] < 0:
-            refused.append(("a row that has ended and goes on", tokens, None))
         if case.text.widths[0] > 1:
             refused.append(("a group that goes back by two numbers", tokens, apart))
     for what, fed, back in refused:
         must_refuse(trial, case, what, partial(decoder.advance, fed, None, back))
     decoder.advance(tokens, None, all_back)
     one_timestep_on(trial, case, rows, decoder, "logits after all was taken back")
+    _what_has_ended_must_not_go_on(trial, case)
+
+
+def _what_has_ended_must_not_go_on(trial: Trial, case: ComingCase) -> None:
+    """Unless it goes back to where it ended."""
+    coming, every = Coming(trial.model, case), samplings(case)
+    rows = next(coming.go())
+    decoder, tokens = coming.decoder, case.text.forced[0, rows]
+    ends = decoder.sample([every[row] for row in rows])[:1].tolist()  # the first row's first
+    table = decoder.sample_ahead([every[row] for row in rows], AHEAD, ends)
+    if table[0, -1] < 0:
+        what = "a row that has ended and goes on"
+        must_refuse(trial, case, what, partial(decoder.advance, tokens))
+    decoder.advance(tokens, None, np.full(len(rows), table.shape[1] - 1))
+    what = "logits after a row that had ended went back to its end, and on"
+    one_timestep_on(trial, case, rows, decoder, what)

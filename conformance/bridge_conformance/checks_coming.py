@@ -167,33 +167,39 @@ def rows_draw_by_settings_of_their_own(target: Target, case: ComingCase) -> None
 
 
 def what_others_held_does_not_reach_a_group(target: Target, case: ComingCase) -> None:
-    """Clauses 3.4 and 4.5: a group that holds NaN reaches no other one, whether beside it or later
-    in its place; to others it is all the same, bit for bit."""
+    """Clauses 3.4 and 4.5: groups that hold NaN reach no others, whether beside them or later in
+    their places; to others it is all the same, bit for bit."""
     trial = Trial(target, case.model)
-    # The last token has NaN where it is embedded; only the first prompt's rows ever see it.
+    # The last token has NaN where it is embedded; only every other prompt's rows ever see it.
     poison = case.model.config.vocab_size - 1
     name = "model.embed_tokens.weight"
     tensors = {**trial.tensors, name: trial.tensors[name].copy()}
     tensors[name][poison] = np.nan
-    model, mine = trial.load(tensors=tensors), case.text.row_prompt == 0
-
-    def others(token: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Logits of the other rows, where the first prompt ends with a token, and is fed it."""
-        fed = case.text.forced % poison
-        fed[:, mine] = token
-        prompts = [prompt % poison for prompt in case.text.prompts]
-        prompts[0] = np.append(prompts[0][:-1], token)
-        coming, seen = Coming(model, case, prompts), []
-        for rows in coming.go():
-            steps, rest = coming.steps[rows], ~mine[rows]
+    model = trial.load(tensors=tensors)
+    for held in (0, 1):
+        runs = [_beside(model, case, held, token) for token in (poison, 0)]
+        for (rows, got), (_, want) in zip(*runs, strict=True):
+            what = f"logits of rows {rows.tolist()}, every other prompt's being NaN or not"
             # Of a tied embedding, the last logit of every row is NaN.
-            seen.append((rows[rest], coming.decoder.logits()[rest, :poison]))
-            coming.advance(fed[steps, rows], steps + 1 < case.ends[rows])
-        return seen
+            trial.same(got[:, :poison], want[:, :poison], 0, what, case)
 
-    for (rows, got), (_, want) in zip(others(poison), others(0), strict=True):
-        what = f"logits of rows {rows.tolist()}, the first prompt's being NaN or not"
-        trial.same(got, want, 0, what, case)
+
+def _beside(
+    model: BackendModel, case: ComingCase, held: int, token: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Rows and logits of every other prompt at every timestep, where prompts `held`, `held` + 2 and
+    so on are of one token alone, and are fed it."""
+    text, last = case.text, case.model.config.vocab_size - 1
+    prompts = [prompt % last for prompt in text.prompts]
+    prompts[held::2] = [np.full(len(prompt), token) for prompt in prompts[held::2]]
+    theirs = text.row_prompt % 2 == held
+    fed = np.where(theirs, token, text.forced % last)
+    coming, seen = Coming(model, case, prompts), []
+    for rows in coming.go():
+        steps, rest = coming.steps[rows], ~theirs[rows]
+        seen.append((rows[rest], coming.decoder.logits()[rest]))
+        coming.advance(fed[steps, rows], steps + 1 < case.ends[rows])
+    return seen
 
 
 def what_may_not_come_is_refused(target: Target, case: ComingCase) -> None:

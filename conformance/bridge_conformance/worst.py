@@ -60,8 +60,8 @@ LONG = (
 # shortest, as the first leave; and others once nobody is left.
 COMING = (
     ComingCase(
-        DecodeCase(MODEL, (2, 1, 3, 2, 1, 2), (5, 2, 9, 1, 3, 4), 7, 37, False),
-        (Wave(1, 2), Wave(2, 1), Wave(2, 1), Wave(99, 2)),
+        DecodeCase(MODEL, (2, 1, 3, 2, 1, 2), (5, 2, 9, 1, 3, 4), 8, 140, False),
+        (Wave(1, 2), Wave(2, 1), Wave(3, 1), Wave(99, 2)),
     ),
 )
 ENDS = (EndsCase(16, 0),)

@@ -5,7 +5,9 @@ Not shipped. `python -m mutations`, from `conformance/`, runs them all; `fault.p
 
 from mutations import (
     faults_advantages,
+    faults_ahead,
     faults_block,
+    faults_coming,
     faults_decode,
     faults_ends,
     faults_files,
@@ -29,6 +31,8 @@ MODULES = (
     faults_fused,
     faults_sampling,
     faults_long,
+    faults_coming,
+    faults_ahead,
     faults_ends,
     faults_train,
     faults_trainable,

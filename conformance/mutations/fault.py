@@ -32,7 +32,8 @@ class Fault:
     """One mistake that an implementer could make.
 
     `harm`: what goes wrong, for whom. `clause`: that it breaks. `check`: that must catch it, a name
-    in CHECKS or a golden vector's; in `dtype`.
+    in CHECKS or a golden vector's; in `dtype`. `through`: the backend that runs a fault of Bridge's
+    own files.
     """
 
     def __init__(
@@ -44,9 +45,10 @@ class Fault:
         *edits: Edit,
         dtype: str = "float32",
         package: str = "bridge_torch",
+        through: str = "bridge_torch",
     ) -> None:
         self.name, self.harm, self.clause, self.check = name, harm, clause, check
-        self.edits, self.dtype, self.package = edits, dtype, package
+        self.edits, self.dtype, self.package, self.through = edits, dtype, package, through
 
     def plant(self) -> dict[str, ModuleType]:
         """The package's modules, by name within it, with this fault in them.

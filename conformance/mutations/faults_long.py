@@ -6,7 +6,6 @@ from mutations.faults_decode import LOST, MOVED, POSITIONS
 
 READ = "long_texts_are_decoded_as_they_are_read"
 DRAWN = "long_texts_are_drawn_by_the_rule"
-RENEWED = " or seed != self.made[0] or not 0 <= step - self.made[1] < STEPS:"
 
 PLAIN = (
     Fault(
@@ -14,8 +13,8 @@ PLAIN = (
         "After 64 tokens every row draws by the same luck at each step, and loops.",
         "6.2",
         DRAWN,
-        Edit("decoding.uniforms", RENEWED, " or seed != self.made[0]:"),
-        Edit("decoding.uniforms", "table, step - first", "table, min(step - first, STEPS - 1)"),
+        Edit("decoding.uniforms", "0 <= line[0] <= STEPS - ahead:", "0 <= line[0]:"),
+        Edit("decoding.uniforms", "table, int(line[0])", "table, min(int(line[0]), STEPS - 1)"),
         package="bridge",
     ),
     Fault(
@@ -23,11 +22,7 @@ PLAIN = (
         "Long answers have the luck of their beginning once more.",
         "6.2",
         DRAWN,
-        Edit(
-            "decoding.uniforms",
-            "np.arange(step, step + STEPS)[:, None]",
-            "np.arange(step, step + STEPS)[:, None] % 256",
-        ),
+        Edit("decoding.uniforms", "seeds, steps + later,", "seeds, (steps + later) % 256,"),
         package="bridge",
     ),
     Fault(

@@ -3,7 +3,7 @@
 from mutations.fault import Edit, Fault
 
 SAMPLED = "sampled_tokens_follow_the_rule"
-UNIFORMS = "uniforms(seed, steps, self.row_ids, self.prompt_ids)"
+UNIFORMS = "uniforms(seeds, steps + later, self.row_ids, self.prompt_ids)"
 FLOOR = "w.masked_fill_(w < nucleus_floor(w, sampling.top_p), 0)"
 MIN_P = "w.masked_fill_(w < sampling.min_p, 0)"
 
@@ -24,7 +24,7 @@ FAULTS = (
         "The same seed gives another text than every other backend.",
         "6.2",
         SAMPLED,
-        tabulated("uniforms(seed, self.row_ids, steps, self.prompt_ids)"),
+        tabulated("uniforms(seeds, self.row_ids, steps + later, self.prompt_ids)"),
         package="bridge",
     ),
     Fault(
@@ -32,7 +32,7 @@ FAULTS = (
         "Two prompts of a request get the same luck in every row.",
         "6.2",
         SAMPLED,
-        tabulated("uniforms(seed, steps, self.row_ids, 0 * self.prompt_ids)"),
+        tabulated("uniforms(seeds, steps + later, self.row_ids, 0 * self.prompt_ids)"),
         package="bridge",
     ),
     Fault(
@@ -40,7 +40,7 @@ FAULTS = (
         "All rows of a group write the same text.",
         "6.2",
         SAMPLED,
-        tabulated("uniforms(seed, steps, 0 * self.row_ids, self.prompt_ids)"),
+        tabulated("uniforms(seeds, steps + later, 0 * self.row_ids, self.prompt_ids)"),
         package="bridge",
     ),
     Fault(
@@ -56,7 +56,11 @@ FAULTS = (
         "An answer changes with the moment at which its neighbours end.",
         "6.2",
         SAMPLED,
-        Edit("decoding.rows", "row_ids=self.row_ids[rows]", "row_ids=np.arange(len(rows))"),
+        Edit(
+            "decoding.rows",
+            "[rows] for name in own}",
+            '[rows] for name in own} | {"row_ids": np.arange(len(rows))}',
+        ),
         package="bridge",
     ),
     Fault(
@@ -64,7 +68,7 @@ FAULTS = (
         "Seeds that differ in their upper 32 bits give one text.",
         "6.1",
         SAMPLED,
-        tabulated("uniforms(seed & 0xFFFFFFFF, steps, self.row_ids, self.prompt_ids)"),
+        tabulated(UNIFORMS.replace("seeds", "seeds & np.uint64(0xFFFFFFFF)")),
         package="bridge",
     ),
     Fault(

@@ -76,12 +76,12 @@ def first_catch(fault: Fault) -> Catch | None:
 
 def _of(fault: Fault, checks: Sequence[Check]) -> Generator[Catch]:
     if fault.package == "bridge":
-        backend = backend_of("bridge_torch")  # first: what is imported within would keep the fault
+        backend = backend_of(fault.through)  # first: what is imported within would keep the fault
         with standing_in(fault.edits):
             yield from failing(backend, fault.dtype, checks)
         return
     modules = fault.plant()
-    if fault.package == "bridge_ref":
+    if fault.check not in CHECKS:
         yield from of_advantages(modules["losses"].group_advantages)
     else:
         yield from failing(backend_of(fault.package, modules), fault.dtype, checks)
@@ -90,7 +90,7 @@ def _of(fault: Fault, checks: Sequence[Check]) -> Generator[Catch]:
 def backend_of(package: str, modules: Mapping[str, Any] | None = None) -> Backend:
     """The backend of a package: of these modules of it, or else as it is."""
     module = import_module(f"{package}.backend") if modules is None else modules["backend"]
-    return getattr(module, BACKENDS[package])()
+    return getattr(module, BACKENDS.get(package, "Reference"))()
 
 
 def failing(backend: Backend, dtype: str, checks: Sequence[Check]) -> Iterator[Catch]:
