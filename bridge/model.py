@@ -207,9 +207,7 @@ class Model:
         )
         check_kept(sum(request.width for request in requests), requests[0].max_new_tokens)
         engine = self.engine(max_rows=max_rows, cache_bytes=cache_bytes, ahead=ahead)
-        for request in requests:
-            engine.submit(request)
-        return follow(engine)
+        return follow(engine, requests)
 
     def engine(
         self, *, max_rows: int = MAX_ROWS, cache_bytes: int | None = None, ahead: int = AHEAD

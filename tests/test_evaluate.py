@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from string import ascii_letters, digits
 
 import numpy as np
 import pytest
@@ -144,10 +145,16 @@ def test_what_is_there_is_not_done_again(model, tmp_path):
     assert again == first == run(model)  # nor does a directory change what is found
 
 
-@pytest.mark.parametrize(("backend", "cuts"), [("numpy", 12), ("torch", 2)])
-def test_a_file_cut_anywhere_is_completed_to_the_same_bytes(paths, tmp_path, backend, cuts):
+@pytest.mark.parametrize(("backend", "cuts", "part"), [("numpy", 8, 2), ("torch", 2, 8)])
+def test_a_file_cut_anywhere_is_completed_to_the_same_bytes(
+    paths, tmp_path, monkeypatch, backend, cuts, part
+):
+    monkeypatch.setattr("bridge.evaluation.batches.PART", part)
     model, first = bridge.load(paths / "bridge", backend=backend), ToyScorer(ToyTask())
-    run(model, tmp_path / "whole", scorer=first)
+    # Rows end at their own times, and others come then.
+    uneven = replace(SHORT, max_new_tokens=7, stop=tuple(ascii_letters + digits))
+    found = run(model, tmp_path / "whole", scorer=first, decoding=uneven)
+    assert {row.finish_reason for g in found.found.values() for row in g.rows} >= {"stop", "length"}
     whole = bytes_of(tmp_path / "whole")
     size = len(whole[RESULTS])
     for cut in (0, size - 1, *np.random.default_rng(0).integers(1, size, cuts).tolist()):
@@ -155,15 +162,38 @@ def test_a_file_cut_anywhere_is_completed_to_the_same_bytes(paths, tmp_path, bac
         out.mkdir()
         (out / SETTINGS).write_bytes(whole[SETTINGS])
         (out / RESULTS).write_bytes(whole[RESULTS][:cut])
-        run(model, out, scorer=second)
+        run(model, out, scorer=second, decoding=uneven)
         assert bytes_of(out) == whole
         # Batches are cut as before, whatever is left of them: others would be rounded otherwise.
         assert second.batches and second.batches == first.batches[-len(second.batches) :]
 
 
+def test_a_part_is_decoded_as_a_whole_whatever_is_known_of_it(model, tmp_path, monkeypatch):
+    """Else the same rows would not be computed together, and be rounded otherwise."""
+    monkeypatch.setattr("bridge.evaluation.batches.PART", 2)
+    read = []
+
+    def prefill(prompts, *arguments, original=model.implementation.prefill, **options):
+        read.append(options["prompt_ids"])
+        return original(prompts, *arguments, **options)
+
+    monkeypatch.setattr(model.implementation, "prefill", prefill)
+    run(model, tmp_path / "out", widths=(4,))
+    # Rows of such short answers end together, so none comes while others are there.
+    assert read == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
+    results = tmp_path / "out" / RESULTS
+    whole = results.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    read.clear()
+    results.write_bytes(b"".join(lines[:7]))
+    run(model, tmp_path / "out", widths=(4,))
+    assert read == [[4, 5], [6, 7], [8, 9], [10, 11]] and results.read_bytes() == whole
+
+
 PROGRAM = """
 import sys
 from pathlib import Path
+from string import ascii_letters, digits
 import bridge
 from bridge.evaluation.batches import Decoding
 from bridge.evaluation.evaluate import evaluate

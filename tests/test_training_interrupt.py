@@ -10,8 +10,7 @@ from training_kills import outcome
 from training_stops import Watch, interrupt, toy_run
 from training_toys import Graded, InProcess
 
-import bridge
-from bridge.decoding.events import Token
+from bridge.decoding.engine import Engine
 from bridge.training import SFTSettings
 from bridge.training.log import read_log
 
@@ -85,21 +84,21 @@ def test_ctrl_c_in_a_reward_ends_the_run_at_once(settings, undisturbed, tmp_path
 def test_ctrl_c_while_decoding_ends_the_run_at_once(
     settings, undisturbed, tmp_path, monkeypatch, call, saved
 ):
-    chosen, original, heard = replace(settings, out=str(tmp_path / "run")), bridge.Model.stream, []
+    chosen, original, engines = replace(settings, out=str(tmp_path / "run")), Engine.step, []
 
-    def stream(self, *arguments, **options):
-        heard.append(0)
-        for event in original(self, *arguments, **options):
-            heard[-1] += isinstance(event, Token)
-            yield event
-            if len(heard) == call and heard[-1] == 3:
-                interrupt()
+    def step(self):
+        if self not in engines:
+            engines.append(self)
+        events = original(self)
+        if len(engines) == call and self.stats.tokens and not self.idle:
+            interrupt()
+        return events
 
     with monkeypatch.context() as patch:
-        patch.setattr(bridge.Model, "stream", stream)
+        patch.setattr(Engine, "step", step)
         with pytest.raises(KeyboardInterrupt):
             run(chosen)
-    assert len(heard) == call and heard[-1] == 3
+    assert len(engines) == call and engines[-1].running
     goes_on(chosen, undisturbed, saved)
 
 
@@ -118,7 +117,7 @@ def test_ctrl_c_while_sampling_drops_the_batch_alone(settings, tmp_path):
     names = ("checkpoint", "task", "backend", "max_new_tokens")
     given = {name: getattr(settings, name) for name in names}
     sft = SFTSettings(
-        **given, out=str(tmp_path / "run"), problems=24, samples=8, max_rows=64, epochs=1
+        **given, out=str(tmp_path / "run"), problems=24, samples=8, max_rows=16, epochs=1
     )
     scorer = Presses(3)
     with pytest.raises(KeyboardInterrupt):

@@ -321,7 +321,7 @@ def sft(model, tmp_path, **more):
 
 
 def test_the_warm_up_learns_from_correct_responses_alone(toy_model, tmp_path):
-    settings = sft(toy_model, tmp_path, epochs=8, lr=5e-2)
+    settings = sft(toy_model, tmp_path, epochs=8, lr=5e-2, max_rows=64)
     result, steps = run(settings, Sums(first=True))
     losses = [np.mean([s["loss"] for s in steps if s["epoch"] == e]) for e in range(8)]
     assert losses == sorted(losses, reverse=True)

@@ -98,7 +98,7 @@ def test_ctrl_c_while_sampling_keeps_what_is_sampled(toy_model, tmp_path):
         backend="torch",
         problems=24,
         samples=8,
-        max_rows=64,
+        max_rows=16,
         max_new_tokens=2,
         epochs=1,
     )

@@ -43,7 +43,7 @@ def runs(model: Path, backend: str, steps: int) -> list[Settings]:
     grpo = {"problems": 2, "width": 4, "lr": 1e-2}
     if backend != "jax":  # which compiles for seconds in every life what these add
         grpo |= {"minibatches": 2, "beta": 0.1}
-    sft = {"problems": 32, "samples": 8, "max_rows": 64, "groups": 4, "epochs": 4}
+    sft = {"problems": 32, "samples": 8, "max_rows": 16, "groups": 4, "epochs": 4}
     return [
         GRPOSettings(**common, **grpo, steps=steps, eval_every=5),
         SFTSettings(**common, **sft, eval_every=4),

@@ -6,7 +6,7 @@ for it.
 """
 
 from bridge.config import ModelConfig
-from bridge.config.sizes import kept_bytes
+from bridge.config.sizes import cache_bytes, kept_bytes
 from bridge.contract import BackendModel
 from bridge.decoding.budget import Budget, Load
 from bridge.numbers.machine import check_memory
@@ -31,6 +31,13 @@ def check_decoding(
     load = Load((prompt,) * groups, (width,) * groups, new_tokens)
     mend = "lower width or max_new_tokens" if groups == 1 else "lower max_rows or max_new_tokens"
     Budget(model).check(load, mend)
+
+
+def room_for(model: BackendModel, prompt: int, width: int, new_tokens: int, groups: int) -> int:
+    """The `cache_bytes` of so many such groups, which an engine may be given in place of what is
+    free: then what else the machine does cannot change which rows are computed together, and so not
+    how they are rounded."""
+    return cache_bytes(model.config, model.dtype, [prompt] * groups, [width] * groups, new_tokens)
 
 
 def check_training(config: ModelConfig, device: str, dtype: str, rows: int, length: int) -> None:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bridge.config.sizes import cache_bytes
 from bridge.decoding.events import Answered, Finished, ResponseSet
+from bridge.decoding.memory import room_for
 from bridge.errors import show
 from bridge.evaluation.records import Group, Journal, Row
 from bridge.model import Model
@@ -143,9 +143,8 @@ class Run:
             stop=d.stop,
             prompt_ids=[plan.problems[i].number + (g << GROUP_SHIFT) for g, i in places],
         )
-        size, prompt = plan.size(width), max(map(len, plan.prompts))
-        where = self.model.config, self.model.dtype
-        room = cache_bytes(*where, [prompt] * size, [width] * size, d.max_new_tokens)
+        size, longest = plan.size(width), max(map(len, plan.prompts))
+        room = room_for(self.model.implementation, longest, width, d.max_new_tokens, size)
         engine = self.model.engine(max_rows=width * size, cache_bytes=room)
         for request in requests:
             engine.submit(request)

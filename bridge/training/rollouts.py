@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Float
 
 from bridge.decoding.events import Response, ResponseSet
+from bridge.decoding.generation import answer
+from bridge.decoding.memory import room_for
 from bridge.errors import BridgeError
 from bridge.model import Model
 from bridge.numbers.rewards import equal, mean, reaches, std
@@ -79,8 +81,9 @@ def roll_out(
 def generate(
     model: Model, prompts: Sequence[Any], settings: Settings, seed: int, width: int | None = None
 ) -> list[ResponseSet]:
-    """Responses by the settings, as `Model.generate` gives them."""
-    return model.generate(
+    """Responses by the settings, as `Model.generate` gives them. Rows alone say what is decoded at
+    once on a CPU, where a run that was stopped ends with the same bytes: what is free does not."""
+    requests = model.requests(
         list(prompts),
         width=settings.width if width is None else width,
         max_new_tokens=settings.max_new_tokens,
@@ -89,8 +92,13 @@ def generate(
         stop=settings.stop or None,
         chat=model.has_chat_template and not settings.raw,
         system=settings.system,
-        max_rows=settings.max_rows,
     )
+    width, limit, room = requests[0].width, requests[0].max_new_tokens, None
+    if model.device.startswith("cpu"):
+        longest = max(len(request.tokens) for request in requests)
+        groups = max(1, settings.max_rows // width)
+        room = room_for(model.implementation, longest, width, limit, groups)
+    return answer(model.engine(max_rows=settings.max_rows, cache_bytes=room), requests)
 
 
 def summary(rollouts: Sequence[Rollout], threshold: float) -> dict[str, Any]:

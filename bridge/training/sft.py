@@ -123,6 +123,12 @@ class Sampled(TypedDict):
     responses: list[str]
 
 
+def sampled_at_once(settings: SFTSettings) -> int:
+    """Problems of a batch of sampling: several times as many as are decoded at once, since as the
+    last rows of a batch end, places stay empty."""
+    return 4 * max(1, settings.max_rows // settings.samples)
+
+
 def make_samples(run: Run, settings: SFTSettings) -> Path:
     """Sample what the run's file lacks yet; gives the file. The problems are those that the train
     split begins with, in the order of the run's seed.
@@ -134,7 +140,7 @@ def make_samples(run: Run, settings: SFTSettings) -> Path:
     assert task is not None and scorer is not None
     size = split_size(task, "train")
     total = settings.problems if size is None else min(size, settings.problems)
-    batch = max(1, settings.max_rows // settings.samples)
+    batch = sampled_at_once(settings)
     threshold = getattr(task, "threshold", 1.0)
     done = [(line.end, len(line.to(Sampled)["responses"])) for line in read_own(path, MEND)]
     if len(done) < total:

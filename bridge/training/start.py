@@ -34,7 +34,7 @@ from bridge.training.rollouts import split_size
 from bridge.training.saving import Best, ModelWriter, Progress
 from bridge.training.schedule import problem_number
 from bridge.training.settings import GRPOSettings, Settings, SFTSettings
-from bridge.training.sft import Correct, WarmUp, deal, read_samples
+from bridge.training.sft import Correct, WarmUp, deal, read_samples, sampled_at_once
 from bridge.training.watch import Interrupt, Silent, Watcher
 
 FIRST = 64  # prompts that are looked at: those beyond are seen when their turn comes
@@ -191,10 +191,11 @@ def look_ahead(settings: Settings, model: Model, task: Task | None) -> Ahead:
     check_training(config, device, dtype, largest.rows, largest.length)
     if lengths:
         rows, count = settings.width, settings.problems
-        if isinstance(settings, SFTSettings):  # a batch at a time is sampled
-            rows, count = settings.samples, max(1, settings.max_rows // settings.samples)
+        if isinstance(settings, SFTSettings):
+            rows, count = settings.samples, sampled_at_once(settings)
         check_kept(rows * count, length)
-        check_decoding(model.implementation, max(lengths.values()), rows, length)
+        together = min(count, max(1, settings.max_rows // rows))
+        check_decoding(model.implementation, max(lengths.values()), rows, length, together)
     return Ahead(prompts, size, largest, length, data)
 
 
