@@ -21,6 +21,7 @@ from bridge.decoding.events import Answered, Finished, Started, Token
 from bridge.decoding.requests import Request
 from bridge.decoding.stops import Stops
 from bridge.errors import BridgeError
+from bridge.registry import find_backend
 from bridge.text.tokenizer import Tokenizer
 from bridge_ref.backend import Reference
 
@@ -203,6 +204,36 @@ def test_what_is_drawn_past_a_stop_text_is_dropped_and_the_group_goes_back(model
         assert stats.alive_share == fed / stats.row_steps
         assert stats.places == 256 * stats.timesteps
         assert stats.occupancy == fed / stats.places
+
+
+MIXED = [
+    Request("", [1, 2, 3], 3, 0, 9, Sampling(1.5, seed=1), frozenset({EOS}), Stops(("ab", "c"))),
+    Request("", [4], 2, 1, 5, Sampling(0.0), frozenset({EOS})),
+    Request("", [5, 6, 7, 8, 1], 4, 2, 12, Sampling(3.0, seed=2), frozenset({EOS, 3})),
+    Request("", [2, 2], 1, 3, 9, Sampling(1.5, top_k=4, seed=1)),
+    Request("", [7], 3, 0, 9, Sampling(1.5, seed=1), frozenset({EOS}), Stops(("aa",))),
+    Request("", [3, 1], 2, 9, 7, Sampling(2.0, top_p=0.9), frozenset({EOS}), Stops((), {END})),
+]
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax", "mlx"])
+def test_every_backend_gives_what_the_reference_gives_alone(model, backend):
+    """Groups that come and go, in steps of their own, and rows that stop amid what is drawn."""
+    found = find_backend(backend).load(
+        model.config, dict(model.tensors()), device="cpu", dtype="float32"
+    )
+    engine = Engine(found, letters(), Budget(found, 6), ahead=4)
+    steps = run(engine, MIXED)
+    answers = {e.prompt: e.answers for step in steps for e in step if isinstance(e, Answered)}
+    for ticket, request in enumerate(MIXED):
+        rows, reasons = alone(model, request)
+        assert [r.tokens for r in answers[ticket].responses] == rows
+        assert [r.finish_reason for r in answers[ticket].responses] == reasons
+    assert engine.stats.prompts == len(MIXED) and len([s for s in steps if started(s)]) > 2
+
+
+def started(step):
+    return any(isinstance(event, Started) for event in step)
 
 
 def script(lengths):
