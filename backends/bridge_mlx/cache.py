@@ -58,31 +58,32 @@ class Cache:
     def _lay(self, places: Int[np.ndarray, " R"]) -> None:
         """The rows lie at these of the places, in their order."""
         self.places, C = places, self.own[0][0].shape[0]
-        row_at = np.zeros(C, np.int64)  # a place without a row computes what the first one does
-        row_at[places] = np.arange(len(places))
-        self._row_at = None if len(places) == C else row_at
+        # The row of each place; one without a row computes what the first row does, for nobody.
+        self._row_at = np.zeros(C, np.int64)
+        self._row_at[places] = np.arange(len(places))
+        idle = len(places) < C
+        self._to_places = mx.array(self._row_at) if idle else None
+        self._to_rows = mx.array(places) if idle else None
         plan = GridPlan.of(self.rows.group)
         plan = replace(plan, line=self.rows.group, groups=len(self.rows.lengths))
-        self.grid = Grid.planned(plan, None if len(places) == C else (places, C))
+        self.grid = Grid.planned(plan, (places, C) if idle else None)
 
     def computed(self, of_rows: mx.array) -> mx.array:
         """What is given a row, along the first axis, a place: R becomes C."""
-        if self._row_at is None:
-            return of_rows
-        return mx.take(of_rows, mx.array(self._row_at), axis=0)
+        return of_rows if self._to_places is None else mx.take(of_rows, self._to_places, axis=0)
 
     def left(self, of_places: mx.array) -> mx.array:
         """What was computed at places, of the rows alone: C becomes R."""
-        return of_places if self._row_at is None else mx.take(of_places, mx.array(self.places), 0)
+        return of_places if self._to_rows is None else mx.take(of_places, self._to_rows, axis=0)
 
     @property
     def positions(self) -> Int[np.ndarray, " C"]:
         """Where the timestep that is due stands in the text of each place's row."""
-        positions = self.rows.positions
-        return positions if self._row_at is None else positions[self._row_at]
+        return self.rows.positions[self._row_at]
 
     def join(self, prefix: list[KeysValues], others: Rows) -> None:
-        """Groups come, whose prompts were read so (clause 4.5)."""
+        """Groups come, whose prompts were read so (clause 4.5). Empties the list `prefix`: what is
+        in it is not kept twice."""
         rows, prompts = self.rows.compact()
         self._remake(rows.joined(others), prompts, 1, prefix)
 
@@ -123,10 +124,8 @@ class Cache:
         for i in self.layers:
             k, v = (_ending(_at(x, prompts), P) for x in self.prefix[i])
             if joining is not None:
-                k, v = (
-                    mx.concatenate([x, _ending(new, P)])
-                    for x, new in zip((k, v), joining[i], strict=True)
-                )
+                new_k, new_v = (_ending(x, P) for x in joining.pop(0))
+                k, v = _beside(k, new_k), _beside(v, new_v)
             self.prefix[i] = k, v
             k, v = (
                 mx.pad(
@@ -196,13 +195,12 @@ class Cache:
         p0, t0, end = int(prefix.min()), int(own.min()), self.clock + (not self.ahead)
         lines = np.full(len(rows.lengths), p0)
         lines[rows.group] = prefix
-        places = own if self._row_at is None else own[self._row_at]
         return Reads(
             slice(p0, P),
             slice(min(t0, end), end),
             slice(max(t0 - self.clock, 0), self.lead + 1) if self.ahead else slice(0, 0),
             _from(lines, p0, P),
-            _from(places, t0, end),
+            _from(own[self._row_at], t0, end),
         )
 
     def timesteps(
@@ -229,6 +227,11 @@ def _from(first: Int[np.ndarray, " X"], start: int, end: int) -> mx.array | None
 def _at(x: mx.array, places: Int[np.ndarray, " N"]) -> mx.array:
     """These of the first axis, ascending; without a copy where they are all."""
     return x if len(places) == x.shape[0] else mx.take(x, mx.array(places), axis=0)
+
+
+def _beside(x: mx.array, new: mx.array) -> mx.array:
+    """The one and then the other along the first axis."""
+    return mx.concatenate([x, new]) if x.shape[0] else new
 
 
 def _ending(x: mx.array, slots: int) -> mx.array:

@@ -34,7 +34,7 @@ FAULTS = (
         "A new row remembers timesteps at which it was not there.",
         "4.5",
         COME,
-        cache("_from(places, t0, end)", "None"),
+        cache("_from(own[self._row_at], t0, end)", "None"),
     ),
     fault(
         "rows that come stand where the others do",
@@ -42,9 +42,8 @@ FAULTS = (
         "4.5",
         COME,
         cache(
-            "        positions = self.rows.positions\n",
-            "        slot = self.clock + self.lead\n"
-            "        positions = self.rows.lengths[self.rows.group] + slot\n",
+            "return self.rows.positions[self._row_at]",
+            "return (self.rows.positions - self.rows.steps + self.clock + self.lead)[self._row_at]",
         ),
     ),
     fault(
