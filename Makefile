@@ -19,7 +19,7 @@ help:
 	@echo "make test    ruff, pyright, the arrows between rooms and the test suite"
 	@echo "make test-slow  the suite's dear tests: more cases, more kills, longer texts"
 	@echo "make golden  regenerate the golden vectors of the spec"
-	@echo "make bench   decode and prefill figures, as ratios against transformers"
+	@echo "make bench   tokens a second beside llama.cpp, CTranslate2 and others, which it installs"
 	@echo "make clean   remove the virtual environment and the demo's files"
 
 $(STAMP): pyproject.toml
@@ -65,8 +65,10 @@ format: $(STAMP)
 golden: $(STAMP)
 	$(BIN)/python spec/make_golden.py
 
+# Other engines, as wheels: not every machine has them, and no test needs them.
 bench: $(STAMP)
-	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python -m pip install --quiet $(TORCH) -e '.[peers]'
+	$(BIN)/python benchmarks/peers.py
 
 clean:
 	rm -rf $(VENV) demo

@@ -8,6 +8,8 @@ lost. What the bytes mean is up to the two at the ends:
     tasks.scorer                    tasks.scorer_process    a response           -> a score
     tasks.gym                       tasks.gym_process       a split and a number -> a problem
     text.chat                       text.chat_process       a template, messages -> a text
+    evaluation.peers.worker         ...peers.engine_process a call              -> seconds, tokens
+                                    ...peers.limit_process  a device            -> its rates
         | ask(request) -> answer        ^ handler(request) -> answer
     parent.Child  <==== line ====>  child.main
                   ----- life ---->  closed by whatever end of ours, and the whole group is killed
