@@ -8,7 +8,7 @@ that are told where each lies. The Bridge block has no cache: it reads the rows 
 Axes: L layers, G prompts, P prefix slots, R rows left, T own timesteps, K key heads, d head width.
 """
 
-from typing import NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -175,6 +175,7 @@ class RaggedCache:
         rows: Rows,
     ) -> None:
         self.like, self.prefixes, self.own, self.rows = like, prefixes, own, rows
+        self.prepared: Any = None  # a step's own, for as long as the same rows are left
 
     @classmethod
     def empty(cls, config: ModelConfig, like: Tensor) -> "RaggedCache":
@@ -195,6 +196,7 @@ class RaggedCache:
     def keep(self, kept: Int[np.ndarray, " kept"]) -> None:
         self.prefixes = [self.prefixes[row] for row in kept]
         self.own = [self.own[row] for row in kept]
+        self.prepared = None
         self.rows, _ = self.rows.keep(kept).compact()
 
     def back(self, steps: Int[np.ndarray, " R"]) -> None:

@@ -1,8 +1,9 @@
 /* What a decoding step does between its GEMMs, for float32 on CPUs; fused.py compiles and calls it.
  *
  * At a few rows a step is some twenty tiny tensor operations a layer, each of which costs more to
- * dispatch than to compute. Here they are four, one of them the whole Bridge block. Sums may be
- * taken in any order, NaN and infinity stay what they are: see the compiler's options in fused.py.
+ * dispatch than to compute. Here they are four calls, one of them the whole Bridge block and the norm
+ * after it. What they read is told once a step, in `Step` and `Layer`, which fused.py mirrors. Sums may
+ * be taken in any order, NaN and infinity stay what they are: see the compiler's options in fused.py.
  *
  * Axes: L layers, R rows, D model width, I FFN width, H query heads, K key heads, d head width,
  * P tokens of a prompt, T timesteps. All arrays are contiguous, in the order their axes are named.
@@ -12,6 +13,7 @@
 #include <string.h>
 
 #define PARALLEL_FROM 50000 /* multiplications: below, waking threads costs more than it saves */
+#define PIECE 512 /* of a row that one thread takes at a time */
 #define INLINE static inline __attribute__((always_inline))
 
 /* What vector registers hold: 32 of 16 floats with AVX-512, or else about half of both. */
@@ -22,6 +24,31 @@ enum { LANES = 8, ROWS = 4, OUTS = 3 };
 #endif
 typedef float lanes __attribute__((vector_size(LANES * sizeof(float))));
 typedef float unaligned __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
+
+typedef struct {             /* what a layer has besides its GEMMs; NULL: it has no such thing */
+  const float *input_norm, *q_norm, *k_norm, *post_norm;
+  const float *block_norm;   /* [D] */
+  const float *inward;       /* [3 E, D]: q, k and v; P-Match: [E, D] */
+  const float *outward;      /* [D, E] */
+  int64_t window;            /* how many timesteps are read; 0: all */
+} Layer;
+
+typedef struct {
+  const Layer *layers;
+  const float *last_norm;    /* [D], after the last layer */
+  float *const *own;         /* [R] of [L, 2, K, rooms[r], d]: keys and values of each row */
+  const float *const *prefixes; /* [R] of [L, 2, K, lengths[r], d]: those of its group's prompt */
+  const int64_t *rooms, *lengths;
+  const int64_t *steps;      /* [R]: which of its own timesteps this is */
+  const int64_t *first, *last; /* [R]: rows of a group lie together, from the first until the last */
+  const float *rope;         /* [2, R, d]: cos and sin */
+  float *scratch;            /* R (H read + D + 4 E + heads R) floats */
+  int64_t L, R, D, I, H, K, d, E;
+  int64_t heads;             /* of a block; 0: P-Match (clause 8.1), where E is twice as wide */
+  int64_t read;              /* timesteps of the row with most of them, this one too */
+  int64_t alone;             /* whether every group is one row */
+  float eps, block_eps;
+} Step;
 
 /* Calls f with a head width that the compiler knows, where it is a usual one: twice as fast. */
 #define BY_WIDTH(f, d, ...)                       \
@@ -46,6 +73,11 @@ INLINE float dot(const float *a, const float *b, int64_t n) {
 static void norm(float *y, const float *x, const float *weight, float eps, int64_t n) {
   float scale = 1 / sqrtf(dot(x, x, n) / n + eps);
   for (int64_t i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
+}
+
+static void norms(float *y, const float *x, const float *weight, float eps, int64_t R, int64_t D) {
+#pragma omp parallel for if (R * D > PARALLEL_FROM)
+  for (int64_t r = 0; r < R; r++) norm(y + r * D, x + r * D, weight, eps, D);
 }
 
 /* e^x to about one ulp, in a form that compilers can vectorise: 2^n e^r with |r| <= ln(2) / 2, and
@@ -101,18 +133,23 @@ static void place(float *head, const float *weight, float eps, const float *cos,
   }
 }
 
-void rms_norm(float *y, const float *x, const float *weight, float eps, int64_t R, int64_t D) {
-#pragma omp parallel for if (R * D > PARALLEL_FROM)
-  for (int64_t r = 0; r < R; r++) norm(y + r * D, x + r * D, weight, eps, D);
+/* x [R, D] is h [R, D] normed for the layer's FFN. */
+void post_norm(const Step *s, int64_t i, float *x, const float *h) {
+  norms(x, h, s->layers[i].post_norm, s->eps, s->R, s->D);
 }
 
 /* SwiGLU (clause 5.8): y [R, I] from gate and up, [R, 2, I]. */
-void swiglu(float *y, const float *gate_up, int64_t R, int64_t I) {
-#pragma omp parallel for if (R * I * 8 > PARALLEL_FROM)
-  for (int64_t r = 0; r < R; r++) {
-    silu(y + r * I, gate_up + 2 * r * I, I);
-    for (int64_t i = 0; i < I; i++) y[r * I + i] *= gate_up[(2 * r + 1) * I + i];
-  }
+void swiglu(const Step *s, int64_t i, float *y, const float *gate_up) {
+  int64_t R = s->R, I = s->I;
+#pragma omp parallel for collapse(2) if (R * I * 8 > PARALLEL_FROM)
+  for (int64_t r = 0; r < R; r++)
+    for (int64_t c = 0; c < I; c += PIECE) {
+      int64_t n = I - c < PIECE ? I - c : PIECE;
+      const float *gate = gate_up + 2 * r * I + c, *up = gate + I;
+      float *out = y + r * I + c;
+      silu(out, gate, n);
+      for (int64_t j = 0; j < n; j++) out[j] *= up[j];
+    }
 }
 
 /* One row and query head of `attend`: q on n1 slots of the prefix and n2 timesteps of its own. */
@@ -129,33 +166,30 @@ INLINE void read(float *y, const float *q, float *score, const float *prefix_k,
 }
 
 /* A host's attention at one timestep (clauses 4.1, 5.4 to 5.6), in layer i: y [R, H, d] from
- * qkv [R, H + 2K, d], which is changed. Row r puts its new keys and values at timestep steps[r] of
- * own[r] [L, 2, K, rooms[r], d], and reads them after prefixes[r] [L, 2, K, lengths[r], d], that of its
- * group. rope [2, R, d]: cos and sin. window: how many timesteps it reads; 0: all. scratch [R, H, S],
- * S at least what a row has read and is to read. */
-void attend(float *y, float *qkv, const float *q_norm, const float *k_norm, float eps,
-            const float *rope, float *scratch, float *const *own, const float *const *prefixes,
-            const int64_t *rooms, const int64_t *lengths, const int64_t *steps, int64_t i,
-            int64_t window, int64_t R, int64_t H, int64_t K, int64_t d, int64_t S) {
-  int64_t M = H / K;
+ * qkv [R, H + 2K, d], which is changed. Row r puts its new keys and values at its timestep, and reads
+ * them after those of its prompt. */
+void attend(const Step *s, int64_t i, float *y, float *qkv) {
+  const Layer *layer = s->layers + i;
+  int64_t R = s->R, H = s->H, K = s->K, d = s->d, M = H / K, window = layer->window;
 #pragma omp parallel for schedule(static)
   for (int64_t unit = 0; unit < K * R; unit++) { /* rows of a group in turn: its prefix stays near */
-    int64_t k = unit / R, r = unit % R, P = lengths[r], T = rooms[r], step = steps[r];
-    const float *cos = rope + r * d, *sin = rope + (R + r) * d;
+    int64_t k = unit / R, r = unit % R, P = s->lengths[r], T = s->rooms[r], step = s->steps[r];
+    const float *cos = s->rope + r * d, *sin = s->rope + (R + r) * d;
     float *heads = qkv + r * (H + 2 * K) * d, *key = heads + (H + k) * d;
-    float *keys = own[r] + (2 * i * K + k) * T * d, *values = keys + K * T * d;
-    place(key, k_norm, eps, cos, sin, d);
+    float *keys = s->own[r] + (2 * i * K + k) * T * d, *values = keys + K * T * d;
+    place(key, layer->k_norm, s->eps, cos, sin, d);
     memcpy(keys + step * d, key, d * sizeof(float));
     memcpy(values + step * d, key + K * d, d * sizeof(float));
 
     int64_t lost = window && P + step + 1 > window ? P + step + 1 - window : 0;
     int64_t p0 = lost < P ? lost : P, t0 = lost - p0;
-    const float *prefix_k = prefixes[r] + ((2 * i * K + k) * P + p0) * d, *prefix_v = prefix_k + K * P * d;
+    const float *prefix_k = s->prefixes[r] + ((2 * i * K + k) * P + p0) * d;
+    const float *prefix_v = prefix_k + K * P * d;
     for (int64_t h = k * M; h < (k + 1) * M; h++) {
       float *q = heads + h * d;
-      place(q, q_norm, eps, cos, sin, d);
-      BY_WIDTH(read, d, y + (r * H + h) * d, q, scratch + (r * H + h) * S, prefix_k, prefix_v,
-               keys + t0 * d, values + t0 * d, P - p0, step + 1 - t0);
+      place(q, layer->q_norm, s->eps, cos, sin, d);
+      BY_WIDTH(read, d, y + (r * H + h) * d, q, s->scratch + (r * H + h) * s->read, prefix_k,
+               prefix_v, keys + t0 * d, values + t0 * d, P - p0, step + 1 - t0);
     }
   }
 }
@@ -222,32 +256,49 @@ static void linear(float *y, const float *x, const float *w, int64_t R, int64_t 
     }
 }
 
-/* A Bridge block at one timestep, every cell active (chapter 3): adds to h [R, D] what each row reads
- * from its group. inward [3 E, D] holds q, k and v, outward [D, E] is o. Rows of a group lie together:
- * row r reads the rows from first[r] until last[r]. H = 0: P-Match (clause 8.1), inward [E, D].
- * scratch: R (D + 4 E + H R) floats. */
-void block(float *h, const float *weight, float eps, const float *inward, const float *outward,
-           float *scratch, const int64_t *first, const int64_t *last, int64_t R, int64_t D,
-           int64_t E, int64_t H) {
-  int64_t F = H ? 3 * E : E, d = H ? E / H : 0;
-  float *x = scratch, *in = x + R * D, *out = in + R * F, *scores = out + R * E;
+/* The Bridge block of layer i at one timestep, every cell active (chapter 3): adds to h [R, D] what
+ * each row reads from its group. Of rows that are alone v is all there is to read (clause 3.8). To be
+ * called by all threads of a region. */
+static void block(const Step *s, const Layer *layer, float *h) {
+  int64_t R = s->R, D = s->D, E = s->E, H = s->heads, d = H ? E / H : 0;
+  int64_t parts = H && !s->alone ? 3 : 1, F = parts * E;
+  const float *inward = layer->inward + (H && s->alone ? 2 * E * D : 0);
+  float *x = s->scratch, *in = x + R * D, *out = in + R * F, *scores = out + R * E;
+#pragma omp for schedule(static)
+  for (int64_t r = 0; r < R; r++) {
+    norm(x + r * D, h + r * D, layer->block_norm, s->block_eps, D);
+    memset(in + r * F, 0, F * sizeof(float));
+  }
+  linear(in, x, inward, R, F, D);
+  if (parts == 3) {
+#pragma omp for schedule(static)
+    for (int64_t unit = 0; unit < R * H; unit++) {
+      int64_t r = unit / H, n = unit % H, first = s->first[r];
+      const float *q = in + r * F + n * d, *k = in + first * F + E + n * d;
+      BY_WIDTH(look, d, out + r * E + n * d, q, scores + unit * R, k, k + E, s->last[r] - first, F);
+    }
+  } else if (!H) {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < R; r++) silu(out + r * E, in + r * E, E);
+  } else {
+    out = in;
+  }
+  linear(h, out, layer->outward, R, D, E);
+}
+
+/* What follows the FFN of layer i (-1: the embedding): its block, if it has one, on h [R, D], and the
+ * norm before the next layer, or before the head: x [R, D]. */
+void go_on(const Step *s, int64_t i, float *x, float *h) {
+  const float *next = i + 1 < s->L ? s->layers[i + 1].input_norm : s->last_norm;
+  int64_t R = s->R, D = s->D;
+  if (i < 0 || !s->layers[i].block_norm) {
+    norms(x, h, next, s->eps, R, D);
+    return;
+  }
 #pragma omp parallel
   {
-#pragma omp for
-    for (int64_t r = 0; r < R; r++) {
-      norm(x + r * D, h + r * D, weight, eps, D);
-      memset(in + r * F, 0, F * sizeof(float));
-    }
-    linear(in, x, inward, R, F, D);
-#pragma omp for
-    for (int64_t r = 0; r < R; r++) {
-      if (!H) silu(out + r * E, in + r * E, E);
-      for (int64_t n = 0; n < H; n++) {
-        const float *q = in + r * F + n * d, *k = in + first[r] * F + E + n * d;
-        BY_WIDTH(look, d, out + r * E + n * d, q, scores + (r * H + n) * R, k, k + E,
-                 last[r] - first[r], F);
-      }
-    }
-    linear(h, out, outward, R, D, E);
+    block(s, s->layers + i, h);
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < R; r++) norm(x + r * D, h + r * D, next, s->eps, D);
   }
 }

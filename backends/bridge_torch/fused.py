@@ -15,8 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bridge.config import ModelConfig
-from bridge_torch.block import PackedBlock
+from bridge.decoding.rows import Rows
 from bridge_torch.cache import RaggedCache
 from bridge_torch.compiled import FLOAT, POINTER, SIZE, library
 from bridge_torch.packed import Packed, PackedLayer
@@ -25,12 +24,32 @@ SOURCE = Path(__file__).with_name("fused.c")
 # Sums in any order, and no errno or signals: what -ffast-math has that leaves NaN and infinity be.
 MATHS = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
 OPTIONS = ("-O3", "-march=native", *MATHS, "-fPIC")
+# Each takes the step, the number of a layer, what it writes and what it reads.
 SIGNATURES = {
-    "rms_norm": [POINTER] * 3 + [FLOAT] + [SIZE] * 2,
-    "swiglu": [POINTER] * 2 + [SIZE] * 2,
-    "attend": [POINTER] * 4 + [FLOAT] + [POINTER] * 7 + [SIZE] * 7,
-    "block": [POINTER] * 2 + [FLOAT] + [POINTER] * 5 + [SIZE] * 4,
+    name: [POINTER, SIZE, POINTER, POINTER] for name in ("attend", "post_norm", "swiglu", "go_on")
 }
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of fused.c."""
+
+    _fields_ = [
+        *((name, POINTER) for name in ("input_norm", "q_norm", "k_norm", "post_norm")),
+        *((name, POINTER) for name in ("block_norm", "inward", "outward")),
+        ("window", SIZE),
+    ]
+
+
+class _Step(ctypes.Structure):
+    """`Step` of fused.c."""
+
+    _fields_ = [
+        *((name, POINTER) for name in ("layers", "last_norm", "own", "prefixes", "rooms")),
+        *((name, POINTER) for name in ("lengths", "steps", "first", "last", "rope", "scratch")),
+        *((name, SIZE) for name in ("L", "R", "D", "I", "H", "K", "d", "E")),
+        *((name, SIZE) for name in ("heads", "read", "alone")),
+        *((name, FLOAT) for name in ("eps", "block_eps")),
+    ]
 
 
 def serves(device: str, dtype: torch.dtype) -> bool:
@@ -44,100 +63,94 @@ def kernels() -> ctypes.CDLL | None:
     return library(SOURCE, OPTIONS, SIGNATURES)
 
 
+class Prepared:
+    """What the kernels are told of a model, and of rows for as long as the same ones are left."""
+
+    def __init__(self, weights: Packed, cache: RaggedCache) -> None:
+        c, rows, group = weights.config, cache.rows, cache.rows.group
+        bridge, attends = c.bridge, c.bridge is not None and c.bridge.kind == "attention"
+        self.layers = (_Layer * len(weights.layers))(*map(_layer, weights.layers))
+        self.arrays = {
+            "own": np.array([tensor.data_ptr() for tensor in cache.own], np.uintp),
+            "prefixes": np.array([tensor.data_ptr() for tensor in cache.prefixes], np.uintp),
+            "rooms": np.array([tensor.shape[3] for tensor in cache.own], np.int64),
+            "lengths": rows.lengths[group],
+            # Rows of a prompt lie together, and stay so as rows leave.
+            "first": np.searchsorted(group, group, "left"),
+            "last": np.searchsorted(group, group, "right"),
+        }
+        self.told = _Step(
+            layers=ctypes.addressof(self.layers),
+            last_norm=weights.norm.data_ptr(),
+            L=len(weights.layers),
+            R=len(rows),
+            D=c.hidden_size,
+            I=c.intermediate_size,
+            H=c.num_attention_heads,
+            K=c.num_key_value_heads,
+            d=c.head_dim,
+            E=0 if bridge is None else bridge.inner if attends else 2 * bridge.inner,
+            heads=bridge.num_heads if bridge is not None and attends else 0,
+            alone=len(rows) == len(rows.lengths),
+            eps=c.rms_norm_eps,
+            block_eps=0 if bridge is None else bridge.norm_eps,
+            **{name: array.ctypes.data for name, array in self.arrays.items()},
+        )
+        self.x, self.y, self.inner = (
+            torch.empty(len(rows), width)
+            for width in (c.hidden_size, self.told.H * self.told.d, c.intermediate_size)
+        )
+
+    def timestep(self, rows: Rows, rope: Float[Tensor, "two R d"]) -> None:
+        """It is that of these rows, at these positions."""
+        told = self.told
+        told.read = int(rows.positions.max()) + 1
+        block = told.D + 4 * told.E + told.heads * told.R
+        self.scratch = torch.empty(told.R * max(told.H * told.read, block))
+        self.steps, self.rope = rows.steps, rope
+        told.scratch, told.rope = self.scratch.data_ptr(), rope.data_ptr()
+        told.steps = self.steps.ctypes.data
+
+
+def _layer(layer: PackedLayer) -> _Layer:
+    block = layer.block
+    pointers = {
+        "input_norm": layer.input_norm,
+        "q_norm": layer.q_norm,
+        "k_norm": layer.k_norm,
+        "post_norm": layer.post_norm,
+        "block_norm": block and block.norm,
+        "inward": block and block.inward.weight,
+        "outward": block and block.outward.weight,
+    }
+    there = {name: tensor.data_ptr() for name, tensor in pointers.items() if tensor is not None}
+    return _Layer(window=layer.window or 0, **there)
+
+
 def step(weights: Packed, cache: RaggedCache, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
     """One timestep of every row left; what `decode.step` computes, in fewer calls."""
-    library, eps, rows = kernels(), weights.config.rms_norm_eps, cache.rows
+    library, rows = kernels(), cache.rows
     assert library is not None
-    # What all layers share, looked up once: a step is many short calls.
+    attend, post_norm, swiglu, go_on = (
+        getattr(library, name) for name in ("attend", "post_norm", "swiglu", "go_on")
+    )
+    if cache.prepared is None:
+        cache.prepared = Prepared(weights, cache)
+    now: Prepared = cache.prepared
     positions = rows.positions
-    rope = weights.rope(
-        torch.from_numpy(positions), int((positions + rows.left).max()), torch.float32
-    )
-    read = int(positions.max()) + 1
-    scratch = torch.empty(_scratch_size(weights.config, len(rows), read))
-    lengths = rows.lengths[rows.group]
-    own, prefixes = (
-        np.array([tensor.data_ptr() for tensor in tensors], np.uintp)
-        for tensors in (cache.own, cache.prefixes)
-    )
-    rooms = np.array([tensor.shape[3] for tensor in cache.own], np.int64)
-    told = (scratch.data_ptr(), *(a.ctypes.data for a in (own, prefixes, rooms, lengths)))
-    told = (*told, rows.steps.ctypes.data)
-    # Rows of a prompt lie together, and stay so as rows leave.
-    first, last = (np.searchsorted(rows.group, rows.group, side) for side in ("left", "right"))
-    ends = (scratch.data_ptr(), first.ctypes.data, last.ctypes.data)
+    end = int((positions + rows.left).max())
+    now.timestep(rows, weights.rope(torch.from_numpy(positions), end, torch.float32))
+    told, x, y, inner = ctypes.addressof(now.told), now.x, now.y, now.inner
+    to_x, to_y, to_inner = x.data_ptr(), y.data_ptr(), inner.data_ptr()
     h = weights.look_up(tokens)
+    go_on(told, -1, to_x, h.data_ptr())
     for i, layer in enumerate(weights.layers):
-        qkv = layer.qkv(_norm(library, h, layer.input_norm, eps))
-        y = _attend(library, layer, i, qkv, rope, told, read)
+        qkv = layer.qkv(x)
+        attend(told, i, to_y, qkv.data_ptr())
         h = layer.o.add_to(h, y)
-        gate_up = layer.gate_up(_norm(library, h, layer.post_norm, eps))
-        h = layer.down.add_to(h, _swiglu(library, gate_up))
-        if layer.block is not None:
-            _add_block(library, h, layer.block, ends)
-    return weights.head(_norm(library, h, weights.norm, eps))
-
-
-def _scratch_size(config: ModelConfig, rows: int, read: int) -> int:
-    """Floats that the kernels need besides, at most: see fused.c. `read`: timesteps of the row with
-    most of them."""
-    bridge, attending = config.bridge, config.num_attention_heads * read
-    if bridge is None:
-        return rows * attending
-    return rows * max(attending, config.hidden_size + 8 * bridge.inner + bridge.num_heads * rows)
-
-
-def _norm(
-    library: ctypes.CDLL, x: Float[Tensor, "R D"], weight: Float[Tensor, " D"], eps: float
-) -> Float[Tensor, "R D"]:
-    y = torch.empty_like(x)
-    library.rms_norm(y.data_ptr(), x.data_ptr(), weight.data_ptr(), eps, *x.shape)
-    return y
-
-
-def _swiglu(library: ctypes.CDLL, gate_up: Float[Tensor, "R two_I"]) -> Float[Tensor, "R I"]:
-    R, width = gate_up.shape[0], gate_up.shape[1] // 2
-    y = gate_up.new_empty(R, width)
-    library.swiglu(y.data_ptr(), gate_up.data_ptr(), R, width)
-    return y
-
-
-def _attend(
-    library: ctypes.CDLL,
-    layer: PackedLayer,
-    i: int,
-    qkv: Float[Tensor, "R heads_d"],
-    rope: Float[Tensor, "two R d"],
-    told: tuple[int, ...],
-    read: int,
-) -> Float[Tensor, "R heads_d"]:
-    """The cache takes the keys and values of this timestep, too. `told`: where the scratch and what
-    is known of each row are; `read`: timesteps of the row with most of them."""
-    c, R = layer.config, len(qkv)
-    H, K, d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-    y = qkv.new_empty(R, H * d)
-    library.attend(
-        *(y.data_ptr(), qkv.data_ptr(), _pointer(layer.q_norm), _pointer(layer.k_norm)),
-        *(c.rms_norm_eps, rope.data_ptr(), *told, i, layer.window or 0, R, H, K, d, read),
-    )
-    return y
-
-
-def _add_block(
-    library: ctypes.CDLL,
-    h: Float[Tensor, "R D"],
-    block: PackedBlock,
-    ends: tuple[int, int, int],
-) -> None:
-    """In place, on a tensor that is the step's own. `ends`: where the scratch, and the first row
-    and the end of each row's group are."""
-    inward, outward = block.inward.weight, block.outward.weight
-    library.block(
-        *(h.data_ptr(), block.norm.data_ptr(), block.eps),
-        *(inward.data_ptr(), outward.data_ptr(), *ends),
-        *(len(h), *outward.shape, block.num_heads or 0),
-    )
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+        post_norm(told, i, to_x, h.data_ptr())
+        gate_up = layer.gate_up(x)
+        swiglu(told, i, to_inner, gate_up.data_ptr())
+        h = layer.down.add_to(h, inner)
+        go_on(told, i, to_x, h.data_ptr())
+    return weights.head(x)
