@@ -5,6 +5,7 @@ HYPOTHESIS_PROFILE or pytest's own --hypothesis-profile chooses; the latter wins
 
 import gc
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,6 +16,9 @@ from typing import Any
 # Test processes whose threads outnumber the cores wait for each other; libraries read this once.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton reads when it is imported whether it is to interpret kernels: where there is no GPU.
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 from filelock import FileLock

@@ -69,7 +69,11 @@ class Grid:
     @classmethod
     def of(cls, groups: Sequence[int] | np.ndarray, device: torch.device | str) -> "Grid":
         """The grid of rows that answer the prompts `groups [R]`, in any order (clause 2.2)."""
-        plan = GridPlan.of(groups)
+        return cls.planned(GridPlan.of(groups), device)
+
+    @classmethod
+    def planned(cls, plan: GridPlan, device: torch.device | str) -> "Grid":
+        """A plan on a device."""
         if plan.as_they_lie:
             return cls(plan.groups, plan.width)
         return cls(

@@ -20,12 +20,13 @@ from torch import Tensor
 from bridge.contract import Sampling
 from bridge.decoding.inputs import check_advance, check_prompts
 from bridge.decoding.rows import Rows
-from bridge.decoding.uniforms import Uniforms, alike, seeds_of
-from bridge_torch import fused
+from bridge.decoding.uniforms import Uniforms, seeds_of
+from bridge_torch import ahead, fused, shared_prefix
+from bridge_torch.ahead import Ahead
 from bridge_torch.block import wide
 from bridge_torch.cache import Cache, PaddedCache, RaggedCache
 from bridge_torch.packed import Packed
-from bridge_torch.sampling import sample
+from bridge_torch.sampling import draws_of, sample_rows
 from bridge_torch.step import step
 
 CELLS = 2048  # of prompts that are read at once, unless one has more: enough for any device's GEMMs
@@ -51,6 +52,10 @@ class Decoder:
             self.forward, self.cache = fused.step, RaggedCache.empty(weights.config, like)
         else:
             self.forward, self.cache = step, PaddedCache.empty(weights.config, like)
+        self.ahead: Ahead | None = None
+        if ahead.serves(like.device):
+            captures = shared_prefix.serves(like.device, like.dtype, weights.config.head_dim)
+            self.ahead = Ahead(weights, captures)
         self.next_logits = like.new_empty(0, len(weights.embed), dtype=wide(like.dtype))
         self.admit(prompts, widths, max_new_tokens, prompt_ids)
 
@@ -93,23 +98,26 @@ class Decoder:
         """Draw the next token of each row left: `[R]` int64. Does not advance."""
         rows, logits = self.cache.rows, self.next_logits
         table, line = self.uniforms.at(rows.steps, seeds_of(sampling, len(rows)))
-        uniform = table[line]
-        tokens = logits.new_empty(len(rows), dtype=torch.int64)
-        for settings, alike_rows in alike(sampling):
-            if alike_rows is None:
-                tokens = sample(logits, uniform, settings)
-            else:
-                own = torch.from_numpy(alike_rows).to(logits.device)
-                tokens[own] = sample(logits[own], uniform[own], settings)
-        self.next_tokens = tokens
-        self.drawn = tokens.cpu().numpy()[:, None]
+        self.next_tokens = sample_rows(logits, table[line], draws_of(sampling, logits.device))
+        self.drawn = self.next_tokens.cpu().numpy()[:, None]
         return self.drawn[:, 0].copy()
 
+    @torch.inference_mode()
     def sample_ahead(
         self, sampling: Sampling | Sequence[Sampling], steps: int, ends: Collection[int]
     ) -> np.ndarray:
-        """One column (clause 4.6): the host is asked after every token."""
-        return self.sample(sampling)[:, None]
+        """As clause 4.6 says; one column where the host is asked after every token."""
+        rows, logits = self.cache.rows, self.next_logits
+        k = min(steps, int(rows.left.max(initial=0)) + 1)
+        if self.ahead is None or k == 1 or not len(rows):
+            return self.sample(sampling)[:, None]
+        assert isinstance(self.cache, PaddedCache)
+        table, line = self.uniforms.at(rows.steps, seeds_of(sampling, len(rows)), k)
+        draws = draws_of(sampling, logits.device)
+        drawn, logits = self.ahead(self.cache, logits, draws, table[line : line + k], ends)
+        self.cache.rows, self.next_logits, self.next_tokens = rows.fed(k - 1), logits, drawn[-1]
+        self.drawn = drawn.cpu().numpy().T.copy()
+        return self.drawn.copy()
 
     @torch.inference_mode()
     def advance(

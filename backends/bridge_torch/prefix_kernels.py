@@ -5,8 +5,8 @@ and scores are in float32; a score is never rounded to the dtype of the keys.
 """
 
 import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 
@@ -32,9 +32,9 @@ def attend_unit(
     unit, kv_head = tl.program_id(0), tl.program_id(1)
     tile, split = tl.program_id(2) // splits, tl.program_id(2) % splits
     begin, end = tl.load(begin_ptr + unit), tl.load(end_ptr + unit)
-    part = tl.cdiv(tl.cdiv(end - begin, splits), SLOTS) * SLOTS
-    begin += split * part
-    end = tl.minimum(begin + part, end)
+    each = tl.cdiv(tl.cdiv(end - begin, splits), SLOTS) * SLOTS
+    begin += split * each
+    end = tl.minimum(begin + each, end)
 
     place = tile * QUERIES + tl.arange(0, QUERIES)
     asked = place < tl.load(count_ptr + unit) * shared
@@ -67,12 +67,13 @@ def attend_unit(
         )
         best = higher
 
+    part = (split0 + split).to(tl.int64)
     empty = total == 0  # a part may have no slot
     total = tl.where(empty, 1.0, total)
     y, lse = y / total[:, None], tl.where(empty, float("-inf"), best + tl.log(total))
-    y_at = y_ptr + (split0 + split) * y_split + (row * y_row + head * d)[:, None] + width[None, :]
+    y_at = y_ptr + part * y_split + (row * y_row + head * d)[:, None] + width[None, :]
     tl.store(y_at, y, mask=asked[:, None] & inside)
-    tl.store(lse_ptr + (split0 + split) * lse_split + row * heads + head, lse, mask=asked)
+    tl.store(lse_ptr + part * lse_split + row * heads + head, lse, mask=asked)
 
 
 @triton.jit
@@ -82,7 +83,7 @@ def merge(
 ):  # fmt: skip
     """One head of one row: the parts of its softmax as one."""
     one = tl.program_id(0).to(tl.int64)
-    split, width = tl.arange(0, SPLITS), tl.arange(0, D)
+    split, width = tl.arange(0, SPLITS).to(tl.int64), tl.arange(0, D)
     lse = tl.load(lse_ptr + split * lse_split + one, mask=split < splits, other=float("-inf"))
     weight = tl.exp(lse - tl.max(lse, 0))
     weight = weight / tl.sum(weight, 0)

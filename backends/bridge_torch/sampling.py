@@ -4,12 +4,40 @@ Only uniforms come from the host (`bridge.decoding.uniforms`); all else stays wh
 Axes: R rows, V vocabulary.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from bridge.contract import Sampling
+from bridge.decoding.uniforms import alike
+
+# Settings, seeds aside, and the rows that draw by them; None: all do.
+Draws = list[tuple[Sampling, Int[Tensor, " some"] | None]]
+
+
+def draws_of(sampling: Sampling | Sequence[Sampling], device: torch.device) -> Draws:
+    """How rows draw: all alike, or each by its own settings (clause 6.9)."""
+    return [
+        (replace(settings, seed=0), None if rows is None else torch.from_numpy(rows).to(device))
+        for settings, rows in alike(sampling)
+    ]
+
+
+def sample_rows(
+    logits: Float[Tensor, "R V"], uniform: Float[Tensor, " R"], draws: Draws
+) -> Int[Tensor, " R"]:
+    """One token a row, by its settings; 0 for a row without any."""
+    if len(draws) == 1 and draws[0][1] is None:
+        return sample(logits, uniform, draws[0][0])
+    tokens = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    for settings, rows in draws:
+        assert rows is not None  # of several, none is for all
+        tokens[rows] = sample(logits[rows], uniform[rows], settings)
+    return tokens
 
 
 def sample(

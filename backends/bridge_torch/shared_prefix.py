@@ -10,8 +10,9 @@ serve.
 Axes: G prompts, P prefix slots, R rows, T own timesteps, K key heads, H query heads, d head width.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache as once
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -40,7 +41,7 @@ def serves(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     return known and find_spec("triton") is not None
 
 
-@cache
+@once
 def kernels() -> ModuleType:
     """The kernels' module."""
     from bridge_torch import prefix_kernels
@@ -48,7 +49,7 @@ def kernels() -> ModuleType:
     return prefix_kernels
 
 
-@cache
+@once
 def multiprocessors(device: torch.device) -> int:
     """How many the device has; a few for the interpreter, so that there is more than one part."""
     if device.type != "cuda":
@@ -82,9 +83,12 @@ class Readers:
     longest: int
 
     @classmethod
-    def of(cls, rows: Rows, device: torch.device) -> "Readers":
-        """Those of rows that stand in the order of their prompts."""
-        count = np.bincount(rows.group, minlength=len(rows.lengths))
+    def of(cls, rows: Rows, device: torch.device, prompts: int = 0) -> "Readers":
+        """Those of rows that stand in the order of their prompts; of at least so many `prompts`,
+        the last without rows and tokens."""
+        count = np.bincount(rows.group, minlength=max(len(rows.lengths), prompts))
+        lengths = np.zeros_like(count)
+        lengths[: len(rows.lengths)] = rows.lengths
 
         def put(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array.astype(np.int32)).to(device)
@@ -93,7 +97,7 @@ class Readers:
         return cls(
             put(np.cumsum(count) - count),
             put(count),
-            put(rows.lengths),
+            put(lengths),
             row,
             torch.ones_like(row),
             int(count.max()),
@@ -131,31 +135,32 @@ def attend(
     largest, slots = TILES[q.dtype][D > 128]
     q = q if q.stride(2) == 1 else q.contiguous()
     passes = []
-    for keys_values, units in ((prefix, of_prefix), (own, of_own)):
+    for cache, units in ((prefix, of_prefix), (own, of_own)):
         asking = units.widest * (H // K)
         tile = min(max(_power_of_2(asking), LEAST), largest)
         tiles = -(-asking // tile)
         room = PROGRAMS * multiprocessors(q.device) // (len(units.first) * K * tiles)
         splits = max(1, min(room, SPLITS, -(-units.longest // slots)))
-        passes.append((keys_values, units, tile, tiles, splits))
+        passes.append((cache, units, tile, tiles, splits))
     total = sum(splits for *_, splits in passes)
     parts = q.new_empty(total, R, H, d, dtype=torch.float32)
     lse = q.new_empty(total, R, H, dtype=torch.float32)
-    done, factors = 0, kernels().factors(q)
-    for keys_values, units, tile, tiles, splits in passes:
-        kernels().attend_unit[(len(units.first), K, tiles * splits)](
-            *(q, keys_values[0], keys_values[1], parts, lse),
-            *(units.first, units.count, units.begin, units.end),
-            *(*q.stride()[:2], *keys_values.stride()[1:4], *parts.stride()[:2], lse.stride(0), H),
-            *(d**-0.5, H // K, done, splits),
-            **{"d": d, "D": D, "QUERIES": tile, "SLOTS": slots, "FACTORS": factors},
-        )
-        done += splits
     y = q.new_empty(R, H * d)
-    kernels().merge[(R * H,)](
-        *(y, parts, lse, parts.stride(0), lse.stride(0), total),
-        **{"d": d, "D": D, "SPLITS": _power_of_2(total)},
-    )
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        done, factors = 0, kernels().factors(q)
+        for cache, units, tile, tiles, splits in passes:
+            kernels().attend_unit[(len(units.first), K, tiles * splits)](
+                *(q, cache[0], cache[1], parts, lse),
+                *(units.first, units.count, units.begin, units.end),
+                *(*q.stride()[:2], *cache.stride()[1:4], *parts.stride()[:2], lse.stride(0), H),
+                *(d**-0.5, H // K, done, splits),
+                **{"d": d, "D": D, "QUERIES": tile, "SLOTS": slots, "FACTORS": factors},
+            )
+            done += splits
+        kernels().merge[(R * H,)](
+            *(y, parts, lse, parts.stride(0), lse.stride(0), total),
+            **{"d": d, "D": D, "SPLITS": _power_of_2(total)},
+        )
     return y
 
 

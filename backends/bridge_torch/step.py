@@ -20,7 +20,7 @@ from bridge_torch import shared_prefix
 from bridge_torch.block import Grid, wide
 from bridge_torch.cache import PaddedCache, Reach
 from bridge_torch.packed import Packed
-from bridge_torch.shared_prefix import Units
+from bridge_torch.shared_prefix import Readers, Units
 
 # Of a layer by number, its window, q `[R, heads, d]`, k and v `[R, kv_heads, d]`, to y
 # `[R, heads * d]`; it keeps k and v, and reads those of before.
@@ -36,7 +36,9 @@ def step(weights: Packed, cache: PaddedCache, tokens: Int[Tensor, " R"]) -> Floa
     windows = {layer.window for layer in weights.layers}
     if shared_prefix.serves(like.device, like.dtype, weights.config.head_dim):
         steps = torch.full_like(positions, at) if isinstance(at, int) else at
-        attend: Attend = ByKernels.of(cache, steps, int(rows.steps.max()) + 1, windows)
+        attend: Attend = ByKernels.of(
+            cache, cache.readers, steps, int(rows.steps.max()) + 1, windows
+        )
     else:
         attend = ByProducts(cache, cache.grid, at, {w: cache.reach(w) for w in windows})
     return forward(weights, tokens, rope, cache.grid, attend)
@@ -71,11 +73,16 @@ class ByKernels:
 
     @classmethod
     def of(
-        cls, cache: PaddedCache, steps: Int[Tensor, " R"], timesteps: int, windows: set[int | None]
+        cls,
+        cache: PaddedCache,
+        readers: Readers,
+        steps: Int[Tensor, " R"],
+        timesteps: int,
+        windows: set[int | None],
     ) -> "ByKernels":
         """At timesteps `steps`, below `timesteps`."""
         slots = cache.prefix.shape[4]
-        units = {w: cache.readers.units(steps, w, slots, timesteps) for w in windows}
+        units = {w: readers.units(steps, w, slots, timesteps) for w in windows}
         return cls(cache, steps, units)
 
     def __call__(self, i: int, window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
