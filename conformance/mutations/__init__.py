@@ -20,6 +20,7 @@ from mutations import (
     faults_model,
     faults_sampling,
     faults_stored,
+    faults_torch_ahead,
     faults_train,
     faults_trainable,
 )
@@ -29,6 +30,7 @@ MODULES = (
     faults_block,
     faults_model,
     faults_decode,
+    faults_torch_ahead,
     faults_fused,
     faults_sampling,
     faults_long,

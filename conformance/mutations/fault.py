@@ -54,6 +54,7 @@ class Fault:
         """The package's modules, by name within it, with this fault in them.
 
         A fault of torch's plain decoding step needs that to be run: the fused one is then left out.
+        So does one of its loop on the device, which then runs on the CPU.
         """
         in_python = [edit for edit in self.edits if edit.module != "fused.c"]
         modules = load_package(self.package, in_python)
@@ -61,6 +62,8 @@ class Fault:
             fused = modules["fused"]
             if in_python:
                 fused.__dict__["kernels"] = lambda: None
+                if any(edit.module == "ahead" for edit in in_python):
+                    modules["ahead"].__dict__["serves"] = lambda device: True
             else:
                 fused.__dict__["SOURCE"] = _edited(fused.__dict__["SOURCE"], self.edits)
                 fused.__dict__["OPTIONS"] = ("-O0", "-fPIC")  # wrong as it is, and soon compiled
