@@ -78,8 +78,8 @@ FAULTS = (
         SAMPLED,
         Edit(
             "decode",
-            "self.uniforms.at(rows.steps, ",
-            "self.uniforms.at(np.maximum(rows.steps - 1, 0), ",
+            "rows.steps, seeds_of(sampling, len(rows)))",
+            "np.maximum(rows.steps - 1, 0), seeds_of(sampling, len(rows)))",
         ),
     ),
     Fault(
