@@ -61,9 +61,11 @@ def stages(backends: tuple[str, ...]) -> list[Stage]:
         "quick": ("conformance quick in float32, bfloat16, float16", 150, ("hypothesis",)),
         "decode": ("decoding at 1, 8 and 64 rows, blocks on and off", 120, ()),
         "train": ("training steps, blocks on and off", 90, ()),
+        "peers": ("decoding beside transformers and vLLM", 240, ("transformers",)),
         "ci": ("conformance ci in the same dtypes", 300, ("hypothesis",)),
     }
     order = [(kind, backend) for backend in backends for kind in ("quick", "decode", "train")]
+    order += [("peers", backend) for backend in backends if backend == "torch"]
     for kind, backend in [*order, *(("ci", backend) for backend in backends)]:
         what, seconds, needs = kinds[kind]
         needs = (*OURS, backend, *needs, *(("optax",) if backend == "jax" else ()))

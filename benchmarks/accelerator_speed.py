@@ -73,13 +73,18 @@ class RandomTensors(Mapping[str, np.ndarray]):
         return len(self.shapes)
 
 
-def configs(size: str) -> dict[str, ModelConfig]:
-    """The host with blocks and without."""
+def raw_config(size: str) -> dict[str, Any]:
+    """A `config.json` of the host with blocks."""
     heads, head_dim = BLOCKS[size]
     layers = list(range(HOSTS[size]["num_hidden_layers"]))
     bridge = {"spec_version": "1.0", "kind": "attention", "num_heads": heads}
     bridge |= {"head_dim": head_dim, "layers": layers, "norm_eps": 1e-6}
-    on = parse_config({**HOSTS[size], **REST, "bridge": bridge})
+    return {**HOSTS[size], **REST, "bridge": bridge}
+
+
+def configs(size: str) -> dict[str, ModelConfig]:
+    """The host with blocks and without."""
+    on = parse_config(raw_config(size))
     return {"on": on, "off": on.without_bridge()}
 
 

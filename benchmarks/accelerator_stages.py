@@ -34,6 +34,7 @@ def main() -> None:
         "ci": lambda backend, asked: conformance(backend, "ci", asked, note),
         "decode": lambda backend, asked: speed(backend, asked, "decode"),
         "train": lambda backend, asked: speed(backend, asked, "train"),
+        "peers": lambda backend, asked: speed(backend, asked, "peers"),
     }
     kept: dict[str, Any] = {"lines": [], "figures": {}}
 
@@ -189,6 +190,7 @@ def conformance(
 
 def speed(backend: str, asked: dict[str, Any], kind: str) -> Iterator[Found]:
     """Figures of a random host; see accelerator_speed.py."""
+    import accelerator_peers
     import accelerator_speed
 
     from bridge.registry import find_backend, resolve_device
@@ -197,8 +199,12 @@ def speed(backend: str, asked: dict[str, Any], kind: str) -> Iterator[Found]:
     device = resolve_device(found, asked["device"])
     if device == "cpu" and asked["size"] != "tiny":
         raise SystemExit(f"{backend} has no accelerator here; --size tiny rehearses on a CPU")
-    measure = {"decode": accelerator_speed.decode, "train": accelerator_speed.train}[kind]
-    yield from measure(found, device, asked["size"], asked["machine"])
+    measures = {
+        "decode": accelerator_speed.decode,
+        "train": accelerator_speed.train,
+        "peers": accelerator_peers.peers,
+    }
+    yield from measures[kind](found, device, asked["size"], asked["machine"])
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ sys.path.append(str(SCRIPT.parent))
 import accelerator  # noqa: E402
 import accelerator_speed  # noqa: E402
 
-STAGES = "torch-quick,torch-decode,torch-train,mlx-decode"
+STAGES = "torch-quick,torch-decode,torch-train,mlx-decode,torch-peers"
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,10 @@ def test_a_plain_checkout_is_rehearsed_on_a_cpu(bare, tmp_path):
             assert figures["tokens_per_second"]["on"] == pytest.approx(rows / step)
             assert figures["on_against_off"] == pytest.approx(step / figures["step"]["off"])
             assert 0 < figures["share_of_bandwidth"]["off"] < 1
+    beside = results["stages"]["torch-peers"]["figures"]
+    for engine in ("bridge torch, bfloat16, blocks", "transformers, bfloat16"):
+        assert list(beside[engine]["widths"]) == ["1", "8", "64"]
+        assert all(found["new"] == 4 for found in beside[engine]["widths"].values())
     training = results["stages"]["torch-train"]["figures"]
     assert list(training) == ["blocks alone", "all, blocks on", "all, blocks off"]
     assert all(0 < figures["share_of_gemm"] < 1 for figures in training.values())

@@ -12,6 +12,7 @@ from bridge_cli.text import print_json
 
 RATIOS = ("backend", "dtype", "weights", "figures", "width", "steps", "rows", "timesteps")  # without --peers
 PEERS = ("widths", "new", "seconds", "threads", "engines", "dtypes", "plot", "save")  # with it
+PANEL = "With --peers"
 
 
 def bench(
@@ -36,26 +37,51 @@ def bench(
     rows: Annotated[int, integer("rows", help="Rows of a training batch, groups of four.")] = 8,
     timesteps: Annotated[int, integer("timesteps", help="Tokens a row of a training batch.")] = 64,
     peers: Annotated[
-        bool, typer.Option("--peers", help="Beside other engines; the options below are for it.")
+        bool, typer.Option("--peers", help="Beside other engines.", rich_help_panel=PANEL)
     ] = False,
-    widths: Annotated[str, typer.Option(help="By commas.")] = "1,2,4,8,16,32",
-    new: Annotated[int, integer("bench.new", help="New tokens of each row.")] = 128,
+    widths: Annotated[
+        str, typer.Option(help="By commas.", rich_help_panel=PANEL)
+    ] = "1,2,4,8,16,32",
+    new: Annotated[
+        int, integer("bench.new", help="New tokens of each row.", rich_help_panel=PANEL)
+    ] = 128,
     seconds: Annotated[
-        float, number("bench.seconds", float, help="Of a call; longer ones get fewer tokens.")
+        float,
+        number(
+            "bench.seconds",
+            float,
+            help="Of a call: one that would take longer is of fewer tokens.",
+            rich_help_panel=PANEL,
+        ),
     ] = 20.0,
     threads: Annotated[
-        int | None, integer("threads", help="Of every engine; else the processors there are.")
+        int | None,
+        integer(
+            "threads",
+            help="Of every engine; else the processors that there are.",
+            rich_help_panel=PANEL,
+        ),
     ] = None,
     engines: Annotated[
-        str, typer.Option(help="Backends and peers, by commas; else all, but not numpy.")
+        str,
+        typer.Option(
+            help="Backends and peers, by commas; else all but numpy.", rich_help_panel=PANEL
+        ),
     ] = "",
     dtypes: Annotated[
-        str, typer.Option(help="Of weights, int8 and int4 too, by commas; else what is worth it.")
+        str,
+        typer.Option(
+            help="float32, bfloat16, int8 or int4 weights, by commas; else what is worth showing.",
+            rich_help_panel=PANEL,
+        ),
     ] = "",
     plot: Annotated[
-        Path | None, typer.Option(help="Tokens a second by width, a .png or .svg file.")
+        Path | None,
+        typer.Option(help="Tokens a second by width, .png or .svg.", rich_help_panel=PANEL),
     ] = None,
-    save: Annotated[Path | None, typer.Option(help="The figures, a .json file.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="The figures, as JSON.", rich_help_panel=PANEL)
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure decoding, prefill and training with Bridge, as ratios within one run.
