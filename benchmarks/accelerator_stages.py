@@ -61,7 +61,7 @@ def _keep(kept: dict[str, Any], out: str) -> None:
 
 def machine(asked: dict[str, Any]) -> Iterator[Found]:
     """Names and versions, and the two ceilings that figures are held against."""
-    from bridge_cli.bench import processor
+    from bridge_cli.machine import processor
 
     name = processor()
     yield "processor", name, f"{name}, {os.cpu_count()} cores, {platform.platform()}"

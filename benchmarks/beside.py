@@ -77,7 +77,7 @@ def measure(
     checkpoint: Path, settings: dict[str, dict[str, str]], options: argparse.Namespace
 ) -> dict[str, Any]:
     """Tokens a second by setting, width and company."""
-    from bridge_cli.bench import processor
+    from bridge_cli.machine import processor
 
     widths = [int(width) for width in options.widths.split(",")]
     kept = {k: v for k, v in os.environ.items() if not k.startswith(OPENMP)}

@@ -17,7 +17,7 @@ from typing import Any
 
 from record import RESULTS, record
 
-from bridge_cli.bench import processor
+from bridge_cli.machine import processor
 
 BACKENDS = ("numpy", "torch", "jax", "mlx")
 PROFILES = ("quick", "ci")

@@ -29,7 +29,7 @@ from record import RESULTS, record
 from bridge.checkpoints.tensor_specs import TensorSpec
 from bridge.checkpoints.writing import write_checkpoint
 from bridge.config import BridgeConfig, parse_config, tensor_shapes
-from bridge_cli.bench import processor
+from bridge_cli.machine import processor
 
 LLAMA_8B: dict[str, Any] = {
     "model_type": "llama",

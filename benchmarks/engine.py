@@ -35,7 +35,7 @@ from bridge.decoding.budget import Budget
 from bridge.decoding.engine import Engine
 from bridge.decoding.requests import Request
 from bridge.decoding.stats import Stats
-from bridge_cli.bench import processor
+from bridge_cli.machine import processor
 
 EOS, OTHER = 0, 1  # what a row says at its end, and where it drew EOS before it
 SAMPLING = Sampling(temperature=1.0, seed=0)

@@ -21,7 +21,7 @@ from bridge.checkpoints.reading import open_checkpoint
 from bridge.evaluation.peers import bridge_engine, transformers_engine
 from bridge.evaluation.peers.engine import Call, Entry, Setup
 from bridge.evaluation.peers.host import write_host
-from bridge_cli.bench import device_name
+from bridge_cli.machine import device_name
 
 THEIRS = "transformers"
 

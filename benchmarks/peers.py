@@ -15,7 +15,7 @@ from pathlib import Path
 from beside import make
 from record import RESULTS, place_of
 
-from bridge_cli.bench import processor
+from bridge_cli.machine import processor
 from bridge_cli.main import app
 
 

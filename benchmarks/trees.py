@@ -162,7 +162,7 @@ def _timed(run: Callable[[], Any]) -> float:
 def _keep(figures: dict[str, Any], options: argparse.Namespace) -> None:
     from record import record
 
-    from bridge_cli.bench import processor
+    from bridge_cli.machine import processor
 
     results = {
         "machine": {"device": processor(), "cores": os.cpu_count()},

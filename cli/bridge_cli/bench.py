@@ -7,11 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
+from bridge_cli.machine import device_name
 from bridge_cli.options import Backend, Device, Dtype, Weights, integer, number
 from bridge_cli.text import print_json
 
-RATIOS = ("backend", "dtype", "weights", "figures", "width", "steps", "rows", "timesteps")  # without --peers
-PEERS = ("widths", "new", "seconds", "threads", "engines", "dtypes", "plot", "save")  # with it
+# Options that are for figures without --peers alone, and with it alone.
+RATIOS = (
+    "backend",
+    "dtype",
+    "weights",
+    "figures",
+    "width",
+    "steps",
+    "rows",
+    "timesteps",
+)  # without --peers
+PEERS = ("widths", "new", "seconds", "threads", "engines", "dtypes", "plot", "save")
 PANEL = "With --peers"
 
 
@@ -152,25 +163,6 @@ def bench(
     where = f"{chosen.name} {machine['version']} on {machine['processor']} ({device}) in {dtype}"
     where += f" with {weights} weights" if weights else ""
     console.print(where, style="dim", highlight=False)
-
-
-def processor() -> str:
-    """The processor's name, as its maker gives it where the system tells."""
-    import platform
-
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def device_name(device: str, backend: str = "torch") -> str:
-    """The name of what figures are of: the processor, or the GPU where torch tells of it."""
-    if device.startswith("cuda") and backend == "torch":
-        import torch
-
-        return torch.cuda.get_device_name(device)
-    return processor()
 
 
 def _machine(backend: str, device: str) -> dict[str, Any]:

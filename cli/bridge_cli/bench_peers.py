@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bridge_cli.bench import device_name
+from bridge_cli.machine import device_name
 from bridge_cli.text import print_json
 
 if TYPE_CHECKING:
