@@ -25,7 +25,7 @@ from bridge_ref.narrow import floats, int4_linear, int8_linear
 
 torch = pytest.importorskip("torch")
 
-from bridge_torch import narrow  # noqa: E402
+from bridge_torch import fused, narrow  # noqa: E402
 from bridge_torch.backend import TorchBackend  # noqa: E402
 from bridge_torch.linear import Whole, blocked, can_block  # noqa: E402
 
@@ -296,7 +296,7 @@ def test_what_is_stored_with_4_bits_stays_so_in_bfloat16(how):
         return {type(packed.head), *(type(layer.qkv) for layer in packed.layers)}
 
     kept = {narrow.Bits4} if how.bits == 4 else {narrow.Half}
-    if narrow.can_hold_half() and not narrow.multiplies(torch.bfloat16):
+    if fused.kernels() and narrow.can_hold_half() and not narrow.multiplies(torch.bfloat16):
         assert kinds("bfloat16") == kept
     assert kinds("float32") == {Whole}
     assert kinds("float32", "int4") == {narrow.Bits4}
@@ -320,7 +320,8 @@ def test_16_bits_come_back_as_they_were(dtype):
     """A CPU computes with them in float32; what is given back, decoding and after, is the bytes."""
     given = random_tensors(parse_config(RAW), 0, dtype)
     model = load(TorchBackend(), None, dtype, given)
-    assert model.dtype == dtype and model.weights.packed().like.dtype == torch.float32
+    computes = torch.float32 if fused.kernels() else getattr(torch, dtype)
+    assert model.dtype == dtype and model.weights.packed().like.dtype == computes
     for _ in range(2):
         for name, array in model.tensors():
             assert array.dtype == given[name].dtype and np.array_equal(array, given[name])

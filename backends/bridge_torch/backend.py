@@ -102,7 +102,7 @@ class TorchModel:
 
     @property
     def dtype(self) -> str:
-        """Its own: what it computes in is that, or wider."""
+        """Its own: what decoding computes in is that, or wider."""
         return str(self.weights.dtype).removeprefix("torch.")
 
     @property

@@ -280,19 +280,20 @@ def multiplies(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and bool(told.get("avx512_bf16") or told.get("amx_bf16"))
 
 
-def activations(device: str, dtype: torch.dtype, weights: str | None) -> torch.dtype:
-    """What a model of a dtype computes in while it decodes."""
+def activations(dtype: torch.dtype, fused: bool) -> torch.dtype:
+    """What a model of a dtype computes in while it decodes. `fused`: whether float32 has a step of
+    its own here, which is worth more than computing in 16 bits, and no less exact."""
     short = dtype in (torch.bfloat16, torch.float16)
-    wider = device == "cpu" and short and (weights is not None or can_hold_half())
-    return torch.float32 if wider else dtype
+    return torch.float32 if fused and short and (multiplies(dtype) or can_hold_half()) else dtype
 
 
 def holding(
-    device: str, dtype: torch.dtype, weights: str | None, stored: Mapping[str, Packed]
+    dtype: torch.dtype, computes: torch.dtype, weights: str | None, stored: Mapping[str, Packed]
 ) -> Hold | None:
-    """How to hold the host's matrices of a model of a dtype; None: as they are. `weights`: as they
-    were asked for. `stored`: those that the checkpoint has as 4-bit integers, which stay so."""
-    if weights is None and not stored and activations(device, dtype, None) == dtype:
+    """How to hold the host's matrices of a model of a dtype that `computes` in one; None: as they
+    are. `weights`: as they were asked for. `stored`: those that a checkpoint has as 4-bit integers,
+    which stay so."""
+    if weights is None and not stored and computes == dtype:
         return None
 
     def hold(parts: Sequence[Tensor], *, names: Sequence[str], **named: Any) -> Linear:
@@ -305,17 +306,19 @@ def holding(
         found = [p for p in packed if p is not None]
         if len(found) == len(parts) and len({p.group_size for p in found}) == 1:
             return Bits4.of(found, dtype, **named)
-        return _as_it_is(weight, named)
+        return _as_it_is(weight, computes, named)
 
     return hold
 
 
-def _as_it_is(weight: Float[Tensor, "out in"], named: dict[str, Any]) -> Linear:
-    """A matrix in its own dtype, for float32 activations."""
-    if weight.dtype != torch.float32 and not multiplies(weight.dtype) and can_hold_half():
+def _as_it_is(
+    weight: Float[Tensor, "out in"], computes: torch.dtype, named: dict[str, Any]
+) -> Linear:
+    """A matrix in its own dtype."""
+    if weight.dtype != computes and not multiplies(weight.dtype):
         return Half.of(weight, **named)
     held = blocked(weight) if can_block("cpu", weight.dtype) else weight
-    if weight.dtype == torch.float32:
+    if weight.dtype == computes:
         return Whole(**named, weight=held)
     return Rounding(**named, inner=Whole((), (), held))
 

@@ -90,13 +90,13 @@ class Weights:
         if self._packed is not None:
             return self._packed
         device = self.device.type
-        dtype = activations(device, self.dtype, self.narrow)
+        dtype = activations(self.dtype, serves(device, torch.float32))
         packed = pack(
             self._module,
             dtype=dtype,
             fused=serves(device, dtype),
             consume=not self._lent,
-            hold=holding(device, self.dtype, self.narrow, self._stored),
+            hold=holding(self.dtype, dtype, self.narrow, self._stored),
         )
         if not self._lent:
             self._packed = packed
