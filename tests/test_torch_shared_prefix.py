@@ -182,11 +182,11 @@ def compiled(kernel, pointers, constants):
 caches = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16")
 plan = dict.fromkeys(("first_ptr", "count_ptr", "begin_ptr", "end_ptr"), "*i32")
 parts = dict.fromkeys(("y_ptr", "lse_ptr"), "*fp32")
-sizes = {"d": 48, "D": 64, "QUERIES": 64, "SLOTS": 64, "FACTORS": tl.bfloat16}
+sizes = {"D": 64, "OF": 16, "QUERIES": 64, "SLOTS": 64, "FACTORS": tl.bfloat16}
 done = compiled(kernels.attend_unit, caches | plan | parts, sizes)
 assert done.metadata.shared <= 99 * 1024, done.metadata.shared
 parts = {"y_ptr": "*bf16", "parts_ptr": "*fp32", "lse_ptr": "*fp32"}
-compiled(kernels.merge, parts, {"d": 48, "D": 64, "SPLITS": 64})
+compiled(kernels.merge, parts, {"D": 64, "OF": 16, "SPLITS": 64})
 """
 
 

@@ -9,6 +9,11 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+# Numbers of which no value has a kernel of its own: to compile one takes seconds. Strides and `d` are
+# in units of `OF` numbers, so that the compiler knows which addresses are aligned.
+SIZES = ["q_row", "q_head", "k_unit", "k_head", "k_slot", "y_split", "y_row", "lse_split", "heads"]
+SIZES += ["shared", "split0", "splits", "d"]
+
 
 def factors(q: Tensor) -> tl.dtype:
     """What is multiplied: numbers of the dtype of the keys. The interpreter cannot multiply
@@ -18,17 +23,19 @@ def factors(q: Tensor) -> tl.dtype:
     return tl.bfloat16 if q.dtype == torch.bfloat16 else tl.float16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attend_unit(
     q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr,
     first_ptr, count_ptr, begin_ptr, end_ptr,
     q_row, q_head, k_unit, k_head, k_slot, y_split, y_row, lse_split, heads,
-    scale, shared, split0, splits,
-    d: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, SLOTS: tl.constexpr,
+    scale, shared, split0, splits, d,
+    D: tl.constexpr, OF: tl.constexpr, QUERIES: tl.constexpr, SLOTS: tl.constexpr,
     FACTORS: tl.constexpr,
 ):  # fmt: skip
     """A tile of the queries that share a unit's keys, over one part of its slots: their softmax
     within the part, and the logarithm of its sum, by which parts are weighed."""
+    q_row, q_head, y_split, y_row, d = q_row * OF, q_head * OF, y_split * OF, y_row * OF, d * OF
+    k_unit, k_head, k_slot = k_unit * OF, k_head * OF, k_slot * OF
     unit, kv_head = tl.program_id(0), tl.program_id(1)
     tile, split = tl.program_id(2) // splits, tl.program_id(2) % splits
     begin, end = tl.load(begin_ptr + unit), tl.load(end_ptr + unit)
@@ -76,12 +83,13 @@ def attend_unit(
     tl.store(lse_ptr + part * lse_split + row * heads + head, lse, mask=asked)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def merge(
-    y_ptr, parts_ptr, lse_ptr, y_split, lse_split, splits,
-    d: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
+    y_ptr, parts_ptr, lse_ptr, y_split, lse_split, splits, d,
+    D: tl.constexpr, OF: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One head of one row: the parts of its softmax as one."""
+    y_split, d = y_split * OF, d * OF
     one = tl.program_id(0).to(tl.int64)
     split, width = tl.arange(0, SPLITS).to(tl.int64), tl.arange(0, D)
     lse = tl.load(lse_ptr + split * lse_split + one, mask=split < splits, other=float("-inf"))

@@ -130,10 +130,10 @@ def attend(
     """Each row's query over its prompt and its own timesteps in one softmax. `of_prefix`: the
     prompts' slots that are read, and by which rows; `of_own`: each row's own timesteps, one row a
     unit. Rows stand in the order of their prompts."""
+    q = q if q.stride(2) == 1 else q.contiguous()
     (R, H, d), K = q.shape, own.shape[2]
     D = max(LEAST, _power_of_2(d))
     largest, slots = TILES[q.dtype][D > 128]
-    q = q if q.stride(2) == 1 else q.contiguous()
     passes = []
     for cache, units in ((prefix, of_prefix), (own, of_own)):
         asking = units.widest * (H // K)
@@ -146,20 +146,22 @@ def attend(
     parts = q.new_empty(total, R, H, d, dtype=torch.float32)
     lse = q.new_empty(total, R, H, dtype=torch.float32)
     y = q.new_empty(R, H * d)
+    of = 16 if d % 16 == 0 else 1  # numbers, of which all strides are multiples
+    q_row, q_head, y_split, y_row = (x // of for x in (*q.stride()[:2], *parts.stride()[:2]))
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         done, factors = 0, kernels().factors(q)
         for cache, units, tile, tiles, splits in passes:
             kernels().attend_unit[(len(units.first), K, tiles * splits)](
                 *(q, cache[0], cache[1], parts, lse),
                 *(units.first, units.count, units.begin, units.end),
-                *(*q.stride()[:2], *cache.stride()[1:4], *parts.stride()[:2], lse.stride(0), H),
-                *(d**-0.5, H // K, done, splits),
-                **{"d": d, "D": D, "QUERIES": tile, "SLOTS": slots, "FACTORS": factors},
+                *(q_row, q_head, *(stride // of for stride in cache.stride()[1:4])),
+                *(y_split, y_row, lse.stride(0), H),
+                *(d**-0.5, H // K, done, splits, d // of, D, of, tile, slots, factors),
             )
             done += splits
         kernels().merge[(R * H,)](
-            *(y, parts, lse, parts.stride(0), lse.stride(0), total),
-            **{"d": d, "D": D, "SPLITS": _power_of_2(total)},
+            *(y, parts, lse, y_split, lse.stride(0), total),
+            *(d // of, D, of, _power_of_2(total)),
         )
     return y
 
