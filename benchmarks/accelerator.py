@@ -59,12 +59,20 @@ def stages(backends: tuple[str, ...]) -> list[Stage]:
     found = [Stage("machine", "devices, versions, bandwidth, GEMM rate", 90, ("numpy",))]
     kinds = {
         "quick": ("conformance quick in float32, bfloat16, float16", 150, ("hypothesis",)),
+        "kernels": ("attention over a shared prefix, kernels against products", 60, ()),
+        "ahead": ("8 tokens ahead, in turns and by graphs, against one", 90, ()),
+        "padding": ("attention over rows padded on the right, with a mask and without", 30, ()),
         "decode": ("decoding at 1, 8 and 64 rows, blocks on and off", 120, ()),
         "train": ("training steps, blocks on and off", 90, ()),
         "peers": ("decoding beside transformers and vLLM", 240, ("transformers",)),
         "ci": ("conformance ci in the same dtypes", 300, ("hypothesis",)),
     }
-    order = [(kind, backend) for backend in backends for kind in ("quick", "decode", "train")]
+    own = {"torch": ("kernels", "ahead", "padding")}  # what one backend alone has
+    order = [
+        (kind, backend)
+        for backend in backends
+        for kind in ("quick", *own.get(backend, ()), "decode", "train")
+    ]
     order += [("peers", backend) for backend in backends if backend == "torch"]
     for kind, backend in [*order, *(("ci", backend) for backend in backends)]:
         what, seconds, needs = kinds[kind]

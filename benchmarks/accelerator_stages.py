@@ -35,6 +35,9 @@ def main() -> None:
         "decode": lambda backend, asked: speed(backend, asked, "decode"),
         "train": lambda backend, asked: speed(backend, asked, "train"),
         "peers": lambda backend, asked: speed(backend, asked, "peers"),
+        "kernels": lambda backend, asked: speed(backend, asked, "kernels"),
+        "ahead": lambda backend, asked: speed(backend, asked, "ahead"),
+        "padding": lambda backend, asked: speed(backend, asked, "padding"),
     }
     kept: dict[str, Any] = {"lines": [], "figures": {}}
 
@@ -93,12 +96,12 @@ def _torch_machine(asked: dict[str, Any]) -> Iterator[Found]:
     large = asked["size"] != "tiny"
     source = torch.ones(2**31 if large else 2**24, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy = _median(lambda: target.copy_(source), device)
+    copy = median(lambda: target.copy_(source), device)
     rate = 2 * source.numel() / copy
     yield "bandwidth", rate, f"copies move {rate / 1e9:.0f} GB/s, counting reads and writes"
     n = 8192 if large else 256
     a, b = (torch.randn(n, n, device=device).to(torch.bfloat16) for _ in range(2))
-    rate = 2 * n**3 / _median(lambda: a @ b, device)
+    rate = 2 * n**3 / median(lambda: a @ b, device)
     yield "gemm", rate, f"bf16 GEMM of {n}: {rate / 1e12:.2f} TFLOP/s"
 
 
@@ -109,7 +112,7 @@ def _jax_machine(asked: dict[str, Any]) -> Iterator[Found]:
     yield "jax_devices", devices, f"jax {jax.__version__} on {', '.join(devices)}"
 
 
-def _median(run: Callable[[], Any], device: str, rounds: int = 20) -> float:
+def median(run: Callable[[], Any], device: str, rounds: int = 20) -> float:
     """Seconds of one of ten calls in a row, each round waited for once."""
     import torch
 
@@ -204,6 +207,14 @@ def speed(backend: str, asked: dict[str, Any], kind: str) -> Iterator[Found]:
         "train": accelerator_speed.train,
         "peers": accelerator_peers.peers,
     }
+    if backend == "torch":
+        import accelerator_torch
+
+        measures |= {
+            "kernels": accelerator_torch.kernels,
+            "ahead": accelerator_torch.ahead,
+            "padding": accelerator_torch.padding,
+        }
     yield from measures[kind](found, device, asked["size"], asked["machine"])
 
 

@@ -23,7 +23,8 @@ sys.path.append(str(SCRIPT.parent))
 import accelerator  # noqa: E402
 import accelerator_speed  # noqa: E402
 
-STAGES = "torch-quick,torch-decode,torch-train,mlx-decode,torch-peers"
+STAGES = "torch-quick,torch-kernels,torch-ahead,torch-padding,torch-decode,torch-train,mlx-decode"
+STAGES += ",torch-peers"
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,12 @@ def test_a_plain_checkout_is_rehearsed_on_a_cpu(bare, tmp_path):
     for engine in ("bridge torch, bfloat16, blocks", "transformers, bfloat16"):
         assert list(beside[engine]["widths"]) == ["1", "8", "64"]
         assert all(found["new"] == 4 for found in beside[engine]["widths"].values())
+    ahead = results["stages"]["torch-ahead"]["figures"]
+    for rows in (1, 8, 64):
+        assert ahead[f"{rows} rows"]["agree"] == {"one at a time": 1, "8 in turns": 1}
+    for stage in ("torch-kernels", "torch-padding"):
+        for figures in results["stages"][stage]["figures"].values():
+            assert figures is None or all(s > 0 for s in figures["seconds"].values())
     training = results["stages"]["torch-train"]["figures"]
     assert list(training) == ["blocks alone", "all, blocks on", "all, blocks off"]
     assert all(0 < figures["share_of_gemm"] < 1 for figures in training.values())

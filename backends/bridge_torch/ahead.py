@@ -83,10 +83,10 @@ def turn(
     now.alive.logical_and_(now.steps < layout.limits).logical_and_(~now.ends[fed])
     # A row past its limit writes, again and again, what it would be fed last, were it to go back.
     at = torch.minimum(now.steps, (layout.limits - 1).clamp(min=0))
-    positions, embed = layout.lengths + at, weights.embed
-    rope = weights.rope(positions, cache.prefix.shape[4] + cache.own.shape[4], embed.dtype)
+    positions, like = layout.lengths + at, weights.like
+    rope = weights.rope(positions, cache.prefix.shape[4] + cache.own.shape[4], like.dtype)
     windows = {layer.window for layer in weights.layers}
-    if shared_prefix.serves(embed.device, embed.dtype, weights.config.head_dim):
+    if shared_prefix.serves(like.device, like.dtype, weights.config.head_dim):
         attend: Attend = ByKernels.of(cache, layout.readers, at, timesteps, windows)
     else:
         reach = {window: reach_of(cache, layout, at, window, timesteps) for window in windows}

@@ -9,7 +9,7 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-# Numbers of which no value has a kernel of its own: to compile one takes seconds. Strides and `d` are
+# Numbers of which no value has a kernel of its own: to compile one takes seconds. Strides and d are
 # in units of `OF` numbers, so that the compiler knows which addresses are aligned.
 SIZES = ["q_row", "q_head", "k_unit", "k_head", "k_slot", "y_split", "y_row", "lse_split", "heads"]
 SIZES += ["shared", "split0", "splits", "d"]
