@@ -317,6 +317,16 @@ def test_what_is_taken_back_leaves_with_what_it_has_said():
     assert engine.cancel(1) is False
 
 
+def test_started_tells_of_prompts_side_by_side():
+    backend = script([[1]] * 4)
+    engine = Engine(backend, byte_tokenizer(), Budget(backend))
+    for prompt in range(4):
+        engine.submit(ask(prompt, 1))
+    engine.cancel(1)
+    told = [e for e in engine.step() if isinstance(e, Started)]
+    assert [(e.first_prompt, e.prompt_tokens) for e in told] == [(0, [2]), (2, [2, 2])]
+
+
 # Memory
 
 

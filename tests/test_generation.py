@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scripted import CONFIG, EOS, ScriptedModel, byte_tokenizer, scripted
 
-from bridge.decoding.events import Done, Finished, Started, Token
+from bridge.decoding.events import Answered, Done, Finished, Started, Token
 from bridge.errors import BridgeError
 from bridge.model import Model
 
@@ -91,6 +91,22 @@ def test_ids_need_no_tokenizer():
     assert answers.prompt_tokens == [1, 2, 3]
     [same] = model.generate([np.array([1, 2, 3])], width=2)
     assert same.responses == answers.responses
+
+
+def test_an_engine_answers_who_comes_later_too():
+    tokenizer = byte_tokenizer()
+    script = {(p, n): [*tokenizer.encode(f"{p}{n}"), EOS] for p in range(3) for n in range(2)}
+    model = Model(ScriptedModel(script), "scripted", tokenizer, (EOS,))
+    engine, texts = model.engine(max_rows=4), {}
+    first, second, third = model.requests(["a", "b", "c"], width=2)
+    tickets = [engine.submit(first), engine.submit(second)]
+    while not engine.idle:
+        for event in engine.step():
+            if isinstance(event, Answered):
+                texts[event.prompt] = [r.text for r in event.answers.responses]
+        if len(tickets) == 2:
+            tickets.append(engine.submit(third))
+    assert texts == {0: ["00", "01"], 1: ["10", "11"], 2: ["20", "21"]} and tickets == [0, 1, 2]
 
 
 BAD = {

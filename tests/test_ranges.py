@@ -230,7 +230,7 @@ def test_the_package_itself_has_the_same_ranges(value, toy_model, tmp_path):
     for name in ("width", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed"):
         with pytest.raises(BridgeError, match=f"^{name} must be |^1 widths|widths for"):
             model.generate(["1+1=", "1+2="], **{name: value})
-    for name in ("max_rows", "prompt_ids"):
+    for name in ("max_rows", "cache_bytes", "ahead", "prompt_ids"):
         given = [value, 0] if name == "prompt_ids" else value
         with pytest.raises(BridgeError, match=f"^{name} must be "):
             model.generate(["1+1=", "1+2="], **{name: given})
@@ -300,9 +300,38 @@ def test_memory_is_as_the_shapes_say(toy_model):
     step = 7 * (4 * layer + logits + 8 * (heads * 15 + 2 * 4))  # scores of 15 slots, and of 4 rows
     assert step_bytes(config, "float32", 7, 4, 15) == step
     assert step_bytes(config.without_bridge(), "float32", 7, 4, 15) == step - 7 * 8 * 2 * 4
-    read = 2 * (5 * (2 * layer + 8 * heads * 5) + logits)
+    read = 2 * (5 * 2 * layer + logits)
     assert prefill_bytes(config, "bfloat16", 2, 5) == read
     assert 2**26 < available_memory() <= machine_memory() < 2**50
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_is_free_is_what_the_machine_and_its_container_have_left(
+    monkeypatch, tmp_path, version
+):
+    names = [("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")]
+    limit, used = names[2 - version]
+    dropped = ("total_inactive_file", "inactive_file")[version - 1]
+    machine = "bridge.numbers.machine"
+    monkeypatch.setattr(f"{machine}.MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(f"{machine}.LIMITS", [str(tmp_path / limit)])
+    monkeypatch.setattr(f"{machine}.USED", [(str(tmp_path / used), dropped)])
+    # Where nothing says, what the process has not had yet.
+    assert 0 < available_memory() < machine_memory()
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    7000 kB\n")
+    assert available_memory() == 7000 * 1024
+    (tmp_path / limit).write_text("5000000\n")
+    assert available_memory() == 7000 * 1024  # what the container uses is not said
+    assert machine_memory() == 5_000_000
+    (tmp_path / used).write_text("4000000\n")
+    assert available_memory() == 1_000_000
+    stat = f"cache 9\n{dropped} 600000\nx{dropped} 1\n"
+    (tmp_path / "memory.stat").write_text(stat)  # of files that were read
+    assert available_memory() == 1_600_000
+    (tmp_path / used).write_text("6000000\n")
+    assert available_memory() == 0
+    (tmp_path / limit).write_text("max\n")
+    assert available_memory() == 7000 * 1024
 
 
 def test_what_cannot_fit_is_refused_with_the_figures(monkeypatch):

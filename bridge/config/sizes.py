@@ -41,10 +41,9 @@ def step_bytes(config: ModelConfig, dtype: str, rows: int, widest: int, length: 
 
 
 def prefill_bytes(config: ModelConfig, dtype: str, prompts: int, longest: int) -> int:
-    """What so many prompts that are read together compute in passing: a layer, and logits."""
-    cells = prompts * longest
-    scores = 2 * _wide(dtype) * config.num_attention_heads * cells * longest
-    return _layer_bytes(config, dtype, cells) + scores + DRAWN * prompts * config.vocab_size
+    """What so many prompts that are read together compute in passing: a layer, and logits. Scores
+    of self-attention are taken to come in tiles, so that of those no more is there at once."""
+    return _layer_bytes(config, dtype, prompts * longest) + DRAWN * prompts * config.vocab_size
 
 
 def _layer_bytes(config: ModelConfig, dtype: str, cells: int) -> int:
