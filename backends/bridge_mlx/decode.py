@@ -202,16 +202,18 @@ class Decoder:
         C, heads, d = q.shape
         K, P = prefix_k.shape[1:3]
         M = heads // K
-        # Half of the scale before the product, so that float16 holds it, and a power of two, so
-        # that nothing is rounded; the rest in float32.
+        # Of the scale a power of two comes before the product, which float16 might not hold, and
+        # rounds nothing; the rest, where d is no power of four, in float32.
         scale = 2.0 ** math.floor(math.log2(d**-0.5))
+        rest = d**-0.5 / scale
         q = q.reshape(C, K, M, d) * scale
         prefix = self._to_prompts(q) @ prefix_k.swapaxes(-1, -2)
         if reads.of_prefix is not None:
             prefix = mx.where(reads.of_prefix, prefix, -mx.inf)
         own = [_scores(q, k, mask) for k, _, mask in parts]
         own = self._to_prompts(own[0] if len(own) == 1 else mx.concatenate(own, axis=-1))
-        score = mx.concatenate([prefix, own], axis=-1).astype(mx.float32) * (d**-0.5 / scale)
+        score = mx.concatenate([prefix, own], axis=-1).astype(mx.float32)
+        score = score if rest == 1 else score * rest
         p = mx.softmax(score, axis=-1, precise=True).astype(q.dtype)
         of_prefix, of_own = mx.split(p, [P], axis=-1)
         y, of_own = self._to_rows(of_prefix @ prefix_v, M), self._to_rows(of_own, M)
