@@ -78,7 +78,7 @@ def test_past_the_steps_reserved_rows_stay_as_they_are(model):
     for _ in range(2):
         decoder.advance(np.array([1, 2, 3]))
     before = decoder.logits()
-    with pytest.raises(BridgeError, match="past the max_new_tokens reserved"):
+    with pytest.raises(BridgeError, match="past the max_new_tokens that a row came with"):
         decoder.advance(np.array([1, 2, 3]), np.array([True, False, True]))
     np.testing.assert_array_equal(decoder.logits(), before)
     decoder.advance(np.array([1, 2, 3]), np.zeros(3, bool))  # nothing is fed
@@ -88,7 +88,7 @@ def test_past_the_steps_reserved_rows_stay_as_they_are(model):
 def test_a_single_new_token_is_drawn_and_never_fed(model):
     decoder = model.prefill([np.array([1, 2, 3])], [2], 1)
     decoder.sample(GREEDY)
-    with pytest.raises(BridgeError, match="past the max_new_tokens reserved"):
+    with pytest.raises(BridgeError, match="past the max_new_tokens that a row came with"):
         decoder.advance()
 
 
