@@ -9,10 +9,11 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 
 from bridge.config import parse_config
 from bridge_conformance.cases import random_tensors
-from bridge_torch import fused
+from bridge_torch import fused, narrow
 from bridge_torch.backend import TorchBackend
 from bridge_torch.decode import step as plain_step
 
@@ -77,8 +78,14 @@ def test_it_is_as_near_to_float64_as_the_plain_step(head_dim):
     assert np.abs(decode(model) - exact).max() <= allowed
 
 
-def test_it_is_only_for_float32():
-    assert load(16, "bfloat16").prefill([np.arange(3)], [1], 2).forward is plain_step
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_it_serves_what_float32_is_no_coarser_than(dtype):
+    """Models in 16 bits decode by it too, with float32 activations; in float64 none do."""
+    forward = load(16, dtype).prefill([np.arange(3)], [1], 2).forward
+    held = narrow.multiplies(torch.bfloat16) if dtype == "bfloat16" else False
+    wide = dtype != "float64" and (held or narrow.can_hold_half())
+    assert forward is (fused.step if wide else plain_step)
 
 
 @pytest.fixture
