@@ -258,7 +258,7 @@ def test_as_tables_and_a_plot(checkpoint, fake, tmp_path):
         assert re.search(rf"fake {version} +{weights} +no +{rates}\n", done.stdout)
     assert re.search(r"what the machine allows +float32 +no +\d+ +\d+\n", done.stdout)
     assert re.search(rf"fake {version} +float32 +no +1000 +1000\n", done.stdout)
-    assert "medians of 1 rounds in turn, 1 threads each" in done.stdout
+    assert "4 new tokens a row; medians of 1, in turn; threads of each: 1; on" in done.stdout
     assert "memory is read at 0.0 GB/s" in done.stdout
     mend = "not installed (no_such_module is missing): pip install 'bridge-llm[peers]'"
     assert f"not measured: gone: {mend}" in done.stdout

@@ -1,5 +1,6 @@
 """`bridge bench --peers`: the same model through Bridge and other engines, as tables."""
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,15 +86,16 @@ def _listed(text: str) -> list[str]:
 def _show(results: "Results", machine: Mapping[str, Any]) -> None:
     from rich.console import Console
 
-    console = Console(soft_wrap=True, highlight=False)
+    width = None if sys.stdout.isatty() else 140
+    console = Console(soft_wrap=True, highlight=False, width=width)
     console.print("decoding, tokens a second of all rows", style="bold")
     _print_table(console, results, lambda f, w: f.tokens_per_second(w), "{:.0f}", results.bound)
     console.print("\ntime until every row has its first token, ms", style="bold")
     _print_table(console, results, lambda f, w: f.first_token(w), "{:.0f}", None, 1e3)
     work = results.workload
     console.print(
-        f"\n{work.prompt_tokens} tokens of prompt, {work.new} new tokens a row, medians of "
-        f"{work.rounds} rounds in turn, {work.threads} threads each, on {machine['device']}",
+        f"\n{work.prompt_tokens} tokens of prompt, {work.new} new tokens a row; medians of "
+        f"{work.rounds}, in turn; threads of each: {work.threads}; on {machine['device']}",
         style="dim",
     )
     if results.limit is not None:
