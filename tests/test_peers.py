@@ -6,6 +6,7 @@ No figure of this machine is asserted: the fake engine makes its own up, and the
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from bridge.checkpoints.reading import open_checkpoint
 from bridge.config import parse_config
 from bridge.errors import BridgeError
 from bridge.evaluation.peers import limit, measure
+from bridge.evaluation.peers import plan as planning
 from bridge.evaluation.peers.engine import Call, Decoded, Entry
 from bridge.evaluation.peers.limit import Limit, step_parameters
 from bridge.evaluation.peers.measure import run
@@ -76,16 +78,27 @@ def fakes(*weights):
     return Plan(entries, [])
 
 
+@pytest.fixture
+def narrow(monkeypatch):
+    """Of the backends, torch makes integers of 8 bits on CPUs."""
+
+    def find(name):
+        return SimpleNamespace(weights=lambda device: ["int8"] * (name + device == "torchcpu"))
+
+    monkeypatch.setattr(planning, "find_backend", find)
+
+
 def labels(planned):
     return [entry.label for entry in planned.entries]
 
 
-def test_the_best_backend_shows_all_it_can_and_others_their_first():
+def test_the_best_backend_shows_all_it_can_and_others_their_first(narrow):
     planned = plan(BACKENDS, "cpu", peers={})
     assert labels(planned) == [
         "bridge torch, float32, blocks",
         "bridge torch, float32",
         "bridge torch, bfloat16, blocks",
+        "bridge torch, int8, blocks",
         "bridge jax, float32, blocks",
     ]
     assert [(a.name, a.why) for a in planned.absent] == [("bridge mlx", BACKENDS[3].problem)]
@@ -93,7 +106,7 @@ def test_the_best_backend_shows_all_it_can_and_others_their_first():
     assert labels(host) == ["bridge numpy, float32"]
 
 
-def test_engines_and_weights_by_name():
+def test_engines_and_weights_by_name(narrow):
     def planned(engines, weights):
         return labels(plan(BACKENDS, "cpu", engines=engines, weights=weights, peers={"Fake": FAKE}))
 
@@ -101,11 +114,12 @@ def test_engines_and_weights_by_name():
         "bridge jax, bfloat16, blocks",
         "Fake, bfloat16",
     ]
+    assert planned(["torch", "jax"], ["int8"]) == ["bridge torch, int8, blocks"]
     assert planned(["fake"], ["int8", "float32"]) == ["Fake, int8", "Fake, float32"]
     assert planned(["fake"], []) == ["Fake, float32", "Fake, bfloat16"]
 
 
-def test_what_cannot_be_measured_is_told():
+def test_what_cannot_be_measured_is_told(narrow):
     gone = replace(FAKE, needs=("numpy", "no_such_module"))
     planned = plan(BACKENDS, "cpu", peers={"gone": gone})
     mend = "not installed (no_such_module is missing): pip install 'bridge-llm[peers]'"
@@ -126,7 +140,7 @@ def test_what_cannot_be_measured_is_told():
         ({"engines": ["jax"], "weights": ["float64"]}, "no engine has such weights"),
     ],
 )
-def test_what_is_not_there_is_refused(named, message):
+def test_what_is_not_there_is_refused(narrow, named, message):
     with pytest.raises(BridgeError, match=message):
         plan(BACKENDS, "cpu", peers={"fake": FAKE}, **named)
 

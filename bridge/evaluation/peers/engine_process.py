@@ -4,6 +4,7 @@ Questions and answers are JSON; an answer has `error`, in one line, where the en
 """
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
@@ -18,6 +19,7 @@ def serve(payload: bytes) -> Callable[[bytes], bytes]:
     """What answers the questions of `measure` for the setup in `payload`."""
     setup = Setup.from_json(json.loads(payload))
     limit_threads(setup.threads)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is not JAX's alone
     sessions: list[Session] = []
 
     def answer(question: bytes) -> bytes:

@@ -49,6 +49,7 @@ def load(setup: Setup) -> VllmSession:
         dtype=setup.entry.weights,
         max_model_len=setup.context,
         max_num_seqs=setup.widest,
+        gpu_memory_utilization=0.4,  # others are on the device too
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
     )
