@@ -173,7 +173,9 @@ TORCH = (
         "What they say lands behind a gap, and the gap is read.",
         "4.5",
         COMES,
-        Edit("fused.c", "step = steps[r];", "step = steps[0] < T ? steps[0] : steps[r];"),
+        Edit(
+            "fused.c", "step = s->steps[r];", "step = s->steps[0] < T ? s->steps[0] : s->steps[r];"
+        ),
     ),
 )
 

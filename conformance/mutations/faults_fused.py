@@ -67,7 +67,7 @@ FAULTS = (
         "the block reads the first group only",
         "Rows of one prompt read the rows of another.",
         "3.4",
-        "in + first[r] * F + E + n * d",
+        "in + first * F + E + n * d",
         "in + E + n * d",
         GENERATED,
     ),
@@ -75,8 +75,8 @@ FAULTS = (
         "the block leaves out the last row of a group",
         "Nobody hears one of the rows.",
         "3.4",
-        "last[r] - first[r], F);",
-        "last[r] - first[r] - (last[r] - first[r] > 1), F);",
+        "s->last[r] - first, F);",
+        "s->last[r] - first - (s->last[r] - first > 1), F);",
     ),
     fused(
         "eps of the norm is added to the sum of squares",
@@ -103,9 +103,30 @@ FAULTS = (
         "the block replaces the residual",
         "What the host had computed is gone.",
         "3.6",
-        "linear(h, out, outward, R, D, E);",
+        "linear(h, out, layer->outward, R, D, E);",
         "\n#pragma omp for\n"
-        "    for (int64_t i = 0; i < R * D; i++) h[i] = 0;\n"
-        "    linear(h, out, outward, R, D, E);",
+        "  for (int64_t i = 0; i < R * D; i++) h[i] = 0;\n"
+        "  linear(h, out, layer->outward, R, D, E);",
+    ),
+    fused(
+        "a row that is alone adds its keys",
+        "At width 1 the host is harmed.",
+        "3.8",
+        "s->alone ? 2 * E * D : 0",
+        "s->alone ? E * D : 0",
+    ),
+    fused(
+        "the norm after a block is that of the next FFN",
+        "Every layer but the first reads a stream that another weight scaled.",
+        "5.3",
+        "s->layers[i + 1].input_norm",
+        "s->layers[i + 1].post_norm",
+    ),
+    fused(
+        "the host's eps is the block's",
+        "Small residuals are scaled wrongly before a block.",
+        "3.2",
+        "layer->block_norm, s->block_eps, D)",
+        "layer->block_norm, s->eps, D)",
     ),
 )
