@@ -16,7 +16,7 @@ from bridge_conformance import checks_model, checks_train, strategies
 from bridge_conformance.cases import ModelCase, TrainCase, random_tensors, rows_of
 from bridge_conformance.checks import CASES, CHECKS
 from bridge_conformance.trial import Target
-from bridge_jax import backend, decode, train
+from bridge_jax import backend, steps, train
 from bridge_jax import model as transformer
 from bridge_jax.backend import JaxBackend
 from bridge_jax.block import Layout
@@ -48,16 +48,18 @@ PROMPT = np.arange(10)
 
 @pytest.fixture(autouse=True)
 def as_large_models(monkeypatch):
-    """Small models too are laid out, and compiled unless a test says so, as large ones are."""
+    """Small models too are laid out, and compiled unless a test says so, as large ones are; but
+    what is compiled is not kept."""
     monkeypatch.setattr(transformer, "SMALL", 0)
+    monkeypatch.setattr(backend, "keep", lambda: None)
 
 
-def load(dtype="float32", **changes):
+def load(dtype="float32", *, in_one=False, **changes):
     """A model laid out as a large one is, and compiled with little effort: what is counted here is
-    the same either way."""
+    the same either way. `in_one`: it decodes by one compiled function, as on an accelerator."""
     config = parse_config({**RAW, **changes})
     model = JaxBackend().load(config, random_tensors(config, 0, dtype), device="cpu", dtype=dtype)
-    model.transformer.quick = True
+    model.transformer.quick, model.transformer.by_layer = True, not in_one
     return model
 
 
@@ -117,7 +119,9 @@ def test_a_growing_sequence_another_prompt_and_fewer_rows_compile_nothing(compil
     other.advance()
     assert not compilations
     decoder.advance(np.zeros(5, int), np.arange(5) > 0)  # four fit a smaller bucket
-    assert len(compilations) == 2  # one to move the caches there, one of the step
+    # What moves there: a cache and its logits, and what is computed there: a layer, the start and
+    # the end of a step.
+    assert len(compilations) == 5
 
 
 @pytest.mark.parametrize("layers", [[0, 1], [1]])
@@ -142,23 +146,23 @@ def teacher_forced(config, rows=4, timesteps=12, groups=None):
 
 
 def test_a_prompt_is_read_once_whatever_the_width(monkeypatch):
-    model = load()
+    model = load(in_one=True)
 
     def cost(width):
         run = lambda: model.prefill([PROMPT], [width], 4)  # noqa: E731
-        [(arguments, keywords)] = called(monkeypatch, decode, "prefill", run)
+        [(arguments, keywords)] = called(monkeypatch, steps, "read", run)
         assert arguments[1].tokens.shape == (1, 16)
-        return flops(decode.prefill, *arguments, **keywords)
+        return flops(steps.read, *arguments, **keywords)
 
     assert cost(1) == cost(16)
 
 
 def step_cost(monkeypatch, widths):
     """Of a decoding step with so many rows in each group."""
-    decoder = load().prefill([PROMPT] * len(widths), widths, 8)
+    decoder = load(in_one=True).prefill([PROMPT] * len(widths), widths, 8)
     run = lambda: decoder.advance(np.zeros(sum(widths), int))  # noqa: E731
-    [(arguments, keywords)] = called(monkeypatch, decode, "advance", run)
-    return flops(decode.advance, *shapes(arguments), **keywords)
+    [(arguments, keywords)] = called(monkeypatch, steps, "step", run)
+    return flops(steps.step, *shapes(arguments), **keywords)
 
 
 def shapes(arguments):
@@ -192,12 +196,12 @@ def test_ragged_groups_do_not_pad_the_linear_layers(monkeypatch):
 
 
 def test_rows_that_end_leave_the_computation(monkeypatch):
-    decoder = load().prefill([PROMPT, PROMPT[:4]], [16, 16], 8)
+    decoder = load(in_one=True).prefill([PROMPT, PROMPT[:4]], [16, 16], 8)
     decoder.advance(np.zeros(32, int))
-    full = called(monkeypatch, decode, "advance", lambda: decoder.advance(np.zeros(32, int)))
+    full = called(monkeypatch, steps, "step", lambda: decoder.advance(np.zeros(32, int)))
     keep = np.isin(np.arange(32), [0, 3, 5])
-    fewer = called(monkeypatch, decode, "advance", lambda: decoder.advance(np.zeros(32, int), keep))
-    costs = [flops(decode.advance, *shapes(a), **k) for [(a, k)] in (full, fewer)]
+    fewer = called(monkeypatch, steps, "step", lambda: decoder.advance(np.zeros(32, int), keep))
+    costs = [flops(steps.step, *shapes(a), **k) for [(a, k)] in (full, fewer)]
     assert costs[1] < costs[0] / 6
     assert decoder.logits().shape == (3, 40) and decoder.next_logits.shape[0] == 4
     assert decoder.prefix.k.shape[1] == 1 and decoder.own.k.shape[1] == 4
@@ -205,19 +209,21 @@ def test_rows_that_end_leave_the_computation(monkeypatch):
     assert decoder.sample(Sampling()).shape == (0,) and decoder.logits().shape == (0, 40)
 
 
-def test_only_tokens_go_to_the_host_and_caches_stay_where_they_are(monkeypatch):
-    decoder = load().prefill([PROMPT], [4], 8)
+@pytest.mark.parametrize("in_one", [True, False])
+def test_only_tokens_go_to_the_host_and_caches_stay_where_they_are(monkeypatch, in_one):
+    decoder = load(in_one=in_one).prefill([PROMPT], [4], 8)
     decoder.sample(Sampling(top_k=5))
     decoder.advance()
     moved, original = [], jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda x: moved.append(x.shape) or original(x))
-    place = decoder.own.k.unsafe_buffer_pointer()
+    places = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(decoder.own)]
     with jax.transfer_guard_device_to_host("disallow"):
         for _ in range(4):
             decoder.sample(Sampling(top_k=5))
             decoder.advance()
     assert moved == [(4,)] * 4
-    assert decoder.own.k.unsafe_buffer_pointer() == place  # updated in place, not copied
+    # Updated in place, not copied.
+    assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(decoder.own)] == places
 
 
 def test_a_decoder_says_when_it_is_misused():
@@ -225,13 +231,14 @@ def test_a_decoder_says_when_it_is_misused():
     with pytest.raises(BridgeError, match="call sample first"):
         decoder.advance()
     decoder.advance(np.zeros(2, np.int64))
-    with pytest.raises(BridgeError, match="past the max_new_tokens reserved"):
+    with pytest.raises(BridgeError, match="past the max_new_tokens that a row"):
         decoder.advance(np.zeros(2, np.int64))
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=20), st.sampled_from([1, 4]))
 def test_a_layout_holds_every_row_once(groups, floor):
-    grid, places, size = Layout.of(groups, floor, floor)
+    layout = Layout.of(groups, floor, floor)
+    grid, places, size = layout.grid, layout.places, layout.size
     assert len(set(places.tolist())) == len(groups) and size <= bucket(len(groups), floor**2)
     rows = np.zeros((size, 1), np.float32)
     rows[places, 0] = 1 + np.arange(len(groups))
@@ -392,7 +399,7 @@ def test_draws_from_a_real_vocabulary_follow_the_rule(seed, spread, top_k, top_p
     logits = np.round(rng.normal(size=(4, 6016)) * spread * 8).astype(np.float32) / 8
     uniform = rng.random((1, 4), dtype=np.float32)
     options = Sampling(temperature=0.8, top_k=top_k, top_p=top_p, min_p=min_p)
-    got = np.asarray(sample(logits, uniform, 0, Settings.of(options), quick=False))
+    got = np.asarray(sample(logits, uniform, 0, Settings.of(options, 4), quick=False))
     filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "temperature": 0.8}
     nearby = [reference_sample(logits, uniform[0] + d, **filters) for d in (0, -1e-4, 1e-4)]
     # Sums of 6016 weights differ in their last places: a draw may fall to a neighbour.

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from bridge.config import parse_config
-from bridge.contract import GRPO, AdamW, Batch
+from bridge.contract import GRPO, AdamW, Batch, Sampling
 from bridge_conformance.cases import random_tensors
 from bridge_conformance.tolerance import allowance, error
-from bridge_jax import backend, decode, train
+from bridge_jax import backend, steps, train
 from bridge_jax import model as transformer
 from bridge_jax.backend import JaxBackend
 from bridge_jax.sampling import Settings, sample
@@ -66,15 +66,19 @@ def teacher_forced():
 def results(model):
     """Logits, teacher-forced and decoded, and a gradient step, on whatever the model lies."""
     tokens, groups, active, _ = arguments = teacher_forced()
-    decoder = model.prefill(PROMPTS, [2, 2], 6)
-    steps = [decoder.logits()]
-    for step in range(4):
+    decoder = model.prefill(PROMPTS, [2, 2], 9)
+    decoded = [decoder.logits()]
+    for step in range(3):
         decoder.advance(tokens[:, step])
-        steps.append(decoder.logits())
+        decoded.append(decoder.logits())
+    decoder.admit(PROMPTS[:1], [2], 9)
+    ahead = decoder.sample_ahead(Sampling(temperature=0), 3, ())
+    decoder.advance(ahead[:, -1])
+    decoded.append(decoder.logits())
     batch = Batch(tokens, groups, active, tokens, active)
     names = [name for name, _ in model.tensors()]
     metrics = model.trainer(GRPO(), AdamW(), names).step(batch_with_advantages(batch))
-    return [model.logits(*arguments), *steps, np.array([metrics["loss"], metrics["grad_norm"]])]
+    return [model.logits(*arguments), *decoded, np.array([metrics["loss"], metrics["grad_norm"]])]
 
 
 def batch_with_advantages(batch):
@@ -176,22 +180,19 @@ def for_tpu(dtype):
     state = train.start(own, chosen=chosen, quick=True)
     learn = batch_with_advantages(Batch(tokens, groups, active, tokens, active, positions))
     targets = train.Targets.of(learn, layout.places, 16)
-    step = (t.params, decoder.own, decoder.prefix, decoder.table)
     yield exported(backend.block_of_layer, blocks, 0, hidden, layout.grid, on, bridge=config.bridge)
     yield exported(transformer.logits, t.params, batch, table, config=config)
+    yield exported(steps.read, t.params, prompts, table, config=config)
+    R = decoder.layout.size
+    settings = Settings.of(Sampling(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1), R)
+    draws = steps.Draws(np.zeros((64, R), np.float32), 0, settings, np.zeros(8, np.int32))
+    places = steps.Places(decoder.layout.grid, np.ones(R, bool), *np.ones((3, R), np.int32))
+    fed = np.zeros(R, np.int32)
+    yield exported(steps.step, *decoder._now(), fed, places, config=config)
     yield exported(
-        decode.prefill,
-        t.params,
-        prompts,
-        table,
-        np.zeros(16, np.int32),
-        config=config,
-        timesteps=16,
+        steps.run, *decoder._now(), decoder.next_logits, fed, places, draws, 4, config=config
     )
-    fed = np.zeros(decoder.layout.size, np.int32)
-    yield exported(decode.advance, *step, fed, 1, decoder.places, config=config, reach=16)
-    uniforms = np.zeros((64, decoder.layout.size), np.float32)
-    yield exported(sample, decoder.next_logits, uniforms, 0, Settings(0.7, 5, 0.9, 0.1))
+    yield exported(sample, decoder.next_logits, draws.table, 0, settings)
     for checkpoint in (False, True):
         yield exported(
             train.value_and_grads,

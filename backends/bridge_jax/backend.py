@@ -5,6 +5,8 @@ config, that pure functions compute with; they are in the modules beside this on
 names as in the other backends.
 """
 
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -18,9 +20,9 @@ from bridge.contract import AdamW, Batch, Objective
 from bridge.decoding.inputs import check_block, check_device_and_dtype, take_tensor
 from bridge.decoding.targets import by_cell
 from bridge_jax.block import Grid, Layout, block
-from bridge_jax.compiled import bucket, compiled, make_room
+from bridge_jax.compiled import bucket, compiled, keep, make_room
 from bridge_jax.decode import Decoder
-from bridge_jax.linear import LAYERS, stacked
+from bridge_jax.linear import LAYERS
 from bridge_jax.model import STEPS, Params, Transformer, logits, norm_ratios
 from bridge_jax.train import Trainer, by_name, choose, logprobs, loss_and_grads, start
 
@@ -60,10 +62,10 @@ class JaxBackend:
         def get(name: str) -> np.ndarray:
             return take_tensor(tensors, name, shapes[name], dtype)
 
-        def put(array: np.ndarray) -> jax.Array:
-            return jax.device_put(array, devices[device], may_alias=False)
-
-        return JaxModel(Transformer(config, get, put, DTYPES[dtype]), device, dtype)
+        transformer = Transformer(config, get, devices[device], DTYPES[dtype])
+        if not transformer.quick:
+            keep()
+        return JaxModel(transformer, device, dtype)
 
 
 class JaxModel:
@@ -158,23 +160,8 @@ class JaxModel:
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor by its Hugging Face name, in canonical order, in the model's dtype."""
-        params, ready, last = self.transformer.params, {}, None
-        for name in tensor_shapes(self.config):
-            key, layer = stacked(name)
-            if layer is None:
-                yield name, np.array(jax.device_get(params[key]))
-                continue
-            if layer != last:  # one layer at a time is on the host
-                stacks = {key: p for key, p in params.items() if key.startswith(LAYERS)}
-                ready = jax.device_get(layer_of(stacks, layer, quick=self.transformer.quick))
-                last = layer
-            yield name, np.array(ready[key])
-
-
-@compiled()
-def layer_of(stacks: Params, layer: int) -> Params:
-    """One layer of every stack."""
-    return {key: stack[layer] for key, stack in stacks.items()}
+        for name, array in self.transformer.weights.tensors(quick=self.transformer.quick):
+            yield name, np.array(array)
 
 
 @compiled(static_argnames="bridge")
@@ -188,6 +175,10 @@ def block_of_layer(
 
 def _devices() -> dict[str, Any]:
     """This process's devices by name, accelerators first. JAX calls a CUDA device gpu."""
+    if "torch" in sys.modules:
+        # JAX would take three quarters of a GPU's memory at once, and torch find none. Read when it
+        # first looks for devices; what the user says of it stands.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     found = {}
     for number, device in enumerate(jax.local_devices()):
         kind = "cuda" if device.platform == "gpu" else device.platform

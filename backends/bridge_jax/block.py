@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from bridge.config import BridgeConfig
 from bridge.decoding.rows import GridPlan
 from bridge_jax.compiled import bucket
-from bridge_jax.linear import KEPT, contract, linear
+from bridge_jax.linear import KEPT, contract, named
 
 Array = jax.Array
 
@@ -86,11 +86,16 @@ class Layout:
 
     def same(self, other: "Layout") -> bool:
         """Whether all rows lie as in the other, among as many places and cells."""
-        sizes = [(x.groups, x.width, x.size) for x in (self, other)]
-        return sizes[0] == sizes[1] and all(
-            np.array_equal(a, b)
-            for a, b in ((self.places, other.places), (self.cells, other.cells))
+        return (
+            (self.groups, self.width, self.size) == (other.groups, other.width, other.size)
+            and np.array_equal(self.places, other.places)
+            and np.array_equal(self.cells, other.cells)
         )
+
+    @property
+    def measure(self) -> tuple[int, int]:
+        """How much is computed: places first, then cells."""
+        return self.size, self.groups * self.width
 
     def joined(self, groups: Int[np.ndarray, " new"]) -> "Layout | None":
         """These rows where they are, and after them those of further groups in what is free; None
@@ -179,7 +184,7 @@ def _output(
     """y of clauses 3.6 and 8.1, at a residual that is 0 where not active."""
 
     def projected(x: Array, name: str) -> Array:
-        return linear(x, weights[f"bridge.{name}_proj.weight"])
+        return named(weights, f"bridge.{name}_proj", x)
 
     x = rms_norm(hidden, weights["bridge.norm.weight"], config.norm_eps)
     if config.kind == "mlp":

@@ -116,7 +116,7 @@ def attend(
 ) -> Float[Array, "R K M d"]:
     """Each row's queries read its prompt's slots and then its own, where `mask` (clause 5.4). All
     rows of a prompt read it at once."""
-    R, K, M, d = q.shape
+    _, K, M, d = q.shape
     G, N = grid.filled.shape
     P = prefix.k.shape[2]
 

@@ -1,17 +1,24 @@
-"""What is compiled: for which sizes, and with how much effort. Only JAX has need of this file.
+"""What is compiled: for which sizes, with how much effort, and for how long it is kept. Only JAX
+has need of this file.
 
 Sizes come in buckets, so that few are compiled as batches grow, shrink and change. A model so small
 that compiling takes longer than it will ever compute is compiled with less effort.
 """
 
+import hashlib
+import os
+import platform
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 MAPS, MAPPINGS = Path("/proc/self/maps"), 20_000
+WORTH_KEEPING = 0.1  # seconds of compiling from which on its result goes to a file
 SMALL = 2**20  # parameters of a model below which compiling is most of the time
 # XLA's older emitters of CPU code, in one piece, without LLVM's optimisations: a ninth of the time.
 QUICK = {
@@ -33,6 +40,34 @@ def make_room() -> None:
         return
     if mappings > MAPPINGS:
         jax.clear_caches()
+
+
+def keep() -> None:
+    """Have what is compiled kept in the user's cache directory, for the processes to come.
+
+    Whoever names a directory of JAX's own (JAX_COMPILATION_CACHE_DIR), or turns its cache off
+    (JAX_ENABLE_COMPILATION_CACHE=0), has it so.
+    """
+    settings: Any = jax.config
+    if settings.jax_compilation_cache_dir or not settings.jax_enable_compilation_cache:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bridge"
+    where = home / f"jax-{hashlib.sha256(_processor().encode()).hexdigest()[:16]}"
+    with suppress(OSError):  # no home, no space: compiled anew each time
+        where.mkdir(mode=0o700, parents=True, exist_ok=True)
+        settings.update("jax_compilation_cache_dir", str(where))
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            settings.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
+        compilation_cache.reset_cache()  # else it stays as it was at the process's first function
+
+
+def _processor() -> str:
+    """What CPU code is compiled for: a home directory may be shared by unlike machines."""
+    try:
+        described = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(line for line in described if line.startswith(("flags", "Features")))
 
 
 def bucket(n: int, floor: int = 1) -> int:

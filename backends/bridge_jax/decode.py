@@ -5,7 +5,8 @@ timesteps are in a cache that a step updates in place, each row at its own step.
 as blocked places, which groups that come may take, until what is left fits a smaller bucket; then
 they leave every array. Nothing goes to the host but drawn tokens.
 
-Axes: G lines of a grid for groups, R places for rows, P prefix slots, T own timesteps, V vocabulary.
+Axes: G lines of a grid for groups, R places for rows, P prefix slots, T own timesteps,
+V vocabulary.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -19,12 +20,13 @@ from bridge.contract import Sampling
 from bridge.decoding.inputs import check_advance, check_prompts
 from bridge.decoding.rows import Rows, left_padded
 from bridge.decoding.uniforms import Uniforms, seeds_of
+from bridge_jax import by_layer, steps
 from bridge_jax.block import Layout
-from bridge_jax.cache import Cache, cleared, installed, moved, slots_of
+from bridge_jax.cache import Caches, cleared, installed, moved, slots_of
 from bridge_jax.compiled import bucket
-from bridge_jax.model import STEPS, Batch, Params, Transformer
+from bridge_jax.model import STEPS, Batch, Transformer
 from bridge_jax.sampling import LANES, Settings, sample
-from bridge_jax.steps import AHEAD, Draws, Places, first_logits, read, rows_of, run, step
+from bridge_jax.steps import AHEAD, Draws, Places, first_logits, rows_of
 
 REACH = 64  # own timesteps that a cache has room for at first
 PROMPTS = 8  # that are read at once
@@ -45,6 +47,7 @@ class Decoder:
         """Prefill (clause 4.2): the first groups come to a decoder that has none. Raises
         BridgeError for what clause 4.4 refuses."""
         self.model = model
+        self.compute: Any = by_layer if model.by_layer else steps
         none = np.zeros(0, np.int64)
         self.rows = Rows(none, none, none, none, none, none)
         self.layout = Layout(none, none, 1, 1, 1)
@@ -90,8 +93,8 @@ class Decoder:
         alone = Layout.of(np.arange(len(prompts)), model.floor)
         tokens, active, positions = map(alone.put, left_padded(prompts, slots))
         batch = Batch(tokens.astype(np.int32), positions.astype(np.int32), active, alone.grid)
-        kept, logits = read(
-            model.params,
+        kept, logits = self.compute.read(
+            self._weights,
             batch,
             model.rope(slots),
             config=model.config,
@@ -133,7 +136,7 @@ class Decoder:
         """Once what is left fits fewer places, it moves there."""
         if len(self.rows):
             then = self._layout(self.rows)
-            if then.size < self.layout.size:
+            if then.measure < self.layout.measure:
                 self._settle(self.rows, then)
 
     def _grow(self, more: int) -> None:
@@ -169,14 +172,15 @@ class Decoder:
         self, sampling: Sampling | Sequence[Sampling], steps: int, ends: Collection[int]
     ) -> Int[np.ndarray, "R k"]:
         """As clause 4.6 says, in one loop on the device."""
-        steps = min(steps, AHEAD)
-        draws = self._drawing(sampling, steps, ends)
-        drawn = first = self._draw(draws)[:, None]
-        if steps > 1 and len(self.rows):
-            fed, later = jax.device_get(self._run(first[:, 0], draws, steps - 1))
-            drawn = np.concatenate([jax.device_get(first), later[:, :fed]], axis=1)
-            self.rows = self.rows.fed(int(fed))
-        self.drawn = jax.device_get(drawn)[self.layout.places].astype(np.int64)
+        # On a CPU it costs nothing to ask the host, and to be fed after one's end costs a step.
+        ahead = 1 if self.model.by_layer else min(steps, AHEAD)
+        draws, later = self._drawing(sampling, ahead, ends), []
+        first = self._draw(draws)
+        if ahead > 1 and len(self.rows):
+            fed, columns = jax.device_get(self._run(first, draws, ahead - 1))
+            self.rows, later = self.rows.fed(int(fed)), [columns[:, :fed]]
+        drawn = np.concatenate([jax.device_get(first)[:, None], *later], axis=1)
+        self.drawn = drawn[self.layout.places].astype(np.int64)
         return self.drawn.copy()
 
     def advance(
@@ -225,7 +229,7 @@ class Decoder:
     def _step(self, tokens: jax.Array) -> None:
         """Feed each place its token."""
         self._grow(1)
-        self.own, self.next_logits = step(
+        self.own, self.next_logits = self.compute.step(
             *self._now(), tokens, self._places(), config=self.model.config, quick=self.model.quick
         )
 
@@ -233,7 +237,7 @@ class Decoder:
         """Feed each place what it drew, and up to `steps` timesteps: how many they were, and what
         was drawn after each, `[R, AHEAD]`."""
         self._grow(steps)
-        self.own, self.next_logits, drawn, fed = run(
+        self.own, self.next_logits, drawn, fed = self.compute.run(
             *self._now(),
             self.next_logits,
             tokens,
@@ -245,10 +249,15 @@ class Decoder:
         )
         return fed, drawn
 
-    def _now(self) -> tuple[Params, Cache, Cache, jax.Array]:
+    @property
+    def _weights(self) -> Any:
+        """As they are now, in the form that `compute` reads."""
+        return self.model.weights.layers if self.model.by_layer else self.model.params
+
+    def _now(self) -> tuple[Any, Caches, Caches, jax.Array]:
         """What every step reads: weights, both caches, and the table of positions."""
         ends = self.rows.positions + self.rows.left
-        return self.model.params, self.own, self.prefix, self.model.rope(int(ends.max()))
+        return self._weights, self.own, self.prefix, self.model.rope(int(ends.max()))
 
     def _places(self) -> Places:
         rows, put = self.rows, self.layout.put

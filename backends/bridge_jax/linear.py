@@ -6,6 +6,7 @@ product stay in the model's dtype and sums are float32, on TPUs too.
 """
 
 import re
+from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -19,6 +20,7 @@ from bridge.config import ModelConfig, tensor_shapes
 Array = jax.Array
 LAYERS = "model.layers.*."
 FEW = 64  # rows up to which a product is bound by reading the weight
+WEIGHT, TURNED = ".weight", ".turned"  # of a matrix that is `[out, in]`, or `[in, out]`
 KEPT = "kept"  # by its name, what a training step's backward pass reads rather than computes again
 
 
@@ -69,6 +71,14 @@ def _contract_backward(
 _contract.defvjp(_contract_forward, _contract_backward)
 
 
+def named(weights: Mapping[str, Array], name: str, x: Array) -> Array:
+    """The linear layer of that name, with its bias where it has one."""
+    bias = weights.get(f"{name}.bias")
+    if (turned := weights.get(name + TURNED)) is None:
+        return linear(x, weights[name + WEIGHT], bias)
+    return _rounded(contract("ni,io->no", x.reshape(-1, x.shape[-1]), turned), x, bias)
+
+
 def linear(
     x: Float[Array, "... in"], weight: Float[Array, "out in"], bias: Array | None = None
 ) -> Float[Array, "... out"]:
@@ -77,6 +87,10 @@ def linear(
     # With the weight on the left XLA streams it through the CPU's cores as it lies, once.
     few = len(rows) <= FEW
     y = contract("oi,ni->on", weight, rows).T if few else contract("ni,oi->no", rows, weight)
+    return _rounded(y, x, bias)
+
+
+def _rounded(y: Float[Array, "n out"], x: Array, bias: Array | None) -> Float[Array, "... out"]:
     y = y if bias is None else y + bias.astype(y.dtype)
     return checkpoint_name(y.astype(x.dtype).reshape(*x.shape[:-1], -1), KEPT)
 

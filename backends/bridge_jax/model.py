@@ -6,34 +6,32 @@ differs by layer (window, block or none) is data of the scan. Functions are pure
 once a config and bucket of sizes; the teacher-forced forward also serves prefill and training.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 from jaxtyping import Bool, Float, Int
 
 from bridge.config import ModelConfig
 from bridge.decoding.rows import only_active
 from bridge.rope import rotation_tables
 from bridge_jax.block import LOWEST, Grid, Layout, block, norm_ratio, rms_norm, silu, take
-from bridge_jax.cache import Cache
+from bridge_jax.cache import Cache, Caches
 from bridge_jax.compiled import SMALL, bucket, compiled
-from bridge_jax.linear import (
-    KEPT,
-    LAYERS,
-    contract,
-    linear,
-    partition_specs,
-    stacked,
-    stacked_names,
-)
+from bridge_jax.linear import KEPT, LAYERS, contract, named, partition_specs
+from bridge_jax.weights import Params, Weights, parameters
 
 Array = jax.Array
-Params = Mapping[str, Array]
 # `attend(q, k, v) -> y, kept`: q `[R, S, kv, M, d]`, k and v `[R, S, kv, d]`, y as q.
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
@@ -49,27 +47,34 @@ class Transformer:
         self,
         config: ModelConfig,
         get: Callable[[str], np.ndarray],
-        put: Callable[[np.ndarray], Array],
+        device: Any,
         dtype: np.dtype,
     ) -> None:
-        """Read every tensor once, by its checkpoint name, through `get`; arrays go to the device
-        through `put`, one stack of layers at a time."""
-        self.config, self.put, self.dtype = config, put, dtype
-        self.params: dict[str, Array] = {}
+        """Read every tensor once, by its checkpoint name, through `get`, and put it on the
+        device."""
+        self.config, self.dtype = config, dtype
+        self.home: Sharding = SingleDeviceSharding(device)  # where activations lie
+        small, on_cpu = parameters(config) < SMALL, device.platform == "cpu"
+        self.floor = 4 if small else 1  # of groups in a batch and of rows in a group
+        self.quick = small and on_cpu
+        self.by_layer = on_cpu and not small  # decodes so
 
         def own(name: str) -> np.ndarray:
             # Layers that are stored in different dtypes stack all the same.
             return get(name).astype(dtype, copy=False)
 
-        for key, names in stacked_names(config).items():
-            self.params[key] = put(_stack(config, names, own))
-        small = sum(array.size for array in self.params.values()) < SMALL
-        self.floor = 4 if small else 1  # of groups in a batch and of rows in a group
-        self.home = self.params["model.norm.weight"].sharding  # where activations lie
-        on_cpu = next(iter(self.home.device_set)).platform == "cpu"
-        self.quick = small and on_cpu
+        self.weights = Weights(config, own, self.put, by_layer=self.by_layer)
         self.tables: dict[int, Array] = {}
         self.of_cache: NamedSharding | None = None  # how caches `[L, R, kv, T, d]` lie on a mesh
+
+    @property
+    def params(self) -> dict[str, Array]:
+        """By checkpoint name, the layers' stacked under one name; to be written to."""
+        return self.weights.stacked
+
+    def put(self, array: np.ndarray) -> Array:
+        """On the model's device, or on each of them."""
+        return jax.device_put(array, self.home, may_alias=False)
 
     def shard(self, mesh: Mesh, axis: str = "model") -> None:
         """Spread the parameters over a mesh, as `partition_specs` says; all else follows them."""
@@ -78,9 +83,7 @@ class Transformer:
             self.params[key] = jax.device_put(self.params[key], NamedSharding(mesh, spec))
         keys = specs[f"{LAYERS}self_attn.k_proj.weight"]
         self.of_cache = NamedSharding(mesh, PartitionSpec(None, *keys[:2]))
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        self.put = lambda array: jax.device_put(array, everywhere)
-        self.home = everywhere
+        self.home, self.by_layer = NamedSharding(mesh, PartitionSpec()), False
         self.tables.clear()
 
     def rope(self, length: int) -> Float[Array, "two P d"]:
@@ -96,10 +99,15 @@ class Transformer:
         """On the model's device, or on each of them."""
         return jnp.zeros(shape, dtype, device=self.home)
 
-    def cache(self, lines: int, slots: int) -> Cache:
+    def cache(self, lines: int, slots: int) -> Caches:
         """An empty one of so many prompts or rows."""
         c = self.config
         shape = (c.num_hidden_layers, lines, c.num_key_value_heads, slots, c.head_dim)
+        if self.by_layer:
+            return tuple(
+                Cache(*(self.zeros(*shape[1:], dtype=self.dtype) for _ in "kv"))
+                for _ in range(shape[0])
+            )
         where = self.of_cache or self.home
         return Cache(*(jnp.zeros(shape, self.dtype, device=where) for _ in "kv"))
 
@@ -127,17 +135,6 @@ class Batch(NamedTuple):
     positions: Int[Any, "R S"]
     active: Bool[Any, "R S"]
     grid: Grid
-
-
-def _stack(config: ModelConfig, names: list[str], get: Callable[[str], np.ndarray]) -> np.ndarray:
-    """`[layers, ...]`, or one tensor. A layer without a block has zeros, which are not read."""
-    if stacked(names[0])[1] is None:
-        return get(names[0])
-    layers: list[Any] = [None] * config.num_hidden_layers
-    for name in names:
-        layers[stacked(name)[1] or 0] = get(name)
-    blank = next(layer for layer in layers if layer is not None)
-    return np.stack([np.zeros_like(blank) if layer is None else layer for layer in layers])
 
 
 @compiled(static_argnames="config")
@@ -177,18 +174,12 @@ def forward(
     def layer(h: Array, scanned: tuple[Params, Array, Array]) -> tuple[Array, Any]:
         weights, window, has_block = scanned
 
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-            y = checkpoint_name(_attend(q, k, v, active, place, window), KEPT)
-            return jnp.where(active[..., None, None, None], y, 0), (
-                k.swapaxes(1, 2),
-                v.swapaxes(1, 2),
-            ) if keep else None
-
         def measured(h: Array) -> Array:
             assert config.bridge is not None
             return norm_ratio(weights, h, grid, active, config.bridge)
 
         look = measured if measure else None
+        attend = prompt_attention(active, place, window, keep=keep)
         return decoder_layer(weights, h, rope, attend, grid, active, has_block, config, look)
 
     # Without `checkpoint` the products are kept alone: what lies between them is computed again in
@@ -198,23 +189,58 @@ def forward(
     return jax.lax.scan(step, embed(params, tokens, active), layers(params, config))
 
 
+def prompt_attention(
+    active: Bool[Array, "R S"], place: Int[Array, "R S"], window: Array | int, *, keep: bool
+) -> Attend:
+    """Attention of whole texts; with `keep` it gives its keys and values too, `[R, kv, S, d]`."""
+
+    def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+        y = checkpoint_name(_attend(q, k, v, active, place, window), KEPT)
+        kept = (k.swapaxes(1, 2), v.swapaxes(1, 2)) if keep else None
+        return jnp.where(active[..., None, None, None], y, 0), kept
+
+    return attend
+
+
+def windows(config: ModelConfig) -> list[int]:
+    """How far back each layer reads."""
+    each = config.sliding_windows or (None,) * config.num_hidden_layers
+    return [np.iinfo(np.int32).max if window is None else window for window in each]
+
+
 def layers(params: Params, config: ModelConfig) -> tuple[Params, Array, Array]:
     """What a scan over the layers reads: weights by name, window, and whether there is a block."""
     weights = {k.removeprefix(LAYERS): p for k, p in params.items() if k.startswith(LAYERS)}
-    windows = config.sliding_windows or (None,) * config.num_hidden_layers
-    reach = [np.iinfo(np.int32).max if window is None else window for window in windows]
     with_block = config.bridge.layers if config.bridge else ()
     has_block = [i in with_block for i in range(config.num_hidden_layers)]
-    return weights, jnp.array(reach, jnp.int32), jnp.array(has_block)
+    return weights, jnp.array(windows(config), jnp.int32), jnp.array(has_block)
 
 
 def embed(
     params: Params, tokens: Int[Array, "R S"], active: Bool[Array, "R S"]
 ) -> Float[Array, "R S D"]:
-    """Embeddings, 0 at inactive cells. Through float32, so that gradients add up in it."""
-    weight = params["model.embed_tokens.weight"]
-    h = take(weight.astype(jnp.float32), tokens).astype(weight.dtype)
-    return jnp.where(active[..., None], h, 0)
+    """Embeddings, 0 at inactive cells."""
+    return jnp.where(active[..., None], _lookup(params["model.embed_tokens.weight"], tokens), 0)
+
+
+@jax.custom_vjp
+def _lookup(weight: Float[Array, "V D"], tokens: Int[Array, "R S"]) -> Float[Array, "R S D"]:
+    """Lines of a table. Their gradients add up in float32; to widen the table for that, as JAX's
+    own would need, is to read all of it for a few lines."""
+    return take(weight, tokens)
+
+
+def _lookup_forward(weight: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
+    return take(weight, tokens), (weight, tokens)
+
+
+def _lookup_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
+    weight, tokens = kept
+    total = jnp.zeros(weight.shape, jnp.float32).at[tokens].add(gradient.astype(jnp.float32))
+    return total.astype(weight.dtype), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def decoder_layer(
@@ -224,7 +250,7 @@ def decoder_layer(
     attend: Attend,
     grid: Grid,
     active: Bool[Array, "R S"],
-    has_block: Array,
+    has_block: Array | bool,
     config: ModelConfig,
     look: Callable[[Array], Array] | None = None,
 ) -> tuple[Float[Array, "R S D"], Any]:
@@ -246,12 +272,9 @@ def decoder_layer(
 
     if len(bridge.layers) == config.num_hidden_layers:
         return with_block(h), kept
+    if isinstance(has_block, bool):
+        return (with_block(h) if has_block else h), kept
     return jax.lax.cond(has_block, with_block, lambda h: h, h), kept
-
-
-def named(weights: Params, name: str, x: Array) -> Array:
-    """The linear layer of that name, with its bias where it has one."""
-    return linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
 
 def project(
@@ -285,7 +308,7 @@ def _attend(
     v: Float[Array, "R S kv d"],
     active: Bool[Array, "R S"],
     place: Int[Array, "R S"],
-    window: Int[Array, ""],
+    window: Array | int,
 ) -> Float[Array, "R S kv M d"]:
     """Causal attention over active cells inside the window (clauses 5.4 and 5.5). Scores of a long
     batch are computed, and in the backward pass computed again, for some timesteps at a time."""

@@ -39,7 +39,8 @@ class Settings(NamedTuple):
         each = [sampling] * rows if isinstance(sampling, Sampling) else sampling
         numbers = {one: _numbers(one) for one in dict.fromkeys(each)}
         columns = np.array([numbers[one] for one in each], np.float64).reshape(-1, 4).T
-        return cls(*(c.astype(t) for c, t in zip(columns, "fiff", strict=True)))
+        with np.errstate(over="ignore"):  # what is beyond float32 is as good as infinite
+            return cls(*(c.astype(t) for c, t in zip(columns, "fiff", strict=True)))
 
 
 def _numbers(sampling: Sampling) -> tuple[float, int, float, float]:
@@ -69,11 +70,10 @@ def draw(
     # Clause 6.8; argmax takes the first of equals.
     likeliest = jnp.argmax(logits, -1).astype(jnp.int32)
 
-    def drawn() -> Array:
+    def by_luck() -> Array:
         return inverse(weights(logits, settings), uniform).astype(jnp.int32)
 
-    drawn_ = jax.lax.cond(greedy.all(), lambda: likeliest, drawn)
-    return jnp.where(greedy, likeliest, drawn_)
+    return jnp.where(greedy, likeliest, jax.lax.cond(greedy.all(), lambda: likeliest, by_luck))
 
 
 def weights(logits: Float[Array, "R V"], settings: Settings) -> Float[Array, "R V"]:

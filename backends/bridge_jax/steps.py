@@ -58,7 +58,7 @@ def read(
     h, kept = forward(params, batch, table, config, keep=True)
     if sharding is not None:
         kept = [jax.lax.with_sharding_constraint(x, sharding) for x in kept]
-    return Cache(*kept), _padded(head(params, h[:, -1], config))
+    return Cache(*kept), padded(head(params, h[:, -1], config))
 
 
 @compiled()
@@ -172,7 +172,7 @@ def timestep(
     numbers = jnp.arange(config.num_hidden_layers)
     h = embed(params, tokens[:, None], alive[:, None])
     (h, own), _ = jax.lax.scan(layer, (h, own), (numbers, prefix, layers(params, config)))
-    return own, _padded(head(params, h[:, 0], config))
+    return own, padded(head(params, h[:, 0], config))
 
 
 def readable(
@@ -185,6 +185,6 @@ def readable(
     return jnp.concatenate([in_prefix, in_own], -1)
 
 
-def _padded(logits: Float[Array, "R V"]) -> Float[Array, "R V"]:
+def padded(logits: Float[Array, "R V"]) -> Float[Array, "R V"]:
     """With ids of no weight up to a multiple of `LANES`, so that vocabularies share `sample`."""
     return jnp.pad(logits, ((0, 0), (0, -logits.shape[-1] % LANES)), constant_values=-jnp.inf)

@@ -239,7 +239,7 @@ class Trainer:
             chosen=self.chosen,
             quick=self.model.quick,
         )
-        self.model.params |= own
+        self.model.params.update(own)
         return {**add_metrics(parts), "grad_norm": float(norm)}
 
     def state(self) -> dict[str, np.ndarray]:
@@ -273,9 +273,8 @@ class Trainer:
             )
         )
         self.steps = int(state["step"])
-        self.model.params |= publish(
-            self._own(), self.tensors.master, chosen=self.chosen, quick=self.model.quick
-        )
+        own = publish(self._own(), self.tensors.master, chosen=self.chosen, quick=self.model.quick)
+        self.model.params.update(own)
 
 
 @compiled(static_argnames="chosen")

@@ -13,7 +13,7 @@ EDITS: dict[tuple[str, str, str], tuple[tuple[tuple[str, str], ...], ...]] = {
         "6.3",
     ): (
         (("sampling.temperature, torch.finfo(z.dtype).tiny", "sampling.temperature, 1e-3"),),
-        (("z / settings.temperature", "z / jnp.maximum(settings.temperature, 1e-3)"),),
+        (("z / temperature)", "z / jnp.maximum(temperature, 1e-3))"),),
         (("sampling.temperature, float(np.finfo(np.float32).tiny)", "sampling.temperature, 1e-3"),),
     ),
     (
@@ -22,7 +22,7 @@ EDITS: dict[tuple[str, str, str], tuple[tuple[tuple[str, str], ...], ...]] = {
         "6.8",
     ): (
         (("if sampling.temperature == 0:", "if sampling.temperature < 1e-5:"),),
-        (("settings.temperature == 0,", "settings.temperature < 1e-5,"),),
+        (("greedy = settings.temperature == 0", "greedy = settings.temperature < 1e-5"),),
         (("if sampling.temperature == 0:", "if sampling.temperature < 1e-5:"),),
     ),
     (
@@ -47,8 +47,8 @@ EDITS: dict[tuple[str, str, str], tuple[tuple[tuple[str, str], ...], ...]] = {
         ),
         (
             (
-                "settings.temperature == 0,",
-                "(settings.temperature == 0) | (settings.min_p >= 1),",
+                "greedy = settings.temperature == 0",
+                "greedy = (settings.temperature == 0) | (settings.min_p >= 1)",
             ),
         ),
         (
@@ -64,7 +64,7 @@ EDITS: dict[tuple[str, str, str], tuple[tuple[tuple[str, str], ...], ...]] = {
         "6.6",
     ): (
         (("w < sampling.min_p", "w <= sampling.min_p"),),
-        (("w >= settings.min_p", "w > settings.min_p"),),
+        (("w >= min_p", "w > min_p"),),
         (("w < sampling.min_p", "w <= sampling.min_p"),),
     ),
     (
@@ -78,8 +78,8 @@ EDITS: dict[tuple[str, str, str], tuple[tuple[tuple[str, str], ...], ...]] = {
         ),
         (
             (
-                "top_k, V = settings.top_k, z.shape[-1]",
-                "V, top_k = z.shape[-1], settings.top_k\n"
+                "below, V = _bits(jnp.abs(z)), z.shape[-1]",
+                "below, V = _bits(jnp.abs(z)), z.shape[-1]\n"
                 "    top_k = top_k - (top_k == jnp.isfinite(z[0]).sum())",
             ),
         ),
@@ -99,7 +99,12 @@ EDITS: dict[tuple[str, str, str], tuple[tuple[tuple[str, str], ...], ...]] = {
                 "if sampling.temperature == 0 or sampling.top_k == 1:",
             ),
         ),
-        (("settings.temperature == 0,", "(settings.temperature == 0) | (settings.top_k == 1),"),),
+        (
+            (
+                "greedy = settings.temperature == 0",
+                "greedy = (settings.temperature == 0) | (settings.top_k == 1)",
+            ),
+        ),
         (
             (
                 "if sampling.temperature == 0:",
@@ -113,7 +118,7 @@ EDITS: dict[tuple[str, str, str], tuple[tuple[tuple[str, str], ...], ...]] = {
         "6.8",
     ): (
         (("if sampling.temperature == 0:", "if np.float32(sampling.temperature) == 0:"),),
-        (("        if temperature:\n", "        if False:\n"),),
+        (("    if temperature:\n", "    if False:\n"),),
         (("if sampling.temperature == 0:", "if np.float32(sampling.temperature) == 0:"),),
     ),
 }

@@ -5,8 +5,12 @@ The sizes of its steps are buckets, which rows and timesteps outgrow.
 """
 
 from mutations.fault import Edit, Fault
-from mutations.faults_life import KEEPS, KEPT_STATE, LIFE
+from mutations.faults_life import KEPT_STATE, LIFE
 from mutations.faults_long import DRAWN, READ
+
+COMING = "groups_that_come_are_answered_as_if_alone"
+AHEAD = "steps_ahead_are_those_of_one_at_a_time"
+WHOLE = "length = max(bucket(length), min(self.config.max_position_embeddings, CONTEXT))"
 
 FAULTS = (
     Fault(
@@ -16,8 +20,8 @@ FAULTS = (
         DRAWN,
         Edit(
             "decode",
-            "self.uniforms.at(self.step,",
-            "self.uniforms.at(self.step - (self.step % 65 == 64),",
+            "self.uniforms.at(rows.steps,",
+            "self.uniforms.at(rows.steps - (rows.steps % 65 == 64),",
         ),
         package="bridge_jax",
     ),
@@ -26,11 +30,8 @@ FAULTS = (
         "JAX reads the last line for all that lies beyond: answers stand still.",
         "5.6",
         READ,
-        Edit(
-            "decode",
-            "self.table = model.rope(self.slots + timesteps)",
-            "self.table = model.rope(self.slots)",
-        ),
+        Edit("model", WHOLE, "length = bucket(length)"),
+        Edit("decode", "model.rope(int(ends.max()))", "model.rope(slots_of(self.prefix))"),
         package="bridge_jax",
     ),
     Fault(
@@ -38,28 +39,25 @@ FAULTS = (
         "What is longer than the first text stands still at its end.",
         "5.6",
         READ,
+        Edit("model", WHOLE, "length = bucket(length, 64)"),
         Edit("model", "if length not in self.tables:", "if not self.tables:"),
         Edit("model", "return self.tables[length]", "return next(iter(self.tables.values()))"),
         package="bridge_jax",
     ),
     Fault(
-        "jax: a step reads one timestep too few where a bucket is full",
-        "The 65th token is drawn as if the 64th had not been said.",
+        "jax: a cache grows one timestep too late",
+        "The 66th token is drawn as if the 65th had not been said.",
         "4.1",
         READ,
-        Edit("decode", "bucket(self.step + 1, REACH)", "bucket(self.step, REACH)"),
+        Edit("decode", "self._grow(1)", "self._grow(0)"),
         package="bridge_jax",
     ),
     Fault(
         "jax: caches hold 256 timesteps",
-        "JAX writes all that lies beyond into the last one.",
+        "What is said after them is not written, and nobody remembers it.",
         "4.1",
         READ,
-        Edit(
-            "decode",
-            "timesteps = bucket(max(self.limit, 1), STEPS)",
-            "timesteps = min(bucket(max(self.limit, 1), STEPS), 256)",
-        ),
+        Edit("decode", ".bit_length(), most)", ".bit_length(), most, 256)"),
         package="bridge_jax",
     ),
     Fault(
@@ -75,22 +73,18 @@ FAULTS = (
         "Short prompts beside long ones stay in their windows for too long.",
         "5.5",
         READ,
-        Edit(
-            "decode",
-            "(P + step - slot < window)",
-            "(P - places.padding[:, None] + step - slot < window)",
-        ),
+        Edit("steps", "(P + step - slot < window)", "(length[:, None] + step - slot < window)"),
         package="bridge_jax",
     ),
     Fault(
-        "jax: prompts are renumbered before they move",
-        "One prompt leaves, then another: rows that are left go on from somebody else's.",
+        "jax: rows that move are looked for by their cells",
+        "Once rows have left, those that move up go on from somebody else's memory.",
         "4.3",
         READ,
         Edit(
             "decode",
-            "            self.places = self.places._replace(alive=",
-            "            self.rows = rows\n            self.places = self.places._replace(alive=",
+            "places[then.places[:here]], lines[then.lines[:here]] = now.places, now.lines",
+            "places[then.places[:here]], lines[then.lines[:here]] = np.arange(here), now.lines",
         ),
         package="bridge_jax",
     ),
@@ -101,10 +95,10 @@ FAULTS = (
         DRAWN,
         Edit(
             "decode",
-            "        ids = layout.put(rows.row_ids), layout.put(rows.prompt_ids)\n",
-            '        first = self.__dict__.setdefault("first", rows)\n'
-            "        first = first.keep(np.arange(len(rows)))\n"
-            "        ids = layout.put(first.row_ids), layout.put(first.prompt_ids)\n",
+            "            self.rows.row_ids, self.rows.prompt_ids, lambda",
+            '            self.__dict__.setdefault("first", self.rows).row_ids[: len(self.rows)],\n'
+            "            self.first.prompt_ids[: len(self.rows)],\n"
+            "            lambda",
         ),
         package="bridge_jax",
     ),
@@ -113,7 +107,79 @@ FAULTS = (
         "After a prompt's rows have all ended, others go on from its prompt.",
         "4.3",
         READ,
-        Edit("decode", "(prefix, prompts)", "(prefix, jnp.arange(len(prompts)))"),
+        Edit("decode", "moved(self.prefix, lines,", "moved(self.prefix, np.arange(len(lines)),"),
+        package="bridge_jax",
+    ),
+    Fault(
+        "jax: prompts that come are put where the first ones are",
+        "Rows under way go on from the prompt of whoever came last.",
+        "4.5",
+        COMING,
+        Edit(
+            "decode",
+            "where = alone.put(lines.astype(np.int32),",
+            "where = alone.put(np.arange(len(lines), dtype=np.int32),",
+        ),
+        package="bridge_jax",
+    ),
+    Fault(
+        "jax: places are taken over as they were left",
+        "A row whose numbers were too large for its dtype spoils whoever comes after it.",
+        "4.5",
+        "what_others_held_does_not_reach_a_group",
+        Edit("decode", "        if before:\n", "        if False:\n"),
+        package="bridge_jax",
+    ),
+    Fault(
+        "jax: a run goes on past end ids",
+        "What a row says after its end is drawn, and the others of its group read it.",
+        "4.6",
+        AHEAD,
+        Edit("steps", "return alive & ~ended &", "return alive &"),
+        package="bridge_jax",
+    ),
+    Fault(
+        "jax: a run goes on past a row's limit",
+        "A row that may say no more says more.",
+        "4.6",
+        AHEAD,
+        Edit("steps", " & (jnp.asarray(places.left) > fed)", ""),
+        package="bridge_jax",
+    ),
+    Fault(
+        "jax: a run draws twice by the same luck",
+        "The second token of every run is drawn by the uniform of the first.",
+        "4.6",
+        AHEAD,
+        Edit("steps", "draws.table[draws.line + 1 + fed]", "draws.table[draws.line + fed]"),
+        package="bridge_jax",
+    ),
+    Fault(
+        "jax: rows that end in a run stay in the block",
+        "Until the run is over the others read what ended rows did not say.",
+        "4.6",
+        AHEAD,
+        Edit(
+            "steps",
+            "table, tokens, alive, places, fed, config)\n        logits",
+            "table, tokens, jnp.asarray(places.alive), places, fed, config)\n        logits",
+        ),
+        package="bridge_jax",
+    ),
+    Fault(
+        "jax: going back leaves the count where it was",
+        "What was taken back is read all the same.",
+        "4.7",
+        "going_back_leaves_nothing_behind",
+        Edit("decode", "rows.fed(-back).keep(stay)", "rows.keep(stay)"),
+        package="bridge_jax",
+    ),
+    Fault(
+        "jax: all rows draw by the settings of the first",
+        "One request's temperature is everybody's.",
+        "6.9",
+        "rows_draw_by_settings_of_their_own",
+        Edit("sampling", "[numbers[one] for one in each]", "[numbers[each[0]] for _ in each]"),
         package="bridge_jax",
     ),
     Fault(
@@ -123,12 +189,11 @@ FAULTS = (
         LIFE,
         Edit(
             "decode",
-            "            quick=model.quick,\n        )\n\n    def _settle",
-            "            quick=model.quick,\n        )\n"
-            + KEEPS
-            + "        now = self.prefix, self.next_logits\n"
-            "        self.prefix, self.next_logits = kept.setdefault(asked, now)\n"
-            "\n    def _settle",
+            "        where = alone.put(",
+            "        asked = tuple(prompt.tobytes() for prompt in prompts)\n"
+            '        read = model.tables.setdefault("read", {})\n'
+            "        kept, logits = read.setdefault(asked, (kept, logits))\n"
+            "        where = alone.put(",
         ),
         package="bridge_jax",
     ),
@@ -195,15 +260,10 @@ FAULTS = (
         LIFE,
         Edit(
             "backend",
-            "params, ready, last = self.transformer.params, {}, None",
-            "params, ready, last = dict(self.transformer.params), {}, None\n"
-            "        copies = {key: jax.numpy.array(a, copy=True) for key, a in params.items()}\n"
-            '        params = self.__dict__.setdefault("kept", copies)',
-        ),
-        Edit(
-            "backend",
-            "for key, p in params.items() if key.startswith(LAYERS)",
-            "for key, p in params.items() if LAYERS in key",
+            "        for name, array in self.transformer.weights.tensors(",
+            "        first = self.transformer.weights.tensors(quick=self.transformer.quick)\n"
+            '        first = self.__dict__.setdefault("first", [(n, a.copy()) for n, a in first])\n'
+            "        for name, array in first or self.transformer.weights.tensors(",
         ),
         package="bridge_jax",
     ),

@@ -40,7 +40,7 @@ FAULTS = (
         "A model with layers in bfloat16 and in float16 cannot be loaded.",
         "10.1",
         STORED,
-        Edit("model", "_stack(config, names, own)", "_stack(config, names, get)"),
+        Edit("model", "Weights(config, own,", "Weights(config, get,"),
         package="bridge_jax",
     ),
 )
