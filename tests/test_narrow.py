@@ -38,26 +38,25 @@ def layer_of(kind, weight, bias=None, **more):
     return kind.of(weight, names=("a",), sizes=(len(weight),), bias=bias, **more)
 
 
-def plainly(layer):
-    """The same without the compiled kernel."""
-    integers = layer._plain().contiguous()
-    return narrow.Bits8(
-        layer.names, layer.sizes, integers, layer.scales, layer.dtype, bias=layer.bias
-    )
+def both_ways(monkeypatch, call):
+    """What a call gives with what is compiled, and without it."""
+    compiled = call()
+    with monkeypatch.context() as patch:
+        patch.setattr(narrow, "_kernels", lambda: None)
+        return compiled, call()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows", [1, 2, 11, 12, 13, 40])
-def test_8_bits_are_the_same_by_any_product(shape, rows):
+def test_8_bits_are_the_same_compiled_or_not(shape, rows, monkeypatch):
     """Bit for bit, with and without what is added, whatever other rows there are."""
     torch.manual_seed(rows)
     weight, bias = torch.randn(shape), torch.randn(shape[0])
     x, h = torch.randn(rows, shape[1]) * 10, torch.randn(rows, shape[0])
     for added in (None, bias):
         layer = layer_of(narrow.Bits8, weight, added)
-        plain = plainly(layer)
-        assert torch.equal(layer(x), plain(x))
-        assert torch.equal(layer.add_to(h, x), plain.add_to(h, x))
+        assert torch.equal(*both_ways(monkeypatch, lambda layer=layer: layer(x)))
+        assert torch.equal(*both_ways(monkeypatch, lambda layer=layer: layer.add_to(h, x)))
         assert torch.equal(layer(x)[-1:], layer(x[-1:]))
         assert torch.equal(layer(x[:, None])[:, 0], layer(x))
         want = int8_linear(x.numpy(), weight.numpy(), None if added is None else bias.numpy())
@@ -67,7 +66,7 @@ def test_8_bits_are_the_same_by_any_product(shape, rows):
     np.testing.assert_array_equal(layer.floats().numpy(), floats(weight.numpy(), "int8"))
 
 
-def test_8_bits_of_extreme_rows():
+def test_8_bits_of_extreme_rows(monkeypatch):
     """Zeros, numbers too small to count, ties, and what is not finite, which no other row has."""
     weight = torch.randn(33, 64)
     x = torch.zeros(6, 64)
@@ -75,8 +74,7 @@ def test_8_bits_of_extreme_rows():
     x[2] = torch.arange(64) - 31.5  # halves of a unit
     x[2, 0] = 127
     x[3, 7], x[4, 7], x[5] = float("nan"), float("inf"), torch.randn(64) * 1e30
-    for layer in (layer_of(narrow.Bits8, weight), plainly(layer_of(narrow.Bits8, weight))):
-        y = layer(x)
+    for y in both_ways(monkeypatch, lambda: layer_of(narrow.Bits8, weight)(x)):
         assert (y[:2] == 0).all() and not y[3:5].isfinite().any() and y[[2, 5]].isfinite().all()
         np.testing.assert_array_equal(y[2].numpy(), int8_linear(x[2].numpy(), weight.numpy(), None))
     assert (layer_of(narrow.Bits8, torch.zeros(3, 8))(torch.ones(2, 8)) == 0).all()

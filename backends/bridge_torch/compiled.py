@@ -19,8 +19,8 @@ Signatures = Mapping[str, Sequence[type]]
 
 
 def library(source: Path, options: tuple[str, ...], functions: Signatures) -> ctypes.CDLL | None:
-    """The library of a source, with the arguments of its functions, which return nothing; one that
-    this machine's source leaves out is left out. None where it is switched off or cannot be had."""
+    """The library of a source, with the arguments of its functions, which return nothing.
+    None where it is switched off or cannot be had."""
     if os.environ.get("BRIDGE_TORCH_FUSED") == "0":
         return None
     compiler = shutil.which(os.environ.get("CC", "cc"))
@@ -33,9 +33,8 @@ def library(source: Path, options: tuple[str, ...], functions: Signatures) -> ct
         except (OSError, RuntimeError, subprocess.SubprocessError):  # no home, no space, ...
             continue
         for name, arguments in functions.items():
-            if hasattr(found, name):
-                function = getattr(found, name)
-                function.argtypes, function.restype = arguments, None
+            function = getattr(found, name)
+            function.argtypes, function.restype = arguments, None
         return found
     return None
 

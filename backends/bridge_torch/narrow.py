@@ -27,8 +27,10 @@ from bridge_torch.linear import Linear, Whole, blocked, can_block, stacked
 SOURCE = Path(__file__).with_name("narrow.c")
 # Exactly what torch's own operations do: no sum and product in one, nothing reordered.
 OPTIONS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
-SIGNATURES = {"linear": [POINTER] * 9 + [SIZE] * 3}
-PANEL = 32  # outputs side by side in what narrow.c reads
+SIGNATURES = {
+    "round_rows": [POINTER] * 3 + [SIZE] * 2,
+    "scale_back": [POINTER] * 6 + [SIZE] * 2,
+}
 NOTHING = 2.0**-100  # a row with no larger number counts as zeros
 Hold = Callable[..., Linear]  # of matrices to be stacked, with `names`, `sizes` and `bias`
 KINDS = ("int8", "int4")  # what weights may be asked for as
@@ -97,7 +99,7 @@ class Rounding(Linear):
 class Bits8(Linear):
     """8-bit integers and a scale an output; rows are rounded to 8 bits too (clause 10.5)."""
 
-    integers: Int8[Tensor, "out in"] | UInt8[Tensor, "panels in_4 outputs 4"]
+    integers: Int8[Tensor, "out in"]
     scales: Float[Tensor, " out"]
     dtype: torch.dtype  # of the weight that it was made of
 
@@ -106,8 +108,6 @@ class Bits8(Linear):
         values = weight.to(wide(weight.dtype))
         scales = values.abs().amax(1) / 127
         integers = (values / scales[:, None]).nan_to_num_(0).round_().to(torch.int8)
-        if _kernel() is not None and weight.device.type == "cpu" and weight.shape[1] % 4 == 0:
-            integers = _in_panels(integers)
         return cls(**named, integers=integers, scales=scales, dtype=weight.dtype)
 
     def __call__(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
@@ -120,34 +120,29 @@ class Bits8(Linear):
 
     def _product(self, x: Float[Tensor, "... in"], residual: Tensor | None) -> Tensor:
         rows, outputs = x.reshape(-1, x.shape[-1]), len(self.scales)
-        if x.dtype == torch.float32 and self.integers.dim() == 4:
+        if x.dtype == torch.float32 and x.device.type == "cpu" and _kernels() is not None:
             y = self._compiled(rows, None if residual is None else residual.contiguous())
             return y.view(*x.shape[:-1], outputs)
         integers, units = rounded_rows(rows)
-        y = _exact_product(integers, self._plain()).to(units.dtype).mul_(units).mul_(self.scales)
+        y = _exact_product(integers, self.integers).to(units.dtype).mul_(units).mul_(self.scales)
         y = (y if self.bias is None else y.add_(self.bias)).view(*x.shape[:-1], outputs)
         return (y if residual is None else y.add_(residual)).to(x.dtype)
 
     def _compiled(self, x: Float[Tensor, "R in"], residual: Tensor | None) -> Tensor:
-        library, (R, K), outputs = _kernel(), x.shape, len(self.scales)
+        library, (R, K), outputs = _kernels(), x.shape, len(self.scales)
         assert library is not None
-        y, x = x.new_empty(R, outputs), x.contiguous()
-        integers, units = x.new_empty(R, K, dtype=torch.int8), x.new_empty(2, R)
-        library.linear(
-            *(y.data_ptr(), x.data_ptr(), self.integers.data_ptr(), self.scales.data_ptr()),
-            None if self.bias is None else self.bias.data_ptr(),
-            None if residual is None else residual.data_ptr(),
-            *(integers.data_ptr(), units.data_ptr(), units[1].data_ptr(), R, outputs, K),
+        x, integers, units = x.contiguous(), x.new_empty(R, K, dtype=torch.int8), x.new_empty(R)
+        library.round_rows(integers.data_ptr(), units.data_ptr(), x.data_ptr(), R, K)
+        sums, y = _exact_product(integers, self.integers), x.new_empty(R, outputs)
+        bias, other = (None if t is None else t.data_ptr() for t in (self.bias, residual))
+        library.scale_back(
+            *(y.data_ptr(), sums.data_ptr(), units.data_ptr(), self.scales.data_ptr()),
+            *(bias, other, R, outputs),
         )
         return y
 
-    def _plain(self) -> Int8[Tensor, "out in"]:
-        if self.integers.dim() == 2:
-            return self.integers
-        return _out_of_panels(self.integers)[: len(self.scales)]
-
     def floats(self) -> Float[Tensor, "out in"]:
-        return (self._plain() * self.scales[:, None]).to(self.dtype)
+        return (self.integers * self.scales[:, None]).to(self.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,25 +223,10 @@ def _exact_product(x: Int8[Tensor, "R in"], weight: Int8[Tensor, "out in"]) -> I
     return torch.ops.aten._int_mm(x, weight.t())[:R, :outputs]
 
 
-def _in_panels(integers: Int8[Tensor, "out in"]) -> UInt8[Tensor, "panels in_4 outputs 4"]:
-    """As narrow.c reads them: 128 more, so that they are not negative."""
-    outputs, K = integers.shape
-    whole = torch.nn.functional.pad(integers, (0, 0, 0, -outputs % PANEL))
-    numbers = whole.view(torch.uint8).bitwise_xor(128)
-    return numbers.view(-1, PANEL, K // 4, 4).transpose(1, 2).contiguous()
-
-
-def _out_of_panels(panels: UInt8[Tensor, "panels in_4 outputs 4"]) -> Int8[Tensor, "outs in"]:
-    P, K4, _, _ = panels.shape
-    plain = panels.transpose(1, 2).reshape(P * PANEL, 4 * K4)
-    return plain.bitwise_xor(128).view(torch.int8)
-
-
 @cache
-def _kernel() -> ctypes.CDLL | None:
-    """The compiled kernel, where this processor has the instructions for it."""
-    found = library(SOURCE, OPTIONS, SIGNATURES)
-    return found if hasattr(found, "linear") else None
+def _kernels() -> ctypes.CDLL | None:
+    """What is around the product, compiled; None where that cannot be had."""
+    return library(SOURCE, OPTIONS, SIGNATURES)
 
 
 @cache
