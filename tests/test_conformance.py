@@ -3,8 +3,8 @@
 The checks are `bridge_conformance`'s, run as `bridge conformance` runs them, a level a test; the
 reference itself must pass them too. Profile `ci` of JAX, where every case is compiled anew, and of
 the reference is among the slow tests, and `quick` here; in narrow dtypes JAX runs `ci` by the
-command, and so do long texts and lives on every backend. HYPOTHESIS_PROFILE=thorough runs many
-cases.
+command, and so do long texts, groups that come and lives on every backend.
+HYPOTHESIS_PROFILE=thorough runs many cases.
 """
 
 import os
