@@ -176,7 +176,10 @@ class PackedBlock:
     def _read(
         self, x: Float[Tensor, "R S D"], grid: Grid, active: Bool[Tensor, "R S"] | None
     ) -> Float[Tensor, "R S E"]:
-        x = self.inward(rms_norm(x, self.norm, self.eps))
+        x = rms_norm(x, self.norm, self.eps)
+        if self.num_heads is not None and grid.width == 1 and not self.inward.weight.is_mkldnn:
+            return F.linear(x, self.inward.weight[-self.inward.sizes[-1] :])  # v (clause 3.8)
+        x = self.inward(x)
         parts = [x] if self.num_heads is None else x.chunk(3, -1)
         return mix(parts, self.num_heads, grid, active)
 
