@@ -9,8 +9,10 @@ model for as long as something decodes. Elsewhere it takes no memory, and a deco
 what is written in place.
 """
 
+import ctypes
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -23,6 +25,12 @@ from bridge_torch.model import Transformer
 from bridge_torch.narrow import activations, holding
 from bridge_torch.packed import Packed, Part
 from bridge_torch.packing import fill, pack
+
+
+def give_back() -> None:
+    """Memory that is free goes back to the system: glibc keeps what lies between pieces in use."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Weights:
@@ -100,6 +108,8 @@ class Weights:
         )
         if not self._lent:
             self._packed = packed
+            if self.narrow is not None or dtype != self.dtype:
+                give_back()  # what was emptied has other sizes than what is held: gaps stay
         return packed
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
