@@ -155,7 +155,7 @@ FAULTS = (
         "Blocks see a stream that grows from layer to layer.",
         "3.2",
         BLOCK,
-        block("self.inward(rms_norm(x, self.norm, self.eps))", "self.inward(x * self.norm)"),
+        block("x = rms_norm(x, self.norm, self.eps)", "x = x * self.norm"),
     ),
     Fault(
         "the norm comes after the projection",
@@ -163,9 +163,12 @@ FAULTS = (
         "3.2",
         BLOCK,
         block(
-            "x = self.inward(rms_norm(x, self.norm, self.eps))",
-            "x = self.inward(x * self.norm)\n"
-            "        x = rms_norm(x, torch.ones_like(x[0, 0]), self.eps)",
+            "        x = rms_norm(x, self.norm, self.eps)\n",
+            "        x = x * self.norm\n",
+        ),
+        block(
+            "x = self.inward(x)\n",
+            "x = self.inward(x)\n        x = rms_norm(x, torch.ones_like(x[0, 0]), self.eps)\n",
         ),
     ),
     Fault(
