@@ -106,7 +106,7 @@ MLX = (
         "4.5",
         COMES,
         "cache",
-        "_from(places, t0, end),",
+        "_from(own[self._row_at], t0, end),",
         "None,",
     ),
     mlx(
@@ -124,8 +124,8 @@ MLX = (
         "2.4",
         COMES,
         "cache",
-        "        positions = self.rows.positions\n",
-        "        positions = self.rows.lengths[self.rows.group] + self.clock\n",
+        "return self.rows.positions[self._row_at]",
+        "return (self.rows.lengths[self.rows.group] + self.clock + self.lead)[self._row_at]",
     ),
 )
 
