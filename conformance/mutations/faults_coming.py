@@ -156,7 +156,7 @@ TORCH = (
         "Of requests that run together, answers change with the settings of others.",
         "6.9",
         DRAWN,
-        decode("uniform[own], settings)", "uniform[: len(own)], settings)"),
+        Edit("sampling", "uniform[rows], settings)", "uniform[: len(rows)], settings)"),
     ),
     Fault(
         "a draw outlives the coming of a group",
