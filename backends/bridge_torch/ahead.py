@@ -60,8 +60,8 @@ class Layout:
 class Running:
     """R rows under way: all that a turn changes."""
 
-    tokens: Int[Tensor, " R"]  # drawn last; -1: by a row that has ended
-    alive: Bool[Tensor, " R"]  # drew a token last, which it is fed unless that ends it
+    tokens: Int[Tensor, " R"]  # what each is fed next; -1: nothing, it has ended
+    alive: Bool[Tensor, " R"]  # has not
     steps: Int[Tensor, " R"]  # own timesteps that were fed
     logits: Float[Tensor, "R V"]
     drawn: Int[Tensor, "k R"]
@@ -79,8 +79,6 @@ def turn(
     timesteps: int,
 ) -> None:
     """One timestep, and a draw from what it gives. No row has been fed `timesteps` or more."""
-    fed = now.tokens.clamp(min=0)
-    now.alive.logical_and_(now.steps < layout.limits).logical_and_(~now.ends[fed])
     # A row past its limit writes, again and again, what it would be fed last, were it to go back.
     at = torch.minimum(now.steps, (layout.limits - 1).clamp(min=0))
     positions, like = layout.lengths + at, weights.like
@@ -91,12 +89,20 @@ def turn(
     else:
         reach = {window: reach_of(cache, layout, at, window, timesteps) for window in windows}
         attend = ByProducts(cache, layout.grid, at, reach)
+    fed = now.tokens.clamp(min=0)
     now.logits.copy_(forward(weights, fed, rope, layout.grid, attend, now.alive))
     now.steps.add_(1)
+    draw(layout, now, draws)
+
+
+def draw(layout: Layout, now: Running, draws: Draws) -> None:
+    """A column from the logits that are there; and who ends with it."""
     uniform = now.uniforms.index_select(0, now.column)[0]
     now.tokens.copy_(sample_rows(now.logits, uniform, draws).masked_fill(~now.alive, -1))
     now.drawn.index_copy_(0, now.column, now.tokens[None])
     now.column.add_(1)
+    ended = now.ends[now.tokens.clamp(min=0)]
+    now.alive.logical_and_(now.steps < layout.limits).logical_and_(~ended)
 
 
 def reach_of(
@@ -127,27 +133,32 @@ class Ahead:
     def __call__(
         self,
         cache: PaddedCache,
-        logits: Float[Tensor, "R V"],
         draws: Draws,
         uniforms: Float[Tensor, "k R"],
         ends: Collection[int],
+        logits: Float[Tensor, "R V"],
+        fed: Int[Tensor, " R"] | None = None,
     ) -> tuple[Int[Tensor, "k R"], Float[Tensor, "R V"]]:
-        """What rows draw, -1 after their ends, and the logits that they end with. The cache is as
-        all rows were fed; its `rows` are left to the caller."""
+        """What rows draw, -1 after their ends, and the logits that they end with. They begin with a
+        draw from `logits`, or with a timestep at which they are `fed`. The cache is as if all were
+        fed to the end; its `rows` are left to the caller."""
         R, k = len(cache.rows), len(uniforms)
+        turns = k - 1 if fed is None else k
         if not self.captures:
             layout = Layout.of(cache.rows, cache.grid, cache.readers)
-            timesteps = min(int(cache.rows.steps.max()) + k - 1, cache.own.shape[4])
-            now = begin(cache.rows, logits, draws, uniforms, ends)
+            timesteps = min(int(cache.rows.steps.max()) + turns, cache.own.shape[4])
+            now = begin(cache.rows, uniforms, ends, logits, fed)
             go = partial(turn, self.weights, cache, layout, now, draws, timesteps)
         else:
             rows = padded(cache.rows, bucket(R, cache.own.shape[2]))
             layout = bucketed(cache, rows)
             lines = max(k, STEPS)
-            now = begin(rows, logits, draws, F.pad(uniforms, (0, 0, 0, lines - k)), ends)
+            now = begin(rows, F.pad(uniforms, (0, 0, 0, lines - k)), ends, logits, fed)
             go = self._captured(cache, layout, now, draws)
-            now = go.now
-        for _ in range(k - 1):
+            layout, now = go.layout, go.now
+        if fed is None:
+            draw(layout, now, draws)
+        for _ in range(turns):
             go()
         return now.drawn[:k, :R].clone(), now.logits[:R].clone()
 
@@ -174,25 +185,24 @@ class Ahead:
 
 def begin(
     rows: Rows,
-    logits: Float[Tensor, "some V"],
-    draws: Draws,
     uniforms: Float[Tensor, "k some"],
     ends: Collection[int],
+    logits: Float[Tensor, "some V"],
+    fed: Int[Tensor, " some"] | None,
 ) -> Running:
-    """Rows that draw from logits: the first of them; those after are there to fill a bucket."""
-    device, V, more = logits.device, logits.shape[1], len(rows) - len(logits)
-    tokens = F.pad(sample_rows(logits, uniforms[0], draws), (0, more), value=-1)
-    drawn = tokens.new_full((len(uniforms), len(rows)), -1)
-    drawn[0] = tokens
+    """Before the first column. Some of the rows, the first, are alive; the others fill a bucket."""
+    device, (some, V) = logits.device, logits.shape
+    more = len(rows) - some
     ended = torch.zeros(V, dtype=torch.bool)
     ended[[end for end in ends if 0 <= end < V]] = True
+    tokens = torch.full((some,), -1, device=device) if fed is None else fed
     return Running(
-        tokens=tokens,
-        alive=tokens >= 0,
+        tokens=F.pad(tokens, (0, more), value=-1),
+        alive=torch.arange(len(rows), device=device) < some,
         steps=torch.tensor(rows.steps, device=device),
         logits=F.pad(logits, (0, 0, 0, more)),
-        drawn=drawn,
-        column=torch.ones(1, dtype=torch.int64, device=device),
+        drawn=torch.full((len(uniforms), len(rows)), -1, device=device),
+        column=torch.zeros(1, dtype=torch.int64, device=device),
         uniforms=F.pad(uniforms, (0, more)),
         ends=ended.to(device),
     )

@@ -114,7 +114,7 @@ class Decoder:
         assert isinstance(self.cache, PaddedCache)
         table, line = self.uniforms.at(rows.steps, seeds_of(sampling, len(rows)), k)
         draws = draws_of(sampling, logits.device)
-        drawn, logits = self.ahead(self.cache, logits, draws, table[line : line + k], ends)
+        drawn, logits = self.ahead(self.cache, draws, table[line : line + k], ends, logits)
         self.cache.rows, self.next_logits, self.next_tokens = rows.fed(k - 1), logits, drawn[-1]
         self.drawn = drawn.cpu().numpy().T.copy()
         return self.drawn.copy()
