@@ -57,6 +57,8 @@ class Decoder:
             captures = shared_prefix.serves(like.device, like.dtype, weights.config.head_dim)
             self.ahead = Ahead(weights, captures)
         self.next_logits = like.new_empty(0, len(weights.embed), dtype=wide(like.dtype))
+        # What rows are fed, and nobody has asked what it gives: a table may begin with it.
+        self.fed: Int[Tensor, " R"] | None = None
         self.admit(prompts, widths, max_new_tokens, prompt_ids)
 
     @torch.inference_mode()
@@ -69,6 +71,7 @@ class Decoder:
     ) -> None:
         """Groups that come (clauses 4.2 and 4.5)."""
         check_prompts(self.weights.config, prompts, widths, max_new_tokens)
+        self._settle()
         rows = Rows.of(prompts, widths, max_new_tokens, prompt_ids)
         cache, places = self.cache.joined(rows)
         last = prefill(self.weights, prompts, places)
@@ -91,11 +94,13 @@ class Decoder:
 
     def logits(self) -> np.ndarray:
         """Next-token logits `[R, V]` of the rows left, float32 or wider."""
+        self._settle()
         return self.next_logits.cpu().numpy().copy()
 
     @torch.inference_mode()
     def sample(self, sampling: Sampling | Sequence[Sampling]) -> np.ndarray:
         """Draw the next token of each row left: `[R]` int64. Does not advance."""
+        self._settle()
         rows, logits = self.cache.rows, self.next_logits
         table, line = self.uniforms.at(rows.steps, seeds_of(sampling, len(rows)))
         self.next_tokens = sample_rows(logits, table[line], draws_of(sampling, logits.device))
@@ -107,15 +112,16 @@ class Decoder:
         self, sampling: Sampling | Sequence[Sampling], steps: int, ends: Collection[int]
     ) -> np.ndarray:
         """As clause 4.6 says; one column where the host is asked after every token."""
-        rows, logits = self.cache.rows, self.next_logits
-        k = min(steps, int(rows.left.max(initial=0)) + 1)
+        rows, logits, due = self.cache.rows, self.next_logits, int(self.fed is not None)
+        k = min(steps, int(rows.left.max(initial=0)) + 1 - due)
         if self.ahead is None or k == 1 or not len(rows):
             return self.sample(sampling)[:, None]
         assert isinstance(self.cache, PaddedCache)
-        table, line = self.uniforms.at(rows.steps, seeds_of(sampling, len(rows)), k)
-        draws = draws_of(sampling, logits.device)
-        drawn, logits = self.ahead(self.cache, draws, table[line : line + k], ends, logits)
-        self.cache.rows, self.next_logits, self.next_tokens = rows.fed(k - 1), logits, drawn[-1]
+        table, line = self.uniforms.at(rows.steps + due, seeds_of(sampling, len(rows)), k)
+        draws, uniforms = draws_of(sampling, logits.device), table[line : line + k]
+        drawn, logits = self.ahead(self.cache, draws, uniforms, ends, logits, self.fed)
+        self.cache.rows, self.fed = rows.fed(k - 1 + due), None
+        self.next_logits, self.next_tokens = logits, drawn[-1]
         self.drawn = drawn.cpu().numpy().T.copy()
         return self.drawn.copy()
 
@@ -128,6 +134,7 @@ class Decoder:
     ) -> None:
         """Go back (clause 4.7), drop the rows that are not kept, and feed one token to each of the
         others (clause 4.3)."""
+        self._settle()
         rows, V, device = self.cache.rows, self.weights.config.vocab_size, self.next_logits.device
         kept, back = check_advance(V, rows.group, rows.left, self.drawn, tokens, keep, back)
         fed = self.next_tokens
@@ -142,10 +149,17 @@ class Decoder:
             fed = fed.index_select(0, torch.from_numpy(places).to(device))
             self.next_logits = self.next_logits[: len(places)]
             self._rows_changed()
-        if len(fed):
-            self.next_logits = self.forward(self.weights, self.cache, fed)
-        self.cache.rows = self.cache.rows.fed(1)
         self._forget()
+        self.fed = fed if len(fed) else None
+        if self.ahead is None:
+            self._settle()
+
+    @torch.inference_mode()
+    def _settle(self) -> None:
+        """Take the timestep that is due."""
+        if self.fed is not None:
+            self.next_logits = self.forward(self.weights, self.cache, self.fed)
+            self.cache.rows, self.fed = self.cache.rows.fed(1), None
 
 
 @torch.inference_mode()

@@ -10,7 +10,8 @@ LEAVE = """\
             fed = fed.index_select(0, torch.from_numpy(places).to(device))
             self.next_logits = self.next_logits[: len(places)]
             self._rows_changed()
-        if len(fed):"""
+        self._forget()
+        self.fed = fed if len(fed) else None"""
 POSITIONS = "torch.from_numpy(rows.positions)"
 LOST = "p0, t0 = lost_to_window(window, P, T)"
 CHECKED = "kept, back = check_advance(V, rows.group, rows.left, self.drawn, tokens, keep, back)"
@@ -51,7 +52,9 @@ FAULTS = (
             "            self.cache.rows = self.cache.rows.fed(-1)\n"
             "            self._rows_changed()\n"
             "            self.next_logits = logits[torch.from_numpy(places)]\n"
-            "        elif len(fed):",
+            "            fed = fed[:0]\n"
+            "        self._forget()\n"
+            "        self.fed = fed if len(fed) else None",
         ),
     ),
     Fault(

@@ -23,7 +23,7 @@ FAULTS = (
         "A row says more after its end.",
         "4.6",
         AHEAD,
-        ahead(".logical_and_(~now.ends[fed])", ""),
+        ahead(".logical_and_(~ended)", ""),
     ),
     Fault(
         "ahead: limits are one too far",
