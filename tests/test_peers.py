@@ -230,7 +230,10 @@ def test_what_is_slow_is_cut_short_and_what_is_slower_left_out(checkpoint, fake)
     [found] = run(open_checkpoint(checkpoint), fakes("int8"), "cpu", work).found
     assert found.new == {1: 4}  # 1 s, and three times 30 s
     assert found.tokens_per_second(1) == pytest.approx(1 / 30)
-    assert found.left_out == {4: "a call of two tokens takes 121 s"}
+    assert found.left_out == {4: "121 s for two tokens at width 4"}
+    work = replace(work, seconds=50.0)  # of which two tokens of one row take more than half
+    [found] = run(open_checkpoint(checkpoint), fakes("int8"), "cpu", work).found
+    assert found.new == {1: 2} and found.left_out == {4: "31 s for two tokens at width 1"}
 
 
 def test_what_fails_is_told_and_the_others_go_on(checkpoint, fake):

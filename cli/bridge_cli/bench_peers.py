@@ -72,7 +72,7 @@ def bench_peers(
         with new_file(save) as file:
             file.write((writer.dumps(said, indent=2) + "\n").encode())
     if plot is not None:
-        title = f"{checkpoint.name} on {machine['device']}, {workload.threads} threads"
+        title = f"{checkpoint.name} on {machine['device']}, threads: {workload.threads}"
         plot_peers(plot, results, title)
     if json:
         return print_json(said)

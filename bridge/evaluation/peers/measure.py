@@ -116,16 +116,19 @@ class _Running:
             return
         found.likeliest = said.tokens[0]
         for width in sorted(work.widths):
-            self._decode(Call(prompt, width, 2), WARMING)  # which compiles
+            if found.entry.backend:  # which may compile
+                self._decode(Call(prompt, width, 2), WARMING)
             if (call := self._decode(Call(prompt, width, new), WARMING)) is None:
                 continue
             step = max((call.all - call.first) / (new - 1), 1e-9)
             fit = 1 + int((work.seconds - call.first) / step)
-            if fit < 2:
-                why = f"a call of two tokens takes {call.first + step:.0f} s"
-                found.left_out |= {w: why for w in work.widths if w >= width}
+            if fit >= 2:
+                found.new[width] = min(work.new, fit)
+            if call.first + step > work.seconds / 2:  # nor are wider ones faster
+                why = f"{call.first + step:.0f} s for two tokens at width {width}"
+                wider = width if fit < 2 else width + 1
+                found.left_out |= {w: why for w in work.widths if w >= wider}
                 return
-            found.new[width] = min(work.new, fit)
 
     def measure(self, prompt: tuple[int, ...], width: int, seed: int) -> None:
         """One call that counts, where there is a figure to be had."""

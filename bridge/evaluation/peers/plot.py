@@ -70,12 +70,14 @@ def plot_peers(path: Path, results: Results, title: str) -> None:
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xticks(widths, [str(width) for width in widths])
+    for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+        axis("{x:g}")
     ax.set_xlabel("width (rows of a group)")
     ax.set_ylabel("tokens a second, all rows")
     ax.grid(color="0.9", linewidth=0.8, which="both")
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title.replace("$", r"\$"), fontsize=10, x=0.01, ha="left")
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8, handlelength=3.5)
     with new_file(path) as file:
         figure.savefig(file, format=path.suffix.removeprefix(".").lower(), dpi=160)
