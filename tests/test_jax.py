@@ -1,6 +1,9 @@
 """What the JAX backend promises beyond the contract: compilations, costs, and rows that leave."""
 
+import os
+import sys
 from itertools import product
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.compilation_cache import compilation_cache
 
 from bridge.config import parse_config, tensor_shapes
 from bridge.contract import GRPO, SFT, AdamW, Batch, Sampling
@@ -16,7 +20,7 @@ from bridge_conformance import checks_model, checks_train, strategies
 from bridge_conformance.cases import ModelCase, TrainCase, random_tensors, rows_of
 from bridge_conformance.checks import CASES, CHECKS
 from bridge_conformance.trial import Target
-from bridge_jax import backend, steps, train
+from bridge_jax import attention, backend, compiled, steps, train
 from bridge_jax import model as transformer
 from bridge_jax.backend import JaxBackend
 from bridge_jax.block import Layout
@@ -68,14 +72,14 @@ def compilations():
     """One entry for whatever XLA compiles meanwhile, be it a function or a stray operation; what
     other tests compiled is forgotten."""
     jax.clear_caches()
-    compiled = []
+    durations = []
 
     def listen(event, duration, **_):
         if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(duration)
+            durations.append(duration)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    yield compiled
+    yield durations
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
@@ -226,6 +230,87 @@ def test_only_tokens_go_to_the_host_and_caches_stay_where_they_are(monkeypatch, 
     assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(decoder.own)] == places
 
 
+def test_runs_ahead_share_one_function_whatever_their_length_settings_and_ends(compilations):
+    decoder = load(in_one=True).prefill([PROMPT], [4], 60)
+    decoder.advance(decoder.sample_ahead(Sampling(), 4, ())[:, -1])
+    assert compilations
+    compilations.clear()
+    for ahead, ends in ((2, ()), (7, (40, 41)), (3, (99,))):
+        said = decoder.sample_ahead(Sampling(top_k=ahead, seed=ahead), ahead, ends)
+        assert said.shape == (4, ahead)
+        decoder.advance(said[:, 0], back=np.full(4, ahead - 1))
+    assert not compilations
+    assert decoder.rows.steps.tolist() == [7] * 4
+    assert decoder.sample_ahead(Sampling(), 8, range(40)).shape == (4, 1)  # all have ended
+
+
+def test_groups_that_come_take_free_places_and_move_nobody(compilations):
+    decoder = load().prefill([PROMPT, PROMPT[:7]], [4, 4], 20)
+    decoder.sample(Sampling())
+    decoder.advance(keep=np.arange(8) > 3)
+    decoder.admit([PROMPT[3:]], [4], 20)
+    decoder.sample(Sampling())
+    decoder.advance(keep=np.arange(8) > 3)
+    compilations.clear()
+    held = decoder.layout.places.copy()
+    decoder.admit([PROMPT[2:]], [3], 20)
+    assert not compilations and len(decoder.rows) == 7
+    assert (decoder.layout.places[:4] == held).all()
+
+
+def test_weights_are_in_one_form_at_a_time_and_the_same_in_both():
+    model = load(model_type="qwen2", bridge={**RAW["bridge"], "layers": [1]})
+    given, weights = random_tensors(model.config, 0, "float32"), model.transformer.weights
+
+    def check(by_layer):
+        assert (weights._layers is not None, weights._stacks is not None) == (
+            by_layer,
+            not by_layer,
+        )
+        found = dict(model.tensors())
+        assert list(found) == list(tensor_shapes(model.config))
+        for name, tensor in found.items():
+            np.testing.assert_array_equal(tensor, given[name])
+
+    check(by_layer=True)
+    model.logits(*teacher_forced(model.config))
+    check(by_layer=False)
+    model.prefill([PROMPT], [2], 2)
+    check(by_layer=True)
+
+
+def test_what_is_compiled_is_kept_unless_the_user_says_otherwise(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        jax.config.update(names[0], None)
+        jax.config.update(names[1], 0)
+        compiled.keep()
+        where = Path(jax.config.jax_compilation_cache_dir)
+        assert where.parent == tmp_path / "bridge"
+        jax.jit(lambda x: x * 3 + 1)(np.arange(5.0))
+        assert list(where.iterdir())
+        jax.config.update(names[0], "theirs")
+        compiled.keep()
+        assert jax.config.jax_compilation_cache_dir == "theirs"
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+def test_a_gpu_is_not_taken_whole_where_torch_is(monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
+    monkeypatch.setitem(sys.modules, "torch", sys)
+    JaxBackend().devices()
+    assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "true"  # as the user said
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE")
+    JaxBackend().devices()
+    assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+
+
 def test_a_decoder_says_when_it_is_misused():
     decoder = load().prefill([PROMPT], [2], 2)
     with pytest.raises(BridgeError, match="call sample first"):
@@ -263,6 +348,7 @@ FULLY = (
     "cached_decoding_equals_teacher_forcing",
     "ended_rows_leave_other_groups_unchanged",
     "sampled_tokens_follow_the_rule",
+    "groups_that_come_are_answered_as_if_alone",
     "accumulated_batches_are_one_update",
 )
 
@@ -356,7 +442,7 @@ def test_checkpointed_activations_take_less_memory():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_long_batch_is_the_same_in_parts(monkeypatch, dtype):
     """Attention of some queries at a time: the numerics rule on 64 timesteps, 16 at a time."""
-    monkeypatch.setattr(transformer, "QUERIES", 16)
+    monkeypatch.setattr(attention, "QUERIES", 16)
     jax.clear_caches()
     config = {**RAW, "model_type": "mistral", "sliding_window": 21}
     widths, patterns = [2, 1], ["full", "left", "gaps"]
@@ -378,8 +464,8 @@ def test_attention_of_a_long_batch_takes_memory_as_its_length(monkeypatch):
         lowered = transformer.logits.full.lower(
             model.transformer.params, batch, table, config=model.config
         )
-        compiled = lowered.compile(compiler_options=known_options())
-        return compiled.memory_analysis().temp_size_in_bytes
+        made = lowered.compile(compiler_options=known_options())
+        return made.memory_analysis().temp_size_in_bytes
 
     # Scores of 256 queries and what is linear in the length double; all scores would be 16 times.
     assert memory(2048) < 2.5 * memory(1024)

@@ -14,10 +14,11 @@ from jax.sharding import NamedSharding
 from jaxtyping import Bool, Float, Int
 
 from bridge.config import ModelConfig
+from bridge_jax.attention import over_cache, prompt_attention
 from bridge_jax.block import Grid
-from bridge_jax.cache import Cache, attend, slots_of, written
+from bridge_jax.cache import Cache, slots_of, written
 from bridge_jax.compiled import compiled
-from bridge_jax.model import Batch, Params, decoder_layer, embed, head, prompt_attention, windows
+from bridge_jax.model import Batch, Params, decoder_layer, embed, head, windows
 from bridge_jax.steps import Places, padded, readable
 from bridge_jax.weights import Layers
 
@@ -134,7 +135,7 @@ def step_layer(
 
     def attention(q: Array, k: Array, v: Array) -> tuple[Array, Cache]:
         new = written(own, None, k[:, 0], v[:, 0], steps)
-        return attend(q[:, 0], prefix, new, mask, grid)[:, None], new
+        return over_cache(q[:, 0], prefix, new, mask, grid)[:, None], new
 
     return decoder_layer(weights, h, rope, attention, grid, alive, has_block, config)
 

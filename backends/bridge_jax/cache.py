@@ -14,11 +14,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
-from bridge_jax.block import LOWEST, Grid
 from bridge_jax.compiled import compiled
-from bridge_jax.linear import contract
 
 Array = jax.Array
 
@@ -105,30 +103,3 @@ def written(
             for old, new in zip(cache, (k, v), strict=True)
         )
     )
-
-
-def attend(
-    q: Float[Array, "R K M d"],
-    prefix: Cache,
-    own: Cache,
-    mask: Bool[Array, "R P_T"],
-    grid: Grid,
-) -> Float[Array, "R K M d"]:
-    """Each row's queries read its prompt's slots and then its own, where `mask` (clause 5.4). All
-    rows of a prompt read it at once."""
-    _, K, M, d = q.shape
-    G, N = grid.filled.shape
-    P = prefix.k.shape[2]
-
-    def by_line(x: Float[Array, "R K M e"]) -> Float[Array, "G K N_M e"]:
-        return grid.spread(x).swapaxes(1, 2).reshape(G, K, N * M, -1)
-
-    def by_row(x: Float[Array, "G K N_M e"]) -> Float[Array, "R K M e"]:
-        return grid.collect(x.reshape(G, K, N, M, -1).swapaxes(1, 2))
-
-    first = by_row(contract("gkqd,gkpd->gkqp", by_line(q), prefix.k))
-    second = contract("rkmd,rktd->rkmt", q, own.k)
-    score = jnp.concatenate([first, second], -1) * d**-0.5
-    p = jax.nn.softmax(jnp.where(mask[:, None, None], score, LOWEST), -1).astype(q.dtype)
-    y = by_row(contract("gkqp,gkpd->gkqd", by_line(p[..., :P]), prefix.v))
-    return (y + contract("rkmt,rktd->rkmd", p[..., P:], own.v)).astype(q.dtype)

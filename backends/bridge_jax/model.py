@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import (
     Mesh,
     NamedSharding,
@@ -25,19 +24,16 @@ from jaxtyping import Bool, Float, Int
 from bridge.config import ModelConfig
 from bridge.decoding.rows import only_active
 from bridge.rope import rotation_tables
-from bridge_jax.block import LOWEST, Grid, Layout, block, norm_ratio, rms_norm, silu, take
+from bridge_jax.attention import Attend, prompt_attention
+from bridge_jax.block import Grid, Layout, block, norm_ratio, rms_norm, silu, take
 from bridge_jax.cache import Cache, Caches
 from bridge_jax.compiled import SMALL, bucket, compiled
-from bridge_jax.linear import KEPT, LAYERS, contract, named, partition_specs
+from bridge_jax.linear import KEPT, LAYERS, named, partition_specs
 from bridge_jax.weights import Params, Weights, parameters
 
 Array = jax.Array
-# `attend(q, k, v) -> y, kept`: q `[R, S, kv, M, d]`, k and v `[R, S, kv, d]`, y as q.
-Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
-
 STEPS = 16  # timesteps are padded at least to it
 CONTEXT = 4096  # positions that a table has if the model has as many
-QUERIES = 256  # timesteps whose scores are in memory at once
 
 
 class Transformer:
@@ -189,19 +185,6 @@ def forward(
     return jax.lax.scan(step, embed(params, tokens, active), layers(params, config))
 
 
-def prompt_attention(
-    active: Bool[Array, "R S"], place: Int[Array, "R S"], window: Array | int, *, keep: bool
-) -> Attend:
-    """Attention of whole texts; with `keep` it gives its keys and values too, `[R, kv, S, d]`."""
-
-    def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-        y = checkpoint_name(_attend(q, k, v, active, place, window), KEPT)
-        kept = (k.swapaxes(1, 2), v.swapaxes(1, 2)) if keep else None
-        return jnp.where(active[..., None, None, None], y, 0), kept
-
-    return attend
-
-
 def windows(config: ModelConfig) -> list[int]:
     """How far back each layer reads."""
     each = config.sliding_windows or (None,) * config.num_hidden_layers
@@ -300,35 +283,6 @@ def rotate(x: Float[Array, "R S heads d"], rope: Float[Array, "two R S d"]) -> A
     cos, sin = rope[:, :, :, None]
     wide = x.astype(jnp.float32)
     return (wide * cos + jnp.roll(wide, x.shape[-1] // 2, -1) * sin).astype(x.dtype)
-
-
-def _attend(
-    q: Float[Array, "R S kv M d"],
-    k: Float[Array, "R S kv d"],
-    v: Float[Array, "R S kv d"],
-    active: Bool[Array, "R S"],
-    place: Int[Array, "R S"],
-    window: Array | int,
-) -> Float[Array, "R S kv M d"]:
-    """Causal attention over active cells inside the window (clauses 5.4 and 5.5). Scores of a long
-    batch are computed, and in the backward pass computed again, for some timesteps at a time."""
-    R, S = active.shape
-    some = S if S % QUERIES else QUERIES
-
-    def attend(first: Array | int) -> Float[Array, "R some kv M d"]:
-        def ours(x: Array) -> Array:
-            return jax.lax.dynamic_slice_in_dim(x, first, some, 1)
-
-        mask = (first + jnp.arange(some)[:, None] >= jnp.arange(S)) & active[:, None, :]
-        mask = mask & (ours(place)[:, :, None] - place[:, None, :] < window)
-        score = contract("rskmd,rtkd->rkmst", ours(q), k) * q.shape[-1] ** -0.5
-        p = jax.nn.softmax(jnp.where(mask[:, None, None], score, LOWEST), -1)
-        return contract("rkmst,rtkd->rskmd", p.astype(v.dtype), v).astype(v.dtype)
-
-    if some == S:
-        return attend(0)
-    parts = jax.lax.map(jax.checkpoint(attend), jnp.arange(0, S, some))
-    return parts.swapaxes(0, 1).reshape(R, *q.shape[1:])
 
 
 def feed_forward(weights: Params, x: Float[Array, "R S D"]) -> Float[Array, "R S D"]:

@@ -16,8 +16,9 @@ from jax.sharding import NamedSharding
 from jaxtyping import Bool, Float, Int
 
 from bridge.config import ModelConfig
+from bridge_jax.attention import over_cache
 from bridge_jax.block import Grid, take
-from bridge_jax.cache import Cache, attend, slots_of, written
+from bridge_jax.cache import Cache, slots_of, written
 from bridge_jax.compiled import compiled
 from bridge_jax.model import Batch, Params, decoder_layer, embed, forward, head, layers
 from bridge_jax.sampling import LANES, Settings, draw
@@ -162,7 +163,7 @@ def timestep(
         def attention(q: Array, k: Array, v: Array) -> tuple[Array, Cache]:
             new = written(own, i, k[:, 0], v[:, 0], steps)
             ours = Cache(*(jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in new))
-            return attend(q[:, 0], kept, ours, mask, places.grid)[:, None], new
+            return over_cache(q[:, 0], kept, ours, mask, places.grid)[:, None], new
 
         h, own = decoder_layer(
             weights, h, rope, attention, places.grid, alive[:, None], has_block, config

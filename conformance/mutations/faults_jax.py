@@ -65,7 +65,7 @@ FAULTS = (
         "From the 257th token on a prompt reads its beginning alone.",
         "5.4",
         READ,
-        Edit("model", "(first + jnp.arange(some)[:, None] >=", "(jnp.arange(some)[:, None] >="),
+        Edit("attention", "(first + jnp.arange(some)[:, None] >=", "(jnp.arange(some)[:, None] >="),
         package="bridge_jax",
     ),
     Fault(
