@@ -13,18 +13,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import files
+from importlib.metadata import files, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from decode import QUESTION, SEED, machine
+import torch
 from record import RESULTS, record
 
 import bridge
 from bridge.checkpoints.gguf import export_gguf
 from bridge.checkpoints.initialise import init
+from bridge.contract import Sampling
+from bridge_cli.machine import processor
 
+QUESTION = "There are 5 bags with 8 marbles in each bag. How many marbles are there in total?"
+SEED = Sampling(temperature=1.0, seed=0)
 KINDS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
@@ -37,6 +41,12 @@ TEXT = Path(__file__).parents[1] / "spec" / "bridge-1.0.md"
 def load(checkpoint: Path | str, kind: str) -> bridge.Model:
     """One of the four."""
     return bridge.load(checkpoint, backend="torch", device="cpu", **KINDS[kind])
+
+
+def machine() -> dict[str, Any]:
+    """What the figures are of."""
+    threads = torch.get_num_threads()
+    return {"device": processor(), "torch": version("torch"), "threads": threads}
 
 
 def speeds(models: dict[str, bridge.Model], width: int, steps: int, rounds: int) -> Any:
@@ -111,7 +121,7 @@ def measure_memory(kind: str, checkpoint: str) -> None:
 def report(results: dict[str, Any]) -> str:
     """The figures as a table."""
     where = results["machine"]
-    lines = [f"{where['backend']} on {where['device']}, {where['threads']} threads", ""]
+    lines = [f"torch {where['torch']} on {where['device']}, {where['threads']} threads", ""]
     lines += ["| | " + " | ".join(KINDS) + " |", "|---" * (1 + len(KINDS)) + "|"]
     for width, found in results["widths"].items():
         rates = [
@@ -150,7 +160,11 @@ def main() -> None:
         init(host, checkpoint, heads=heads, head_dim=head_dim)
         models = {kind: load(checkpoint, kind) for kind in KINDS}
         results: dict[str, Any] = {
-            "machine": machine("torch", "cpu"),
+            "machine": {
+                "device": processor(),
+                "torch": version("torch"),
+                "threads": torch.get_num_threads(),
+            },
             "blocks": options.blocks,
             "steps": options.steps,
             "widths": {
