@@ -43,16 +43,19 @@ def drive(trial: Trial, case: DecodeCase) -> Driven:
 
 
 def long_texts_are_decoded_as_they_are_read(target: Target, case: DecodeCase) -> None:
-    """Clauses 4.1, 4.3, 5.5 and 5.6: hundreds of timesteps, short prompts beside long ones, and
-    windows while rows and whole prompts leave in turn: logits are the reference's."""
+    """Clauses 4.1, 4.3, 5.4 to 5.6: hundreds of timesteps, short prompts beside long ones, and
+    windows while rows and whole prompts leave in turn: logits are the reference's, and so are those
+    of teacher forcing behind padding, where a mask is as long as the text."""
     trial = Trial(target, case.model)
-    rows, first = case.teacher_forced()
+    rows, first = case.teacher_forced(2)
     timestep, every = first + np.arange(case.steps)[:, None], np.arange(len(first))
 
     def run(model: BackendModel) -> np.ndarray:
         return model.logits(*rows.arguments)[every, timestep]
 
     exact, allowed = trial.allowance(run, case.alive)
+    read = run(trial.model)[case.alive]
+    trial.same(read, exact, 2 * allowed, "logits of teacher forcing, behind padding", case)
     got = drive(trial, case).logits
     for step, cells in enumerate(cells_by_step(case)):
         what = f"logits at step {step}"

@@ -67,7 +67,7 @@ PLAIN = (
     ),
     Fault(
         "masks of batches with padding reach 256 timesteps",
-        "The start of a long prompt is forgotten as soon as a short one is beside it.",
+        "The start of a long text is forgotten as soon as there is padding in front of one.",
         "5.4",
         READ,
         Edit(
