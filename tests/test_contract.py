@@ -112,6 +112,13 @@ def test_to_train_nothing_is_refused(model):
         model.trainer(SFT(), AdamW(), [])
 
 
+def test_what_the_loss_does_not_read_has_a_gradient_of_zero(model):
+    """At width 1 a softmax is 1, so that no q has a part in it (clause 3.8)."""
+    name = "model.layers.0.bridge.q_proj.weight"
+    _, grads = model.loss_and_grads(batch(model, rows=1), SFT(), [name])
+    assert grads[name].shape == dict(model.tensors())[name].shape and not grads[name].any()
+
+
 def test_a_step_that_was_cut_off_leaves_no_gradient(model, place, backend, monkeypatch):
     other = bridge.load(place, backend=backend).implementation
     names = ["model.norm.weight"]

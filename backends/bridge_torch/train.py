@@ -53,8 +53,12 @@ def loss_and_grads(
     with learning(model, trainable) as leaves, torch.enable_grad():
         logits = target_logits(model, batch, checkpoint_activations)
         value, metrics = loss(logits, targets, objective, count)
-        # A tensor that the loss does not read at all has a gradient of zero.
-        grads = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+        # A tensor that the loss does not read at all has a gradient of zero, and it may read none:
+        # at width 1 a block has no use for q and k.
+        if value.requires_grad:
+            grads = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+        else:
+            grads = tuple(map(torch.zeros_like, leaves.values()))
     wanted = {name: g.to(wide(g.dtype)) for name, g in zip(leaves, grads, strict=True)}
     return {name: float(x) for name, x in metrics.items()}, wanted
 
