@@ -20,7 +20,7 @@ from bridge.contract import Backend
 from bridge.evaluation.peers.measure import run
 from bridge.evaluation.peers.plan import plan
 from bridge.evaluation.peers.results import Workload
-from bridge.evaluation.peers.threads import available_threads
+from bridge.numbers.machine import available_processors
 from bridge.registry import backends
 
 ENGINES = ("transformers", "vLLM")
@@ -37,7 +37,7 @@ def peers(backend: Backend, device: str, size: str, machine: dict[str, Any]) -> 
         out = Path(scratch) / "bridge"
         write_checkpoint(out, raw, specs, tensors.items())
         planned = plan(backends(), device, engines=(backend.name, *ENGINES), weights=("bfloat16",))
-        threads = 1 if size == "tiny" else available_threads()
+        threads = 1 if size == "tiny" else available_processors()
         sizes = Workload(WIDTHS, work["steps"], work["prompt"], ROUNDS, SECONDS, threads)
         results = run(open_checkpoint(out), planned, device, sizes, print)
     for found in results.found:

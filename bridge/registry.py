@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, entry_points
 from importlib.util import find_spec
 
-from bridge.contract import Backend
+from bridge.contract import Backend, NarrowBackend
 from bridge.errors import BridgeError
 
 GROUP = "bridge.backends"
@@ -95,6 +95,11 @@ def resolve_dtype(backend: Backend, device: str, dtype: str | None, stored: str)
             f"(has: {', '.join(able)})"
         )
     return name
+
+
+def weights_of(backend: Backend, device: str) -> list[str]:
+    """What it can make a host's matrices of there, if anything (clause 10.5)."""
+    return backend.weights(device) if isinstance(backend, NarrowBackend) else []
 
 
 def _registered() -> dict[str, EntryPoint]:

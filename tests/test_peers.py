@@ -6,7 +6,6 @@ No figure of this machine is asserted: the fake engine makes its own up, and the
 import json
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,10 +81,11 @@ def fakes(*weights):
 def narrow(monkeypatch):
     """Of the backends, torch makes integers of 8 bits on CPUs."""
 
-    def find(name):
-        return SimpleNamespace(weights=lambda device: ["int8"] * (name + device == "torchcpu"))
+    def able(backend, device):
+        return ["int8"] * (backend + device == "torchcpu")
 
-    monkeypatch.setattr(planning, "find_backend", find)
+    monkeypatch.setattr(planning, "find_backend", lambda name: name)
+    monkeypatch.setattr(planning, "weights_of", able)
 
 
 def labels(planned):

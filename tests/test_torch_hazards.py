@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_torch import RAW
 
 from bridge.config import parse_config
 from bridge.contract import Sampling
@@ -22,27 +23,7 @@ from bridge_torch.model import Cells, attend
 from bridge_torch.sampling import first_above, sample
 from bridge_torch.step import ByProducts
 
-CONFIG = parse_config(
-    {
-        "model_type": "llama",
-        "vocab_size": 40,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": True,
-        "bridge": {
-            "spec_version": "1.0",
-            "kind": "attention",
-            "num_heads": 2,
-            "head_dim": 8,
-            "layers": [0, 1],
-            "norm_eps": 1e-6,
-        },
-    }
-)
+CONFIG = parse_config(RAW)
 LAST = np.float32(1 - 2**-24)  # the largest uniform
 
 

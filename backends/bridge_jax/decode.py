@@ -48,8 +48,7 @@ class Decoder:
         BridgeError for what clause 4.4 refuses."""
         self.model = model
         self.compute: Any = by_layer if model.by_layer else steps
-        none = np.zeros(0, np.int64)
-        self.rows = Rows(none, none, none, none, none, none)
+        self.rows, none = Rows.none(), np.zeros(0, np.int64)
         self.layout = Layout(none, none, 1, 1, 1)
         self.drawn: np.ndarray | None = None  # [R, k], what was drawn at this step
         self.admit(prompts, widths, max_new_tokens, prompt_ids)

@@ -47,13 +47,12 @@ class Cache:
         self._clear()
 
     def _clear(self) -> None:
-        none = np.zeros(0, np.int64)
-        self.rows = Rows(none, none, none, none, none, none)  # that are left
+        self.rows = Rows.none()  # that are left
         self.prefix: list[KeysValues] = [(self._no_slots, self._no_slots) for _ in self.layers]
         self.own: list[KeysValues] = list(self.prefix)  # [G, K, P, d] and [C, K, T, d]
         self.ahead: list[KeysValues] = []  # [C, K, timesteps, d], written up to `lead`
         self.clock = self.lead = 0  # slots of `own` that are written; timesteps of `ahead`
-        self._lay(none)
+        self._lay(np.zeros(0, np.int64))
 
     def _lay(self, places: Int[np.ndarray, " R"]) -> None:
         """The rows lie at these of the places, in their order."""

@@ -41,7 +41,6 @@ class Decoder:
         """Prefill: the first groups come to a decoder that has none. Raises BridgeError for a
         prompt that is empty or, with `max_new_tokens`, goes past the context (clause 4.4), and for
         a width below 1."""
-        check_prompts(model.config, prompts, widths, max_new_tokens)
         self.model = model
         self.windows = {layer.window for layer in model.layers}
         with mx.stream(model.device):

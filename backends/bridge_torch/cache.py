@@ -20,8 +20,6 @@ from bridge.decoding.rows import Rows, lost_to_window
 from bridge_torch.block import Grid
 from bridge_torch.shared_prefix import Readers
 
-NO_ROWS = Rows(*(np.zeros(0, np.int64) for _ in range(6)))
-
 
 class Cache(Protocol):
     """What a `Decoder` asks of either."""
@@ -75,7 +73,7 @@ class PaddedCache:
     def empty(cls, config: ModelConfig, like: Tensor) -> "PaddedCache":
         L, K, d = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
         nothing = like.new_zeros(L, 2, 0, K, 0, d)
-        return cls(nothing, nothing, NO_ROWS)
+        return cls(nothing, nothing, Rows.none())
 
     def _lay_out(self) -> None:
         """What stays the same for as long as the same rows are left."""
@@ -180,7 +178,7 @@ class RaggedCache:
     @classmethod
     def empty(cls, config: ModelConfig, like: Tensor) -> "RaggedCache":
         L, K, d = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-        return cls(like.new_empty(L, 2, K, 0, d), [], [], NO_ROWS)
+        return cls(like.new_empty(L, 2, K, 0, d), [], [], Rows.none())
 
     def joined(self, rows: Rows) -> tuple["RaggedCache", list[Float[Tensor, "L two K P d"]]]:
         L, two, K, _, d = self.like.shape

@@ -1,4 +1,5 @@
-"""What this machine has, and what of it is free, in bytes; refusing in one line what cannot fit."""
+"""What this machine has: processors, and memory and disk in bytes, with what of them is free.
+Refuses in one line what cannot fit."""
 
 import os
 import shutil
@@ -14,6 +15,11 @@ USED = (
     ("/sys/fs/cgroup/memory/memory.usage_in_bytes", "total_inactive_file"),
 )
 MEMINFO = Path("/proc/meminfo")
+
+
+def available_processors() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def machine_memory() -> int:

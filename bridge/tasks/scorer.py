@@ -7,9 +7,7 @@ rewards nothing; where one takes long, others begin beside it, each in a process
 to start as the task takes to import. Where nothing comes in time at all, waiting on is no use.
 """
 
-import os
 import pickle
-import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from bridge.errors import BridgeError, one_line
+from bridge.numbers.machine import available_processors
 from bridge.numbers.ranges import RANGES, take
 from bridge.processes.parent import Child, ChildLate, ChildLost
 from bridge.tasks.problem import Problem, Score, Task
@@ -65,7 +64,7 @@ class Scorer:
                 f"({one_line(error)}); keep out of it what cannot be pickled"
             ) from None
         self.time_limit, self.memory = time_limit, memory
-        self.most = processes or min(PROCESSES, _cores())
+        self.most = processes or min(PROCESSES, available_processors())
         self.children: list[Child] = []
         self.late: list[int] = []  # problems of the rewards that took too long, in a row
         self.closed = False
@@ -188,11 +187,6 @@ class Scorer:
                 f"{count} rewards in a row took more than {self.time_limit:g} s each; mend the "
                 "task, or give a reward more time (reward_seconds), and the same command goes on"
             )
-
-
-def _cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _come(busy: Sequence[Child], patience: float | None) -> list[Child]:

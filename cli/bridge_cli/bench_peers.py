@@ -32,8 +32,8 @@ def bench_peers(
     from bridge.evaluation.peers.plan import plan
     from bridge.evaluation.peers.plot import check_plot, plot_peers
     from bridge.evaluation.peers.results import Workload
-    from bridge.evaluation.peers.threads import available_threads
     from bridge.files.atomic import new_file, refuse_existing
+    from bridge.numbers.machine import available_processors
     from bridge.numbers.ranges import RANGES
     from bridge.registry import backends
 
@@ -50,7 +50,7 @@ def bench_peers(
         sizes["prompt_tokens"] or PROMPT,
         sizes["rounds"] or ROUNDS,
         sizes["seconds"],
-        sizes["threads"] or available_threads(),
+        sizes["threads"] or available_processors(),
     )
     opened = open_checkpoint(checkpoint)
     installed = backends()

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 from bridge.errors import BridgeError
 from bridge.evaluation.peers.engine import Entry
-from bridge.registry import BackendInfo, find_backend
+from bridge.registry import BackendInfo, find_backend, weights_of
 
 ROOM = "bridge.evaluation.peers"
 PEERS_EXTRA = "pip install 'bridge-llm[peers]'"
@@ -145,8 +145,7 @@ def _add_backend(
 
 def _offered(info: BackendInfo, device: str) -> list[str]:
     """The weights that a backend can have on a device: a dtype, or integers where it makes them."""
-    narrow = getattr(find_backend(info.name), "weights", None)
-    return [*info.dtypes[device], *(narrow(device) if narrow else ())]
+    return [*info.dtypes[device], *weights_of(find_backend(info.name), device)]
 
 
 def _add_peer(found: Plan, name: str, peer: Peer, device: str, weights: Collection[str]) -> None:

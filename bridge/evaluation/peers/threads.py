@@ -7,11 +7,6 @@ POOLS = ("OMP", "MKL", "OPENBLAS", "NUMEXPR")
 ACCELERATE = "VECLIB_MAXIMUM_THREADS"
 
 
-def available_threads() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
 def limit_threads(threads: int) -> None:
     """For every library that asks the environment, and, where the system can, for all others."""
     for name in (*(f"{pool}_NUM_THREADS" for pool in POOLS), ACCELERATE):
