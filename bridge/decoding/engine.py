@@ -53,7 +53,7 @@ class Engine:
         could not be decoded even alone."""
         prompts = [np.asarray(request.tokens, np.int64)]
         check_prompts(self.model.config, prompts, [request.width], request.max_new_tokens)
-        if not self.running:
+        if self.idle:
             self.budget.measure()
         group = Running(self._tickets, request, self.tokenizer)
         self.budget.check(_load([group]), MEND)
