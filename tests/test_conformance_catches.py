@@ -117,4 +117,4 @@ def test_a_fault_that_does_not_fit_the_source_is_an_error():
 def test_the_table_of_seeds_is_of_todays_checks():
     table = harness.README.read_text().partition("<!-- seeds -->")[2]
     passed = re.findall(r"(?m)^\| \d+ \| (\d+) \|", table.partition("<!-- end of seeds -->")[0])
-    assert len(passed) >= 10 and set(map(int, passed)) == {len(DTYPES) * len(CHECKS)}
+    assert len(passed) == 20 and set(map(int, passed)) == {len(DTYPES) * len(CHECKS)}
