@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 
 from bridge.config import parse_config
@@ -20,8 +21,9 @@ from bridge_conformance.cases import random_tensors
 from bridge_conformance.strategies import SEEDS, models
 from bridge_conformance.trial import Target, Trial
 from bridge_ref.sampling import sample
-from bridge_torch import fused
+from bridge_torch import decode, fused
 from bridge_torch.backend import TorchBackend
+from bridge_torch.linear import can_block
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = ["plain", "fused"] if fused.kernels() else ["plain"]
@@ -131,7 +133,7 @@ def test_groups_that_come_and_leave_have_what_they_have_alone(case, seed):
         trial.same(got, exact, allowed, f"logits by the {step} step", acts)
 
 
-def load():
+def load(tied=False):
     config = parse_config(
         {
             "model_type": "llama",
@@ -142,7 +144,7 @@ def load():
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 64,
-            "tie_word_embeddings": False,
+            "tie_word_embeddings": tied,
             "bridge": {
                 "spec_version": "1.0",
                 "kind": "attention",
@@ -206,3 +208,34 @@ def test_rows_draw_by_their_own_settings_whenever_they_came(step):
     assert decoder.sample(by_row).tolist() == want
     decoder.sample(chosen[1])
     assert decoder.sample_ahead(by_row, 3, []).tolist() == [[token] for token in want]
+
+
+@pytest.mark.skipif(not can_block("cpu", torch.float32), reason="torch has one layout here")
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_lie_as_the_number_of_rows_wants_and_stay_the_same(tied):
+    model, fresh = load(tied), load(tied)
+    stored = {name: tensor.tobytes() for name, tensor in model.tensors()}
+
+    def blocked():
+        packed = model.weights.packed()
+        matrices = [packed.head, *(getattr(la, n) for la in packed.layers for n in fused.PRODUCTS)]
+        return {matrix.weight.is_mkldnn for matrix in matrices}
+
+    def said(model, widths, new):
+        decoder, found = model.prefill([np.array([1, 2, 3])] * len(widths), widths, new), []
+        for _ in range(3):
+            found.append(decoder.logits())
+            decoder.sample(Sampling(temperature=0))
+            decoder.advance()
+        return found
+
+    short = said(model, [1], 20)
+    assert blocked() == {True}  # so few tokens are not worth it
+    with patch.object(decode, "PAYS", 20):
+        long = said(model, [1], 20)
+    assert blocked() == {False}
+    np.testing.assert_allclose(long, short, rtol=0, atol=1e-5)
+    wide = said(model, [2, 2], 20)
+    assert blocked() == {True}
+    np.testing.assert_array_equal(wide, said(fresh, [2, 2], 20))
+    assert {name: tensor.tobytes() for name, tensor in model.tensors()} == stored

@@ -18,9 +18,11 @@ POINTER, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 Signatures = Mapping[str, Sequence[type]]
 
 
-def library(source: Path, options: tuple[str, ...], functions: Signatures) -> ctypes.CDLL | None:
+def library(
+    source: Path, options: tuple[str, ...], functions: Signatures, includes: Sequence[Path] = ()
+) -> ctypes.CDLL | None:
     """The library of a source, with the arguments of its functions, which return nothing.
-    None where it is switched off or cannot be had."""
+    `includes`: what it includes, by name. None where it is switched off or cannot be had."""
     if os.environ.get("BRIDGE_TORCH_FUSED") == "0":
         return None
     compiler = shutil.which(os.environ.get("CC", "cc"))
@@ -29,7 +31,8 @@ def library(source: Path, options: tuple[str, ...], functions: Signatures) -> ct
     # OpenMP is not linked: its symbols are those that torch has loaded, and so are the threads.
     for threads in ("-fopenmp", "-fopenmp-simd"):
         try:
-            found = ctypes.CDLL(str(_compiled(source, compiler, (*options, threads))))
+            made = _compiled(source, compiler, (*options, threads), includes)
+            found = ctypes.CDLL(str(made))
         except (OSError, RuntimeError, subprocess.SubprocessError):  # no home, no space, ...
             continue
         for name, arguments in functions.items():
@@ -39,9 +42,12 @@ def library(source: Path, options: tuple[str, ...], functions: Signatures) -> ct
     return None
 
 
-def _compiled(source: Path, compiler: str, options: tuple[str, ...]) -> Path:
+def _compiled(
+    source: Path, compiler: str, options: tuple[str, ...], includes: Sequence[Path]
+) -> Path:
     """The library, from the cache if this machine has made it before."""
-    made_of = (source.read_bytes(), compiler, options, platform.machine(), _processor())
+    texts = [file.read_bytes() for file in (source, *includes)]
+    made_of = (texts, compiler, options, platform.machine(), _processor())
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bridge"
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -50,7 +56,8 @@ def _compiled(source: Path, compiler: str, options: tuple[str, ...]) -> Path:
         with tempfile.TemporaryDirectory(dir=home) as scratch:
             # Two steps: what links decides what else is linked, such as another OpenMP.
             unit, made = Path(scratch, "made.o"), Path(scratch, "made.so")
-            compiling = [compiler, *options, "-c", str(source), "-o", str(unit)]
+            where = [f"-I{directory}" for directory in {file.parent for file in includes}]
+            compiling = [compiler, *options, *where, "-c", str(source), "-o", str(unit)]
             linking = [compiler, "-shared", str(unit), "-lm", "-o", str(made)]
             for command in (compiling, linking):
                 subprocess.run(command, check=True, capture_output=True, timeout=60)

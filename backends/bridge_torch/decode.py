@@ -25,10 +25,12 @@ from bridge_torch import ahead, fused, shared_prefix
 from bridge_torch.ahead import Ahead
 from bridge_torch.block import wide
 from bridge_torch.cache import Cache, PaddedCache, RaggedCache
+from bridge_torch.linear import FEW
 from bridge_torch.packed import Packed
 from bridge_torch.sampling import draws_of, sample_rows
 from bridge_torch.step import step
 
+PAYS = 64  # tokens, from which on laying the weights out for few rows takes less than it saves
 CELLS = 2048  # of prompts that are read at once, unless one has more: enough for any device's GEMMs
 
 
@@ -74,6 +76,8 @@ class Decoder:
         self._settle()
         rows = Rows.of(prompts, widths, max_new_tokens, prompt_ids)
         cache, places = self.cache.joined(rows)
+        if len(cache.rows) > FEW or max_new_tokens >= PAYS:
+            self.weights.suit(len(cache.rows))
         last = prefill(self.weights, prompts, places)
         group = torch.from_numpy(rows.group).to(last.device)
         self.next_logits = torch.cat([self.next_logits, last.index_select(0, group)])

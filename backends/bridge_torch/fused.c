@@ -12,7 +12,8 @@
 #include <stdint.h>
 #include <string.h>
 
-#define PARALLEL_FROM 50000 /* multiplications: below, waking threads costs more than it saves */
+#include "narrow.c" /* PARALLEL_FROM too */
+
 #define PIECE 512 /* of a row that one thread takes at a time */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -25,17 +26,26 @@ enum { LANES = 8, ROWS = 4, OUTS = 3 };
 typedef float lanes __attribute__((vector_size(LANES * sizeof(float))));
 typedef float unaligned __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
 
+typedef struct {             /* of a matrix of 8-bit integers; of another both are NULL */
+  const float *scales, *bias;
+} Integers;
+
 typedef struct {             /* what a layer has besides its GEMMs; NULL: it has no such thing */
   const float *input_norm, *q_norm, *k_norm, *post_norm;
   const float *block_norm;   /* [D] */
   const float *inward;       /* [3 E, D]: q, k and v; P-Match: [E, D] */
   const float *outward;      /* [D, E] */
+  Integers qkv, o, gate_up, down;
   int64_t window;            /* how many timesteps are read; 0: all */
 } Layer;
 
 typedef struct {
   const Layer *layers;
   const float *last_norm;    /* [D], after the last layer */
+  Integers head;
+  const int32_t *sums;       /* [R, O] of the last product of integers */
+  int8_t *rounded;           /* [R, K] for the next, and */
+  float *units;              /* [R] what they count */
   float *const *own;         /* [R] of [L, 2, K, rooms[r], d]: keys and values of each row */
   const float *const *prefixes; /* [R] of [L, 2, K, lengths[r], d]: those of its group's prompt */
   const int64_t *rooms, *lengths;
@@ -133,14 +143,29 @@ static void place(float *head, const float *weight, float eps, const float *cos,
   }
 }
 
+/* Around a product of integers (clause 10.5): what it gave, as y [R, O], or added to it; and what the
+ * next one is to read, from x [R, K]. Of other matrices torch gives and reads floats itself. */
+static void take(const Step *s, const Integers *from, float *y, int64_t O, int add) {
+  if (from->scales)
+    scale_back(y, s->sums, s->units, from->scales, from->bias, add ? y : NULL, s->R, O);
+}
+
+static void give(const Step *s, const Integers *to, const float *x, int64_t K) {
+  if (to->scales) round_rows(s->rounded, s->units, x, s->R, K);
+}
+
 /* x [R, D] is h [R, D] normed for the layer's FFN. */
-void post_norm(const Step *s, int64_t i, float *x, const float *h) {
-  norms(x, h, s->layers[i].post_norm, s->eps, s->R, s->D);
+void post_norm(const Step *s, int64_t i, float *x, float *h) {
+  const Layer *layer = s->layers + i;
+  take(s, &layer->o, h, s->D, 1);
+  norms(x, h, layer->post_norm, s->eps, s->R, s->D);
+  give(s, &layer->gate_up, x, s->D);
 }
 
 /* SwiGLU (clause 5.8): y [R, I] from gate and up, [R, 2, I]. */
-void swiglu(const Step *s, int64_t i, float *y, const float *gate_up) {
+void swiglu(const Step *s, int64_t i, float *y, float *gate_up) {
   int64_t R = s->R, I = s->I;
+  take(s, &s->layers[i].gate_up, gate_up, 2 * I, 0);
 #pragma omp parallel for collapse(2) if (R * I * 8 > PARALLEL_FROM)
   for (int64_t r = 0; r < R; r++)
     for (int64_t c = 0; c < I; c += PIECE) {
@@ -150,6 +175,7 @@ void swiglu(const Step *s, int64_t i, float *y, const float *gate_up) {
       silu(out, gate, n);
       for (int64_t j = 0; j < n; j++) out[j] *= up[j];
     }
+  give(s, &s->layers[i].down, y, I);
 }
 
 /* One row and query head of `attend`: q on n1 slots of the prefix and n2 timesteps of its own. */
@@ -171,6 +197,7 @@ INLINE void read(float *y, const float *q, float *score, const float *prefix_k,
 void attend(const Step *s, int64_t i, float *y, float *qkv) {
   const Layer *layer = s->layers + i;
   int64_t R = s->R, H = s->H, K = s->K, d = s->d, M = H / K, window = layer->window;
+  take(s, &layer->qkv, qkv, (H + 2 * K) * d, 0);
 #pragma omp parallel for schedule(static)
   for (int64_t unit = 0; unit < K * R; unit++) { /* rows of a group in turn: its prefix stays near */
     int64_t k = unit / R, r = unit % R, P = s->lengths[r], T = s->rooms[r], step = s->steps[r];
@@ -192,6 +219,7 @@ void attend(const Step *s, int64_t i, float *y, float *qkv) {
                prefix_v, keys + t0 * d, values + t0 * d, P - p0, step + 1 - t0);
     }
   }
+  give(s, &layer->o, y, H * d);
 }
 
 /* One row and head of `block`: q on the N rows of its group, whose k and v lie `stride` apart. */
@@ -289,16 +317,19 @@ static void block(const Step *s, const Layer *layer, float *h) {
 /* What follows the FFN of layer i (-1: the embedding): its block, if it has one, on h [R, D], and the
  * norm before the next layer, or before the head: x [R, D]. */
 void go_on(const Step *s, int64_t i, float *x, float *h) {
-  const float *next = i + 1 < s->L ? s->layers[i + 1].input_norm : s->last_norm;
+  const Layer *last = s->layers + i, *next = i + 1 < s->L ? last + 1 : NULL;
+  const float *weight = next ? next->input_norm : s->last_norm;
   int64_t R = s->R, D = s->D;
-  if (i < 0 || !s->layers[i].block_norm) {
-    norms(x, h, next, s->eps, R, D);
-    return;
-  }
+  if (i >= 0) take(s, &last->down, h, D, 1);
+  if (i >= 0 && last->block_norm) {
 #pragma omp parallel
-  {
-    block(s, s->layers + i, h);
+    {
+      block(s, last, h);
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < R; r++) norm(x + r * D, h + r * D, next, s->eps, D);
+      for (int64_t r = 0; r < R; r++) norm(x + r * D, h + r * D, weight, s->eps, D);
+    }
+  } else {
+    norms(x, h, weight, s->eps, R, D);
   }
+  give(s, next ? &next->qkv : &s->head, x, D);
 }

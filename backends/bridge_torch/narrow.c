@@ -1,6 +1,6 @@
 /* What stands around a product of 8-bit integers (clause 10.5), on CPUs; narrow.py compiles and calls
- * it, and does the same with torch where there is no compiler. The product itself is torch's, and
- * exact: a row's numbers are the same beside whatever other rows.
+ * it, and does the same with torch where there is no compiler; fused.c takes it in. The product itself
+ * is torch's, and exact: a row's numbers are the same beside whatever other rows.
  *
  * Axes: R rows, O outputs, K inputs. Arrays are contiguous, in the order their axes are named.
  */
@@ -30,20 +30,17 @@ void round_rows(int8_t *q, float *units, const float *x, int64_t R, int64_t K) {
   }
 }
 
-/* y [R, O] = sums * unit of the row * scale of the output + bias + residual; the last two may be NULL. */
+/* y [R, O] = sums * unit of the row * scale of the output + bias + residual; the last two may be NULL,
+ * and the residual may be y. */
 void scale_back(float *y, const int32_t *sums, const float *units, const float *scales,
                 const float *bias, const float *residual, int64_t R, int64_t O) {
 #pragma omp parallel for if (R * O > PARALLEL_FROM)
-  for (int64_t r = 0; r < R; r++) {
-    float *to = y + r * O;
-    const int32_t *from = sums + r * O;
+  for (int64_t r = 0; r < R; r++)
 #pragma omp simd
-    for (int64_t o = 0; o < O; o++) to[o] = (float)from[o] * units[r] * scales[o];
-    if (bias)
-#pragma omp simd
-      for (int64_t o = 0; o < O; o++) to[o] += bias[o];
-    if (residual)
-#pragma omp simd
-      for (int64_t o = 0; o < O; o++) to[o] += residual[r * O + o];
-  }
+    for (int64_t o = 0; o < O; o++) {
+      float sum = (float)sums[r * O + o] * units[r] * scales[o];
+      if (bias) sum += bias[o];
+      if (residual) sum += residual[r * O + o];
+      y[r * O + o] = sum;
+    }
 }

@@ -38,7 +38,7 @@ INT4 = Quantization(4, 32)  # what matrices are made that are not packed already
 INT4_ROWS = 32  # in one call; more in turn are faster
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Half(Linear):
     """bfloat16 or float16 weights, held as float16 for FBGEMM, which adds up in float32.
 
@@ -81,7 +81,7 @@ class Half(Linear):
         return weight
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Rounding(Linear):
     """Weights in a dtype that the processor multiplies in: activations are rounded to it."""
 
@@ -95,7 +95,7 @@ class Rounding(Linear):
         return self.inner.floats()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Bits8(Linear):
     """8-bit integers and a scale an output; rows are rounded to 8 bits too (clause 10.5)."""
 
@@ -129,11 +129,22 @@ class Bits8(Linear):
         return (y if residual is None else y.add_(residual)).to(x.dtype)
 
     def _compiled(self, x: Float[Tensor, "R in"], residual: Tensor | None) -> Tensor:
-        library, (R, K), outputs = _kernels(), x.shape, len(self.scales)
+        library, (R, K) = _kernels(), x.shape
         assert library is not None
         x, integers, units = x.contiguous(), x.new_empty(R, K, dtype=torch.int8), x.new_empty(R)
         library.round_rows(integers.data_ptr(), units.data_ptr(), x.data_ptr(), R, K)
-        sums, y = _exact_product(integers, self.integers), x.new_empty(R, outputs)
+        return self.scaled(_exact_product(integers, self.integers), units, residual)
+
+    def scaled(
+        self,
+        sums: Int[Tensor, "R out"],
+        units: Float[Tensor, " R"],
+        residual: Float[Tensor, "R out"] | None = None,
+    ) -> Float[Tensor, "R out"]:
+        """What sums of products count, with the bias, and added to the residual if there is one."""
+        library, (R, outputs) = _kernels(), sums.shape
+        assert library is not None
+        y = torch.empty(R, outputs)
         bias, other = (None if t is None else t.data_ptr() for t in (self.bias, residual))
         library.scale_back(
             *(y.data_ptr(), sums.data_ptr(), units.data_ptr(), self.scales.data_ptr()),
@@ -145,7 +156,7 @@ class Bits8(Linear):
         return (self.integers * self.scales[:, None]).to(self.dtype)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Bits4(Linear):
     """4-bit integers, a scale and a bias a group of them (clauses 9.11 and 10.5), in ATen's layout:
     `weight = (q - 8) * scale + zero`, multiplied and rounded as bfloat16."""

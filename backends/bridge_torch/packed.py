@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bridge.config import ModelConfig
 from bridge_torch.block import PackedBlock, rms_norm, wide
-from bridge_torch.linear import Linear
+from bridge_torch.linear import Linear, Whole
 from bridge_torch.model import Cells, Rope, attend, rotate
 
 # q `[..., heads, d]`, k and v `[..., kv_heads, d]`, placed, to y `[..., heads * d]`.
@@ -117,6 +117,21 @@ class Packed:
     def emptied(self) -> list[Part]:
         """What packing took out of the module, where it consumed it."""
         return [*self.layers] if self.config.tie_word_embeddings else [*self.layers, self.head]
+
+    def suit(self, rows: int) -> None:
+        """Lay the host's matrices out for steps of so many rows: the numbers are the same. Whoever
+        decodes with them meanwhile goes on as before, at another speed."""
+        for layer in self.layers:
+            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
+                linear.suit(rows)
+        self.head.suit(rows)
+        head = self.head
+        if (
+            self.config.tie_word_embeddings
+            and isinstance(head, Whole)
+            and not head.weight.is_mkldnn
+        ):
+            head.weight = self.embed  # the same numbers, once
 
     def cells(self, groups: np.ndarray, active: np.ndarray, positions: np.ndarray) -> Cells:
         """Of a batch `[B, S]`."""

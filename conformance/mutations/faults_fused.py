@@ -119,8 +119,8 @@ FAULTS = (
         "the norm after a block is that of the next FFN",
         "Every layer but the first reads a stream that another weight scaled.",
         "5.3",
-        "s->layers[i + 1].input_norm",
-        "s->layers[i + 1].post_norm",
+        "next ? next->input_norm",
+        "next ? next->post_norm",
     ),
     fused(
         "the host's eps is the block's",

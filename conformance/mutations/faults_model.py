@@ -244,8 +244,8 @@ FAULTS = (
         "Qwen2 checkpoints load, and speak nonsense.",
         "5.1",
         LOGITS,
-        Edit("linear", 'x, self.weight, self.bias, "none"', 'x, self.weight, None, "none"'),
-        Edit("linear", "F.linear(x, self.weight, self.bias)", "F.linear(x, self.weight)"),
+        Edit("linear", 'x, weight, self.bias, "none"', 'x, weight, None, "none"'),
+        Edit("linear", "F.linear(x, weight, self.bias)\n", "F.linear(x, weight)\n"),
     ),
     Fault(
         "the biases of o and of the FFN are dropped",
@@ -254,10 +254,10 @@ FAULTS = (
         LOGITS,
         Edit(
             "linear",
-            'residual, self.weight, self.bias, "add"',
-            'residual, self.weight, None, "add"',
+            'residual, weight, self.bias, "add"',
+            'residual, weight, None, "add"',
         ),
-        Edit("linear", "return residual + self(x)", "return residual + F.linear(x, self.weight)"),
+        Edit("linear", "weight, self.bias).add_(residual)", "weight).add_(residual)"),
     ),
     Fault(
         "square weights are transposed",
