@@ -112,6 +112,13 @@ class Decoder(Protocol):
         """
         ...
 
+    def logprobs(self, tokens: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+        """The log-probability of one token for each row left, `tokens [R]`, as its next: `[R]`,
+        float32 or wider (clause 6.10). Computed on the device, where `logits` would be copied.
+        Raises BridgeError for another number of tokens, an id that is no token, and a temperature
+        that is not above 0."""
+        ...
+
     def advance(
         self,
         tokens: np.ndarray | None = None,
@@ -252,12 +259,23 @@ class BackendModel(Protocol):
         trainable: Sequence[str],
         *,
         checkpoint_activations: bool = False,
+        loss_chunk: int | None = None,
     ) -> Trainer:
         """A trainer that updates this model's `trainable` tensors in place.
 
         `checkpoint_activations`: keep each layer's input alone for the backward pass, and compute
         the layer again there: less memory, more time, the same numbers (clause 7.11).
+        `loss_chunk`: of how many targets the logits may be in memory at once; the numbers are the
+        same for any (clause 7.15). None is `bridge.decoding.targets.LOSS_CHUNK`, which is also
+        what `loss_and_grads` and `logprobs` keep to.
         """
+        ...
+
+    def swap(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Compute with these in the place of the model's own of the same names, and give those that
+        were there, in the model's dtype. A trainer's masters stay as they are, and its next update
+        puts them back (clause 7.16). BridgeError, and nothing changed, for a name that it lacks,
+        another shape, and a model whose matrices are integers."""
         ...
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:

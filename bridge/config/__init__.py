@@ -5,6 +5,7 @@ work takes (`sizes`). Reads no tensor, and knows no form of a checkpoint.
 """
 
 from bridge.config.families import DEFAULTS, FAMILIES
+from bridge.config.lora import TARGETS, LoraConfig
 from bridge.config.model import (
     MAX_LAYERS,
     MAX_SIZE,
@@ -16,7 +17,7 @@ from bridge.config.model import (
     read_config,
 )
 from bridge.config.quantization import Quantization, parse_quantization
-from bridge.config.shapes import bridge_shapes, tensor_shapes
+from bridge.config.shapes import bridge_shapes, lora_names, tensor_shapes
 
 __all__ = [
     "DEFAULTS",
@@ -24,10 +25,13 @@ __all__ = [
     "MAX_LAYERS",
     "MAX_SIZE",
     "SPEC_VERSION",
+    "TARGETS",
     "BridgeConfig",
+    "LoraConfig",
     "ModelConfig",
     "Quantization",
     "bridge_shapes",
+    "lora_names",
     "parse_bridge",
     "parse_config",
     "parse_quantization",

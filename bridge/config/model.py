@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.config.families import DEFAULTS, FAMILIES, SIZES, refuse_unknown
+from bridge.config.lora import LoraConfig
 from bridge.config.quantization import parse_quantization
 from bridge.errors import BridgeError, one_line, show
 from bridge.files.strict_json import read_object
@@ -72,6 +73,7 @@ class ModelConfig:
     sliding_windows: tuple[int | None, ...] = ()  # a layer each; None sees everything before it
     eos_token_ids: tuple[int, ...] = ()
     bridge: BridgeConfig | None = None
+    lora: LoraConfig | None = None  # of files beside config.json (clause 9.13)
 
     def without_bridge(self) -> "ModelConfig":
         """The plain host."""

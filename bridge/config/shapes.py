@@ -25,11 +25,34 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             layer[f"mlp.{name}_proj.weight"] = shape
             if config.mlp_bias:
                 layer[f"mlp.{name}_proj.bias"] = shape[:1]
+        layer = _with_lora(config, layer)
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
         shapes |= bridge_shapes(config, i)
     shapes["model.norm.weight"] = (D,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, D)
+    return shapes
+
+
+def lora_names(config: ModelConfig) -> list[str]:
+    """The tensors of low-rank updates, in canonical order; none without `config.lora`."""
+    return [name for name in tensor_shapes(config) if ".lora_" in name]
+
+
+def _with_lora(
+    config: ModelConfig, layer: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """A layer's tensors with the updates of its matrices (clause 5.10), each after its module's."""
+    if config.lora is None:
+        return layer
+    shapes: dict[str, tuple[int, ...]] = {}
+    modules = [name.rpartition(".")[0] for name in layer]
+    for name, module, following in zip(layer, modules, [*modules[1:], ""], strict=True):
+        shapes[name] = layer[name]
+        if module != following and module.rpartition(".")[2] in config.lora.targets:
+            out, inward = layer[f"{module}.weight"]
+            shapes[f"{module}.lora_A.weight"] = (config.lora.rank, inward)
+            shapes[f"{module}.lora_B.weight"] = (out, config.lora.rank)
     return shapes
 
 

@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float, Int
 
 from bridge.contract import Batch
 
+LOSS_CHUNK = 256  # targets whose logits are in memory at once, where no number is given
+
 
 class TargetCells(NamedTuple):
     """The cells of a batch with a target, and what it gives for each, in the batch's dtypes."""
