@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 
 from bridge.config import ModelConfig, tensor_shapes
 from bridge.contract import GRPO, AdamW, Batch, Objective
+from bridge.decoding.targets import LOSS_CHUNK
 from bridge.errors import BridgeError, show
 from bridge.numbers.ranges import RANGES, take
 from bridge.numbers.rounding import rounded
@@ -79,6 +80,23 @@ def take_tensor(
         raise BridgeError(f"tensor {name} is {list(tensor.shape)}, need {list(shape)}")
     wanted = tensor.dtype if dtype is None else np.dtype(dtype)
     return rounded(tensor, wanted, name) if wanted.itemsize <= tensor.itemsize else tensor
+
+
+def check_swap(
+    config: ModelConfig,
+    tensors: Mapping[str, np.ndarray],
+    dtype: str,
+    weights: str | None = None,
+) -> dict[str, np.ndarray]:
+    """The tensors that a `swap` puts into a model (clause 7.16), each taken as `take_tensor` takes
+    it; before anything is changed, since a refusal must change nothing. Refuses a name that the
+    model lacks, another shape, and a model whose matrices were made integers."""
+    check_whole(weights)
+    shapes = tensor_shapes(config)
+    for name in tensors:
+        if name not in shapes:
+            raise BridgeError(f"swap: no tensor is named {show(name)}")
+    return {name: take_tensor(tensors, name, shapes[name], dtype) for name in tensors}
 
 
 def check_prompts(
@@ -179,6 +197,23 @@ def _check_back(
         raise BridgeError("advance: back differs between rows of a group; they go back together")
 
 
+def check_next_tokens(
+    vocab_size: int, rows: int, tokens: np.ndarray, temperature: float
+) -> Int[np.ndarray, " R"]:
+    """The tokens whose log-probabilities a decoder is asked for (clause 6.10), int64. Refuses what
+    is not one a row, an id that is no token, and a temperature at which there are none."""
+    given = np.asarray(tokens)
+    if given.shape != (rows,):
+        raise BridgeError(
+            f"logprobs: tokens is {list(given.shape)}, but there are {rows} rows; give each one"
+        )
+    if outside(given, vocab_size).size:
+        raise BridgeError(f"logprobs: tokens has an id outside 0..{vocab_size - 1}")
+    if not 0 < temperature < float("inf"):
+        raise BridgeError(f"logprobs: temperature must be above 0, not {temperature}")
+    return given.astype(np.int64)
+
+
 def check_block(config: ModelConfig, layer: int) -> None:
     """Refuse a layer without a block."""
     with_block = config.bridge.layers if config.bridge else ()
@@ -275,6 +310,12 @@ def check_temperature(temperature: float) -> None:
     """Refuse a temperature at which there are no log-probabilities (clause 7.5)."""
     if not 0 < temperature < float("inf"):
         raise BridgeError(f"temperature must be above 0 to train, not {temperature}")
+
+
+def check_loss_chunk(loss_chunk: int | None) -> int:
+    """Of how many targets the logits may be in memory at once (clause 7.15): the number given, or
+    `LOSS_CHUNK`. Refuses one below 1."""
+    return LOSS_CHUNK if loss_chunk is None else take("loss_chunk", loss_chunk)
 
 
 def micro_batches(

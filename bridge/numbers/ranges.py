@@ -144,6 +144,7 @@ RANGES = {
     "groups": PROBLEMS,
     "minibatches": PROBLEMS,
     "micro_batch_tokens": whole(1, SIZE),
+    "loss_chunk": whole(1, SIZE),
     "train.width": whole(2, 2**16),
     "train.temperature": _above(1e-6, 1e6),
     "lr": _above(SMALL, LARGE),
