@@ -1,7 +1,7 @@
-"""`bridge init`: fresh Bridge blocks for a host (clauses 8.1 and 8.2).
+"""`bridge init`: fresh Bridge blocks for a host (clauses 8.1 and 8.2), and fresh low-rank updates.
 
 The blocks' outputs start at zero, so the new model is its host, exactly; the other matrices are a
-pure function of the seed, the same on every machine.
+pure function of the seed, the same on every machine. So it is with updates (clause 8.3).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +18,15 @@ from bridge.checkpoints.gguf import as_directory
 from bridge.checkpoints.reading import Checkpoint, open_checkpoint
 from bridge.checkpoints.tensor_specs import TensorSpec, float_dtype
 from bridge.checkpoints.writing import write_adapter, write_checkpoint
-from bridge.config import BridgeConfig, ModelConfig, bridge_shapes, parse_config, tensor_shapes
+from bridge.config import (
+    TARGETS,
+    BridgeConfig,
+    ModelConfig,
+    bridge_shapes,
+    lora_names,
+    parse_config,
+    tensor_shapes,
+)
 from bridge.errors import BridgeError, show
 from bridge.files.atomic import refuse_existing
 from bridge.numbers.machine import check_disk, check_memory
@@ -27,6 +35,7 @@ from bridge.numbers.rounding import rounded
 from bridge.philox import philox4x32
 
 TENSOR_IDS = {"q_proj": 0, "k_proj": 1, "v_proj": 2, "up_proj": 3}  # in the counter
+LORA_IDS = {name: 4 + i for i, name in enumerate(TARGETS)}  # of a target's lora_A
 
 
 @dataclass(frozen=True)
@@ -165,9 +174,7 @@ def _with_blocks(
 def fresh_bridge_tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, np.ndarray]]:
     """Clause 8.2: the tensors of every block in canonical order, float32.
 
-    Norms are 1, output projections 0. Element i of another matrix is word `i % 4` of Philox at the
-    counter `(i // 4, layer, tensor id, 1)`: with u its upper 24 bits times 2^-24, the value is
-    `(2 u - 1 + 2^-24) / sqrt(D)`, in float64 and then rounded.
+    Norms are 1, output projections 0; the others are `uniform_matrix`.
     """
     for layer in range(config.num_hidden_layers):
         for name, shape in bridge_shapes(config, layer).items():
@@ -177,11 +184,36 @@ def fresh_bridge_tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, 
             elif matrix not in TENSOR_IDS:
                 yield name, np.zeros(shape, np.float32)
             else:
-                blocks = np.arange(-(-prod(shape) // 4))
-                words = philox4x32((blocks, layer, TENSOR_IDS[matrix], 1), seed)
-                u = (words.reshape(-1)[: prod(shape)] >> np.uint32(8)) * 2.0**-24
-                values = (2 * u - 1 + 2.0**-24) / np.sqrt(config.hidden_size)
-                yield name, values.astype(np.float32).reshape(shape)
+                yield name, uniform_matrix(shape, layer, TENSOR_IDS[matrix], seed)
+
+
+def fresh_lora(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
+    """Clause 8.3: the tensors of `config.lora` by name, in canonical order, float32; none without.
+
+    `lora_B` is 0, so they change nothing; `lora_A` is `uniform_matrix`.
+    """
+    shapes, fresh = tensor_shapes(config), {}
+    for name in lora_names(config):
+        *_, layer, _, target, matrix, _ = name.split(".")
+        if matrix == "lora_B":
+            fresh[name] = np.zeros(shapes[name], np.float32)
+        else:
+            fresh[name] = uniform_matrix(shapes[name], int(layer), LORA_IDS[target], seed)
+    return fresh
+
+
+def uniform_matrix(shape: tuple[int, ...], layer: int, tensor_id: int, seed: int) -> np.ndarray:
+    """A fresh matrix `[out, in]` of clauses 8.2 and 8.3, float32.
+
+    Element i is word `i % 4` of Philox at the counter `(i // 4, layer, tensor id, 1)`: with u its
+    upper 24 bits times 2^-24, the value is `(2 u - 1 + 2^-24) / sqrt(in)`, in float64 and then
+    rounded. What a block reads has width D.
+    """
+    blocks = np.arange(-(-prod(shape) // 4))
+    words = philox4x32((blocks, layer, tensor_id, 1), seed)
+    u = (words.reshape(-1)[: prod(shape)] >> np.uint32(8)) * 2.0**-24
+    values = (2 * u - 1 + 2.0**-24) / np.sqrt(shape[-1])
+    return values.astype(np.float32).reshape(shape)
 
 
 def parse_layers(layers: str | Sequence[int], count: int) -> tuple[int, ...]:
