@@ -10,13 +10,21 @@ import numpy as np
 
 from bridge.config import ModelConfig, tensor_shapes
 from bridge.contract import AdamW, Batch, Objective, Sampling
-from bridge.decoding.inputs import check_block, check_weights, check_whole, take_tensor
+from bridge.decoding.inputs import (
+    check_block,
+    check_loss_chunk,
+    check_swap,
+    check_weights,
+    check_whole,
+    take_tensor,
+)
 from bridge.errors import BridgeError
 from bridge_ref.block import bridge_block
 from bridge_ref.decode import CachedDecoder
+from bridge_ref.linear import stands_for
 from bridge_ref.losses import Metrics
 from bridge_ref.model import block_weights, forward, norm_ratios
-from bridge_ref.narrow import NarrowTensors, floats
+from bridge_ref.narrow import NarrowTensors
 from bridge_ref.precision import DTYPES
 from bridge_ref.trace import Watched, watch
 from bridge_ref.train import ReferenceTrainer, logprobs, loss_and_grads
@@ -147,16 +155,26 @@ class ReferenceModel:
         trainable: Sequence[str],
         *,
         checkpoint_activations: bool = False,
+        loss_chunk: int | None = None,
     ) -> ReferenceTrainer:
-        """A trainer that updates this model's `trainable` tensors. It keeps every activation, and
-        computes none again: `checkpoint_activations` changes nothing here (clause 7.11)."""
+        """A trainer that updates this model's `trainable` tensors. It keeps every activation and
+        all logits, and computes none again: neither `checkpoint_activations` nor `loss_chunk`
+        changes anything here (clauses 7.11 and 7.15)."""
         check_whole(self._narrow)
+        check_loss_chunk(loss_chunk)
         return ReferenceTrainer(self.config, self._tensors, objective, optimizer, trainable)
+
+    def swap(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Compute with these, and give those of the same names that were there (clause 7.16)."""
+        given = check_swap(self.config, tensors, self.dtype, self._narrow)
+        before = {name: self._tensors[name].copy() for name in given}
+        for name, array in given.items():
+            self._tensors[name] = array.astype(DTYPES[self.dtype])
+        return before
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor by its Hugging Face name, in canonical order, in the model's dtype."""
         for name in tensor_shapes(self.config):
-            held, part = self._tensors[name], name.split(".")[-2]
-            if self._narrow and part.endswith(("_proj", "lm_head")) and ".bridge." not in name:
-                held = floats(held, self._narrow) if held.ndim == 2 else held
-            yield name, held.copy()
+            held = self._tensors
+            narrow = isinstance(held, NarrowTensors)
+            yield name, stands_for(self.config, held, name) if narrow else held[name].copy()

@@ -12,14 +12,14 @@ from jaxtyping import Bool, Float, Int
 
 from bridge.config import ModelConfig
 from bridge.contract import Sampling
-from bridge.decoding.inputs import check_advance, check_prompts
+from bridge.decoding.inputs import check_advance, check_next_tokens, check_prompts
 from bridge.decoding.rows import Rows
 from bridge.decoding.uniforms import alike, seeds_of
 from bridge.errors import BridgeError
 from bridge.philox import uniforms
 from bridge_ref.attention import causal_allowed, self_attention
 from bridge_ref.model import Tensors, decoder, head, window_of
-from bridge_ref.ops import Cache
+from bridge_ref.ops import Cache, log_softmax
 from bridge_ref.sampling import sample
 
 # A layer's keys and values of one row, or of one prompt: `[T, kv, d]` each, position t at place t.
@@ -114,6 +114,15 @@ class CachedDecoder:
             columns.append(np.where(alive, self._draw(sampling), -1))
         self.drawn = np.stack(columns, axis=1)
         return self.drawn.copy()
+
+    def logprobs(
+        self, tokens: Int[np.ndarray, " R"], temperature: float = 1.0
+    ) -> Float[np.ndarray, " R"]:
+        """Clause 6.10: `log softmax(logits / temperature)` of one token a row, wide."""
+        self._must_not_be_ahead("logprobs")
+        tokens = check_next_tokens(self.config.vocab_size, len(self.rows), tokens, temperature)
+        logp, _ = log_softmax(self.next_logits / temperature)
+        return logp[np.arange(len(tokens)), tokens]
 
     def advance(
         self,

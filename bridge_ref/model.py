@@ -5,7 +5,7 @@ the config says which are there. How queries meet keys is a function that the ca
 the batch under teacher forcing, against a cache in `decode`. Conventions as in `ops`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -21,13 +21,10 @@ from bridge_ref.attention import (
     split_heads,
 )
 from bridge_ref.block import bridge_block, bridge_block_backward, norm_ratio
-from bridge_ref.narrow import NarrowTensors
-from bridge_ref.narrow import linear as narrow_linear
+from bridge_ref.linear import Grads, Tensors, named_linear, named_linear_backward
 from bridge_ref.ops import Cache
 from bridge_ref.precision import rounded, wide, wide_dtype
 
-Tensors = Mapping[str, np.ndarray]
-Grads = dict[str, np.ndarray]
 # `attend(layer, q, k, v) -> y, cache`, with q, k, v as `project` gives them and y `[B, S, H * d]`.
 Attend = Callable[[int, np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, Cache]]
 
@@ -151,10 +148,10 @@ def layer(
     x, norm1 = ops.rms_norm(h, tensors[f"{prefix}.input_layernorm.weight"], eps)
     q, k, v, projected = project(config, tensors, f"{prefix}.self_attn", x, rope)
     y, attended = attend(i, q, k, v)
-    y, out = named_linear(tensors, f"{prefix}.self_attn.o_proj", y)
+    y, out = named_linear(config, tensors, f"{prefix}.self_attn.o_proj", y)
     h = h + y
     x, norm2 = ops.rms_norm(h, tensors[f"{prefix}.post_attention_layernorm.weight"], eps)
-    y, fed = feed_forward(tensors, f"{prefix}.mlp", x)
+    y, fed = feed_forward(config, tensors, f"{prefix}.mlp", x)
     h = h + y
     block = None
     if config.bridge is not None and i in config.bridge.layers:
@@ -191,7 +188,7 @@ def head(
 ) -> tuple[Float[np.ndarray, "B S V"], Cache]:
     """Clause 5.2: final norm, then `lm_head`, or the embedding where they are tied. Wide logits."""
     x, norm = ops.rms_norm(h, tensors["model.norm.weight"], config.rms_norm_eps)
-    logits, projected = named_linear(tensors, head_name(config), x)
+    logits, projected = named_linear(config, tensors, head_name(config), x)
     return wide(logits), (h.dtype, norm, projected)
 
 
@@ -236,14 +233,14 @@ def project(
     """Clause 5.4: q, k and v by head; q and k normed (qwen3), then rotated."""
     turned, caches = [], []
     for part in "qk":
-        z, linear_cache = named_linear(tensors, f"{prefix}.{part}_proj", x)
+        z, linear_cache = named_linear(config, tensors, f"{prefix}.{part}_proj", x)
         z, norm_cache = split_heads(z, config.head_dim), None
         if config.qk_norm:
             weight = tensors[f"{prefix}.{part}_norm.weight"]
             z, norm_cache = ops.rms_norm(z, weight, config.rms_norm_eps)
         turned.append(ops.rotate(z, *rope))
         caches.append((f"{prefix}.{part}_norm.weight", norm_cache, linear_cache))
-    v, v_cache = named_linear(tensors, f"{prefix}.v_proj", x)
+    v, v_cache = named_linear(config, tensors, f"{prefix}.v_proj", x)
     return *turned, split_heads(v, config.head_dim), (caches, v_cache, rope)
 
 
@@ -266,13 +263,13 @@ def project_backward(
 
 
 def feed_forward(
-    tensors: Tensors, prefix: str, x: Float[np.ndarray, "B S D"]
+    config: ModelConfig, tensors: Tensors, prefix: str, x: Float[np.ndarray, "B S D"]
 ) -> tuple[Float[np.ndarray, "B S D"], Cache]:
     """Clause 5.8: `down(silu(gate(x)) * up(x))`."""
-    gate, gate_cache = named_linear(tensors, f"{prefix}.gate_proj", x)
-    up, up_cache = named_linear(tensors, f"{prefix}.up_proj", x)
+    gate, gate_cache = named_linear(config, tensors, f"{prefix}.gate_proj", x)
+    up, up_cache = named_linear(config, tensors, f"{prefix}.up_proj", x)
     z, swiglu_cache = ops.swiglu(gate, up)
-    y, down_cache = named_linear(tensors, f"{prefix}.down_proj", z)
+    y, down_cache = named_linear(config, tensors, f"{prefix}.down_proj", z)
     return y, (gate_cache, up_cache, swiglu_cache, down_cache)
 
 
@@ -286,26 +283,3 @@ def feed_forward_backward(
     dx_gate, gate_grads = named_linear_backward(dgate, gate_cache)
     dx_up, up_grads = named_linear_backward(dup, up_cache)
     return dx_gate + dx_up, down_grads | gate_grads | up_grads
-
-
-def named_linear(
-    tensors: Tensors, name: str, x: Float[np.ndarray, "... I"]
-) -> tuple[Float[np.ndarray, "... O"], Cache]:
-    """`linear` with `name.weight`, and `name.bias` where the model has one; for narrow weights the
-    map of clause 10.5, which has no backward."""
-    bias = tensors.get(f"{name}.bias")
-    if isinstance(tensors, NarrowTensors):
-        y = narrow_linear(x, tensors[f"{name}.weight"], bias, tensors.weights)
-        return y, ()
-    y, cache = ops.linear(x, tensors[f"{name}.weight"], bias)
-    return y, (name, bias is not None, cache)
-
-
-def named_linear_backward(
-    dy: Float[np.ndarray, "... O"], cache: Cache
-) -> tuple[Float[np.ndarray, "... I"], Grads]:
-    """The input's gradient, and the parameters' by name."""
-    name, has_bias, linear_cache = cache
-    dx, dweight, dbias = ops.linear_backward(dy, linear_cache)
-    grads = {f"{name}.weight": dweight}
-    return dx, grads | {f"{name}.bias": dbias} if has_bias else grads
