@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge.config import ModelConfig, parse_config, tensor_shapes
+from bridge.config import LoraConfig, ModelConfig, parse_config, tensor_shapes
 from bridge.contract import GRPO, Batch, Objective
 from bridge.decoding.inputs import default_positions
 from bridge_conformance.tolerance import DTYPES
@@ -19,16 +19,17 @@ from bridge_conformance.tolerance import DTYPES
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A raw config and the seed of its tensors."""
+    """A raw config, the low-rank updates beside it, and the seed of its tensors."""
 
     raw: dict[str, Any]
     seed: int
     magnitudes: str = "plain"  # one of MAGNITUDES
+    lora: LoraConfig | None = None
 
     @cached_property
     def config(self) -> ModelConfig:
-        """The parsed config."""
-        return parse_config(self.raw)
+        """The parsed config, and the updates."""
+        return replace(parse_config(self.raw), lora=self.lora)
 
     def tensors(self, dtype: str, *, fresh: bool = False) -> dict[str, np.ndarray]:
         """Random tensors in canonical order, float32 values rounded to `dtype`.
@@ -144,6 +145,30 @@ def rows_of(
         positions = positions + rng.integers(0, largest, size=(len(groups), 1))
     tokens = rng.integers(0, model.config.vocab_size, size=active.shape)
     return RowsCase(model, tokens, groups, active, positions)
+
+
+def share(
+    rows: RowsCase, leads: Sequence[int], patterns: Sequence[str], shift: str, seed: int
+) -> RowsCase:
+    """The batch with the first `leads[g]` timesteps of the rows of its g-th group alike, in
+    activity and in tokens, as a prompt's are (clause 7.14).
+
+    `shift`: what has an offset to its positions, `none`, each `group` or each `row`; where rows
+    have their own, groups of several share nothing.
+    """
+    rng = np.random.default_rng(seed)
+    tokens, active = rows.tokens.copy(), rows.active.copy()
+    labels, line = np.unique(rows.groups, return_inverse=True)
+    for group, (lead, pattern) in enumerate(zip(leads, patterns, strict=True)):
+        mine = np.flatnonzero(line == group)
+        tokens[mine, :lead] = tokens[mine[0], :lead]
+        active[mine, :lead] = _activity(pattern, tokens.shape[1], rng)[:lead]
+    several = {"none": 1, "group": len(labels), "row": len(line)}[shift]
+    largest = rows.model.config.max_position_embeddings - tokens.shape[1]
+    offsets = rng.integers(0, largest, size=several) * (shift != "none")
+    of = {"none": np.zeros_like(line), "group": line, "row": np.arange(len(line))}[shift]
+    positions = default_positions(active) + offsets[of][:, None]
+    return replace(rows, tokens=tokens, active=active, positions=positions)
 
 
 def _activity(pattern: str, timesteps: int, rng: np.random.Generator) -> np.ndarray:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from math import isfinite
 from typing import Any
 
-from bridge.config import ModelConfig, tensor_shapes
+from bridge.config import TARGETS, ModelConfig, tensor_shapes
 from bridge.contract import GRPO
 from bridge.errors import BridgeError
 from bridge_conformance import checks_golden
@@ -39,6 +39,8 @@ KINDS: dict[int | str, type] = {
     "ends": EndsCase,
     "life": LifeCase,
     "trainable": TrainCase,
+    "shared": TrainCase,
+    "lora": TrainCase,
 }
 NAMES = {
     BlockCase: "block",
@@ -94,6 +96,12 @@ def _check_model(model: ModelCase) -> ModelConfig:
     _one_of(model.magnitudes, MAGNITUDES, "magnitudes")
     if model.config.bridge is None:
         raise ValueError("raw: has no Bridge blocks")
+    if model.lora is not None:
+        _whole(model.lora.rank, "rank", 1)
+        if not isinstance(model.lora.alpha, int | float) or not isfinite(model.lora.alpha):
+            raise ValueError(f"alpha: {model.lora.alpha!r} is no finite number")
+        for target in model.lora.targets:
+            _one_of(target, TARGETS, "targets")
     return model.config
 
 

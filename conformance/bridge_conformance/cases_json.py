@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge.config import bridge_shapes, tensor_shapes
+from bridge.config import LoraConfig, bridge_shapes, tensor_shapes
 from bridge.contract import GRPO, SFT
 from bridge.errors import BridgeError
 from bridge_conformance.cases import BlockCase, DecodeCase, ModelCase, RowsCase, TrainCase
@@ -32,7 +32,8 @@ def to_json(case: Any) -> dict[str, Any]:
     """A case as plain values; the key `is` says of what kind."""
     match case:
         case ModelCase():
-            return {"raw": case.raw, "seed": case.seed, "magnitudes": case.magnitudes}
+            lora = {} if case.lora is None else {"lora": asdict(case.lora)}
+            return {"raw": case.raw, "seed": case.seed, "magnitudes": case.magnitudes} | lora
         case RowsCase():
             return {
                 "is": "rows",
@@ -158,7 +159,10 @@ def from_text(text: str) -> Any:
 
 
 def _model(value: Any) -> ModelCase:
-    return ModelCase(value["raw"], value["seed"], value["magnitudes"])
+    lora = value.get("lora")
+    if lora is not None:
+        lora = LoraConfig(lora["rank"], lora["alpha"], tuple(lora["targets"]))
+    return ModelCase(value["raw"], value["seed"], value["magnitudes"], lora)
 
 
 def _short(case: TrainCase | LifeCase) -> str | list[str]:

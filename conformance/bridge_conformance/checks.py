@@ -21,7 +21,9 @@ from bridge_conformance import (
     checks_golden,
     checks_life,
     checks_long,
+    checks_lora,
     checks_model,
+    checks_shared,
     checks_train,
     checks_trainable,
     strategies,
@@ -55,6 +57,8 @@ CASES: dict[int | str, SearchStrategy[Any] | type[RuleBasedStateMachine]] = {
     "ends": strategies.ends_cases(),
     "life": strategies.Lives,
     "trainable": strategies.trainable_cases(),
+    "shared": strategies.shared_cases(),
+    "lora": strategies.lora_cases(),
 }
 # What comes before those drawn, in every profile: the worst that is known.
 WORST: dict[int | str, tuple[Any, ...]] = {
@@ -63,6 +67,8 @@ WORST: dict[int | str, tuple[Any, ...]] = {
     "ends": worst.ENDS,
     "life": worst.LIFE,
     "trainable": worst.TRAINABLE,
+    "shared": worst.SHARED,
+    "lora": worst.LORA,
 }
 
 
@@ -133,6 +139,7 @@ CHECKS: dict[str, Check] = {
         _check(checks_model.repeating_rows_changes_no_logits, "3.8", 2),
         _check(checks_model.no_future_timestep_influences_an_earlier_one, "3.8", 2),
         _check(checks_decode.cached_decoding_equals_teacher_forcing, "4.1", 3),
+        _check(checks_decode.next_log_probabilities_are_those_of_the_loss, "6.10", 3),
         _check(checks_decode.a_prompt_is_prefilled_once_for_its_group, "4.2", 3),
         _check(checks_decode.what_is_out_of_bounds_is_refused, "4.4", 3),
         _check(checks_decode.ended_rows_leave_other_groups_unchanged, "4.3", 3),
@@ -174,6 +181,25 @@ CHECKS: dict[str, Check] = {
         _check(checks_trainable.any_subset_is_updated_alone, "7.9", 5, is_short, cases="trainable"),
         _check(
             checks_trainable.many_batches_add_up_in_float32, "7.10", 5, is_short, cases="trainable"
+        ),
+        *(
+            _check(run, clause, level, cases="shared")
+            for run, clause, level in (
+                (checks_shared.shared_timesteps_change_no_gradient, "7.14", 4),
+                (checks_shared.shared_timesteps_change_no_forward_pass, "7.14", 4),
+                (checks_shared.logits_in_parts_make_the_same_update, "7.15", 5),
+                (checks_shared.the_start_stands_in_for_what_was_learnt, "7.16", 5),
+            )
+        ),
+        *(
+            _check(run, clause, level, cases="lora")
+            for run, clause, level in (
+                (checks_lora.updates_are_added_to_the_hosts_maps, "5.10", 2),
+                (checks_lora.fresh_updates_change_nothing, "8.3", 2),
+                (checks_lora.updates_are_decoded_with, "5.10", 3),
+                (checks_lora.updates_have_the_right_gradients, "5.10", 4),
+                (checks_lora.updates_are_trained, "5.10", 5),
+            )
         ),
         _check(checks_checkpoint.tensors_come_back_byte_for_byte, "9.3", 6),
         _check(checks_checkpoint.stored_dtypes_are_rounded_once, "10.1", 6),

@@ -19,6 +19,7 @@ from bridge.philox import uniforms
 from bridge_conformance.cases import DecodeCase, teacher_forced
 from bridge_conformance.trial import Target, Trial
 from bridge_ref.generate import generate
+from bridge_ref.ops import log_softmax
 from bridge_ref.sampling import sample
 
 SAMPLINGS = (
@@ -67,6 +68,42 @@ def cached_decoding_equals_teacher_forcing(target: Target, case: DecodeCase) -> 
         for step, live in decode(decoder, case):
             what = f"logits of rows {live.tolist()} at step {step}, {left} columns of left padding"
             trial.same(decoder.logits(), want[step, live], 2 * allowed, what, case)
+
+
+def next_log_probabilities_are_those_of_the_loss(target: Target, case: DecodeCase) -> None:
+    """Clause 6.10: of one token a row at each step; not of another number of them, of no token, or
+    at temperature 0."""
+    trial, _, _ = start(target, case)  # leaves out what proves nothing
+    (rows, first), temperature = case.teacher_forced(), 0.7 + case.seed % 3
+    cells = np.arange(len(first)), first + np.arange(case.steps)[:, None]
+
+    def run(model: BackendModel) -> tuple[np.ndarray, np.ndarray]:
+        scaled = model.logits(*rows.arguments)[cells].astype(np.float64) / temperature
+        logp = log_softmax(scaled)[0]
+        return scaled, np.take_along_axis(logp, case.forced[:, :, None], axis=-1)[:, :, 0]
+
+    (scaled, exact), (_, own), *nudged = map(run, (trial.exact, trial.rounded, *trial.nudged))
+    # A log-probability is a difference of logits and a logarithm: near 1 at least.
+    largest = max(1.0, float(np.abs(scaled[case.alive]).max()))
+    allowed = trial.allowed(
+        exact[case.alive], own[case.alive], [lp[case.alive] for _, lp in nudged], largest
+    )
+    decoder = prefill(trial.model, case)
+    for step, live in decode(decoder, case):
+        got = decoder.logprobs(case.forced[step, live], temperature)
+        if got.dtype not in (np.float32, np.float64):
+            raise trial.failure(f"log-probabilities are {got.dtype}, not wide", case)
+        what = f"log-probabilities of next tokens at step {step}"
+        trial.same(got, exact[step, live], allowed, what, case)
+    left = np.flatnonzero(case.alive[-1])
+    tokens, vocabulary = case.forced[-1, left], case.model.config.vocab_size
+    for what, asked, at in (
+        ("a token too many", np.append(tokens, 0), 1.0),
+        ("an id past the vocabulary", tokens + vocabulary, 1.0),
+        ("a negative id", -1 - tokens, 1.0),
+        ("a temperature of 0", tokens, 0.0),
+    ):
+        must_refuse(trial, case, f"logprobs of {what}", partial(decoder.logprobs, asked, at))
 
 
 def a_prompt_is_prefilled_once_for_its_group(target: Target, case: DecodeCase) -> None:

@@ -135,7 +135,7 @@ def same_updates(
     batch: Batch,
     batches: Sequence[Batch],
     optimizer: AdamW = OPTIMIZER,
-    **options: bool,
+    **options: Any,
 ) -> None:
     """Two updates of the backend by `batches` against two exact ones by `batch`: the first one's
     metrics, the state, and the model's tensors, which are the masters rounded."""

@@ -43,6 +43,7 @@ PROFILES = {
         {
             **{1: 4, 2: 2, 3: 2, 4: 2, 5: 1, 6: 2},
             **{"long": 0, "coming": 0, "ends": 0, "life": 0, "trainable": 0},
+            **{"shared": 0, "lora": 0},
         },
         shrunk=6,
         budget=60,
@@ -52,6 +53,7 @@ PROFILES = {
         {
             **{1: 24, 2: 24, 3: 16, 4: 8, 5: 5, 6: 8},
             **{"long": 0, "coming": 4, "ends": 1, "life": 1, "trainable": 2},
+            **{"shared": 3, "lora": 1},
         },
         shrunk=12,
         budget=120,
@@ -60,6 +62,7 @@ PROFILES = {
         {
             **{1: 300, 2: 200, 3: 150, 4: 150, 5: 100, 6: 60},
             **{"long": 40, "coming": 80, "ends": 20, "life": 100, "trainable": 60},
+            **{"shared": 60, "lora": 40},
         },
         shrunk=99,
         budget=500,

@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from bridge.config import FAMILIES, SPEC_VERSION, bridge_shapes, tensor_shapes
+from bridge.config import (
+    FAMILIES,
+    SPEC_VERSION,
+    TARGETS,
+    LoraConfig,
+    bridge_shapes,
+    lora_names,
+    tensor_shapes,
+)
 from bridge.contract import GRPO, SFT
 from bridge_conformance.cases import (
     MAGNITUDES,
@@ -21,6 +29,7 @@ from bridge_conformance.cases import (
     RowsCase,
     TrainCase,
     rows_of,
+    share,
 )
 from bridge_conformance.cases_coming import SHORTEST, ComingCase, Wave
 from bridge_conformance.cases_ends import SMALLEST, EndsCase
@@ -253,6 +262,37 @@ def trainable_cases(draw) -> TrainCase:
         st.one_of(st.sets(one, min_size=1, max_size=1), st.just(norms), st.sets(one, min_size=1))
     )
     return replace(case, trainable=tuple(name for name in names if name in some))
+
+
+@st.composite
+def shared_cases(draw) -> TrainCase:
+    """A batch to learn from whose groups begin alike: for all, some or none of its timesteps, with
+    padding or gaps among them, and offsets of positions (clause 7.14)."""
+    case = draw(train_cases())
+    groups, timesteps = len(np.unique(case.rows.groups)), case.rows.tokens.shape[1]
+    leads, patterns = (
+        draw(st.lists(one, min_size=groups, max_size=groups))
+        for one in (st.integers(0, timesteps), st.sampled_from(("full", "left", "gaps")))
+    )
+    shift = draw(st.sampled_from(("none", "group", "row")))
+    rows = share(case.rows, leads, patterns, shift, draw(SEEDS))
+    return replace(case, rows=rows if rows.active.any() else case.rows)
+
+
+@st.composite
+def lora_cases(draw) -> TrainCase:
+    """A model with low-rank updates of some of its host's matrices, and a batch from which they
+    learn alone, beside the blocks, or with everything (clause 5.10)."""
+    case = draw(train_cases())
+    some = draw(st.sets(st.sampled_from(TARGETS), min_size=1))
+    targets = tuple(target for target in TARGETS if target in some)
+    lora = LoraConfig(draw(st.integers(1, 4)), draw(st.sampled_from([1.0, 3.0])), targets)
+    rows = replace(case.rows, model=replace(case.rows.model, lora=lora))
+    config = rows.model.config
+    updates = lora_names(config)
+    blocks = [name for i in range(config.num_hidden_layers) for name in bridge_shapes(config, i)]
+    trainable = draw(st.sampled_from([updates, updates + blocks, list(tensor_shapes(config))]))
+    return replace(case, rows=rows, trainable=tuple(trainable))
 
 
 class Lives(Life):

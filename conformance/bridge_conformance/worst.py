@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from bridge.config import SPEC_VERSION, parse_config, tensor_shapes
+from bridge.config import SPEC_VERSION, LoraConfig, parse_config, tensor_shapes
 from bridge.contract import GRPO, SFT
-from bridge_conformance.cases import DecodeCase, ModelCase, RowsCase, TrainCase, rows_of
+from bridge_conformance.cases import DecodeCase, ModelCase, RowsCase, TrainCase, rows_of, share
 from bridge_conformance.cases_coming import ComingCase, Wave
 from bridge_conformance.cases_ends import EndsCase
 from bridge_conformance.cases_life import Do, LifeCase
@@ -163,4 +163,35 @@ TRAINABLE = (
     # An odd seed: a reference policy beside a beta of 0, and a sampling policy (`TrainCase.batch`).
     TrainCase(DEEP_ROWS, GRPO(0.2, 0.28), SOME, 1),
     TrainCase(SHALLOW_ROWS, SFT(), ("model.embed_tokens.weight",), 1),
+)
+
+# A prompt longer than a window that four rows share, and end when they like; a group whose rows are
+# equal to the end; a row alone; and rows that share one timestep, all behind padding or with gaps.
+SHARED_ROWS = share(
+    rows_of(
+        MODEL,
+        [4, 2, 1, 3],
+        12,
+        ["full", "right", "full", "full", "right", "full", "right", "gaps", "full", "full"],
+        False,
+        5,
+    ),
+    [7, 12, 4, 1],
+    ["left", "gaps", "full", "full"],
+    "group",
+    6,
+)
+SHARED = (TrainCase(SHARED_ROWS, GRPO(0.2, 0.28, 0.1), tuple(tensor_shapes(MODEL.config)), 1),)
+# Updates of some of what a backend keeps as one matrix and not of the rest, beside biases, a tied
+# embedding and trained blocks.
+UPDATED = ModelCase(
+    DEEP, 6, lora=LoraConfig(3, 6.0, ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"))
+)
+LORA = (
+    TrainCase(
+        replace(DEEP_ROWS, model=UPDATED),
+        GRPO(0.2, 0.28, 0.1),
+        tuple(n for n in tensor_shapes(UPDATED.config) if ".lora_" in n or ".bridge." in n),
+        1,
+    ),
 )
