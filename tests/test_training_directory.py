@@ -77,7 +77,7 @@ REFUSED = [
     ({"max_new_tokens": 61}, Graded(), LONG.format("train", 4)),
     ({"max_new_tokens": 50}, Wordy("train"), LONG.format("train", 24)),
     ({"max_new_tokens": 50}, Wordy("validation"), LONG.format("validation", 24)),
-    ({"micro_batch_tokens": 19}, Graded(), r"4 rows of up to 5 tokens are 20 cells"),
+    ({"micro_batch_tokens": 7}, Graded(), r"4 rows of up to 5 tokens, of which 4 .* are 8 cells"),
 ]
 
 

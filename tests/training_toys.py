@@ -15,6 +15,9 @@ from tokenizers import Tokenizer, decoders, models
 
 from bridge.checkpoints.initialise import init
 from bridge.config import parse_config, tensor_shapes
+from bridge.contract import Batch
+from bridge.decoding.inputs import positions_of
+from bridge.decoding.shared import SharedPlan
 from bridge.tasks import Problem, Score
 
 LETTERS = "0123456789+="
@@ -112,3 +115,9 @@ def write_model(path: Path, seed: int = 0, **config: Any) -> Path:
             tensors[name] = rng.normal(scale=0.2, size=tensors[name].shape).astype(np.float32)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return path
+
+
+def computed(batch: Batch) -> int:
+    """Cells that backends compute of a batch, by the plan that they all go by."""
+    plan = SharedPlan.of(batch.tokens, batch.groups, batch.active, positions_of(batch))
+    return plan.of_shared.size + plan.of_alone.size

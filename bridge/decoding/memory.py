@@ -40,11 +40,15 @@ def room_for(model: BackendModel, prompt: int, width: int, new_tokens: int, grou
     return cache_bytes(model.config, model.dtype, [prompt] * groups, [width] * groups, new_tokens)
 
 
-def check_training(config: ModelConfig, device: str, dtype: str, rows: int, length: int) -> None:
-    """Refuse a micro-batch of rows of so many timesteps that cannot be held."""
+def check_training(
+    config: ModelConfig, device: str, dtype: str, rows: int, length: int, shared: int = 0
+) -> None:
+    """Refuse a micro-batch of rows of so many timesteps that cannot be held; the first `shared` of
+    them are computed once for all (clause 7.14)."""
     if device.startswith("cpu"):
+        cells = shared + rows * (length - shared)
         check_memory(
-            kept_bytes(config, rows * length, dtype),
+            kept_bytes(config, cells, dtype),
             f"{rows} rows of {length} tokens in a micro-batch",
             "lower width, max_new_tokens or micro_batch_tokens",
         )

@@ -1,12 +1,15 @@
 """Responses in, teacher-forced batches of whole groups out (clauses 2.3 and 7.1 to 7.3).
 
 Padding is on the right. The last token of a response is a target and never an active input, so a
-row of P prompt tokens and R response tokens has P + R - 1 active cells (clause 2.5 shows one). It
+row of P prompt tokens and R response tokens has P + R - 1 active cells (clause 2.5 shows one). What
+rows of a group share, their prompt above all, is computed once, and counted once (clause 7.14). It
 knows token ids and advantages; what made them it does not know.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -35,10 +38,29 @@ class Group:
         """Timesteps of the longest row."""
         return len(self.prompt) + max(len(response) for response in self.responses) - 1
 
+    @cached_property
+    def shared(self) -> int:
+        """Timesteps at which its rows are alike, from the first on: the prompt's, and those of
+        whatever all responses begin with."""
+        fed = zip(*(response[:-1] for response in self.responses), strict=False)
+        return len(self.prompt) + sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, fed))
+
+    @property
+    def alone(self) -> int:
+        """Timesteps that the longest row has after those that are shared."""
+        return self.length - self.shared
+
     @property
     def cells(self) -> int:
-        """Cells that it takes up by itself, padding included."""
-        return self.rows * self.length
+        """Cells that are computed of it by itself, padding included."""
+        return count_cells([self])
+
+
+def count_cells(groups: Sequence[Group]) -> int:
+    """Cells that are computed of a batch of these: in each group those that its rows share once,
+    and each row's own, both padded to the longest (`bridge.decoding.shared`)."""
+    shared = len(groups) * max(group.shared for group in groups)
+    return shared + sum(group.rows for group in groups) * max(group.alone for group in groups)
 
 
 def make_batch(groups: Sequence[Group], numbers: Sequence[int] | None = None) -> Batch:
@@ -71,20 +93,17 @@ def make_batch(groups: Sequence[Group], numbers: Sequence[int] | None = None) ->
 
 
 def pack(groups: Sequence[Group], budget: int) -> list[Batch]:
-    """Micro-batches of one update, of at most `budget` cells each, padding included.
+    """Micro-batches of one update, of at most `budget` computed cells each, padding included.
 
-    Groups are sorted by length, so that rows of a batch are about as long as each other, and stay
-    whole. Raises BridgeError for a group that does not fit by itself.
+    Groups are sorted by what their rows have alone, so that those of a batch are about as long as
+    each other, and stay whole. Raises BridgeError for a group that does not fit by itself.
     """
-    order = sorted(range(len(groups)), key=lambda i: groups[i].length)
+    order = sorted(range(len(groups)), key=lambda i: (groups[i].alone, groups[i].shared))
     parts: list[list[int]] = []
-    rows = 0
     for i in order:
         check_fits(groups[i], budget)
-        rows += groups[i].rows
-        if not parts or rows * groups[i].length > budget:  # lengths ascend: this one is the longest
+        if not parts or count_cells([groups[j] for j in (*parts[-1], i)]) > budget:
             parts.append([])
-            rows = groups[i].rows
         parts[-1].append(i)
     return [make_batch([groups[i] for i in part], part) for part in parts]
 
@@ -93,7 +112,8 @@ def check_fits(group: Group, budget: int) -> None:
     """Refuse a group that would have to be cut."""
     if group.cells > budget:
         raise BridgeError(
-            f"{group.name}: its {group.rows} rows of up to {group.length} tokens are "
-            f"{group.cells} cells, above micro_batch_tokens {budget}, and a group is never split "
-            "(clause 7.3); raise micro_batch_tokens, or lower width or max_new_tokens"
+            f"{group.name}: its {group.rows} rows of up to {group.length} tokens, of which "
+            f"{group.shared} are computed once for all, are {group.cells} cells, above "
+            f"micro_batch_tokens {budget}, and a group is never split (clause 7.3); raise "
+            "micro_batch_tokens, or lower width or max_new_tokens"
         )

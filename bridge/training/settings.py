@@ -93,7 +93,10 @@ class Settings:
     weight_decay: float = setting(0.0, "Of AdamW, decoupled.", "Optimizer")
     max_grad_norm: float = setting(1.0, "Gradients are clipped to it.", "Optimizer")
     micro_batch_tokens: int = setting(
-        32768, "Cells of one forward pass, padding included; groups stay whole.", "Optimizer"
+        32768,
+        "Cells computed in one forward pass, padding included: what a group's rows share, such as "
+        "its prompt, counts once. Groups stay whole.",
+        "Optimizer",
     )
     stop_grad_norm: float = setting(
         1e4, "A gradient norm above it ends the run, its batch saved.", "Run"

@@ -183,12 +183,13 @@ def look_ahead(settings: Settings, model: Model, task: Task | None) -> Ahead:
     if data is None:
         longest = max(prompts, key=len)
         advantages = np.where(np.arange(width) % 2, 1.0, -1.0)
-        rows = [[longest[-1]] * length] * width
+        # Rows that agree nowhere: what they shared would be computed once.
+        rows = [[(longest[-1] + row) % model.config.vocab_size] * length for row in range(width)]
         groups = [Group(longest, rows, advantages, "the longest group")]
     largest = max(groups, key=lambda group: group.cells)
     check_fits(largest, settings.micro_batch_tokens)
     config, device, dtype = model.config, model.device, model.dtype
-    check_training(config, device, dtype, largest.rows, largest.length)
+    check_training(config, device, dtype, largest.rows, largest.length, largest.shared)
     if lengths:
         rows, count = settings.width, settings.problems
         if isinstance(settings, SFTSettings):
