@@ -133,7 +133,7 @@ def decoder_logprobs(
     """The log-probability that cached decoding gives to each token of a group's responses, float64.
 
     The group is decoded again with its tokens forced, all rows of it since they see each other. It
-    costs one group's decoding, and a copy of its logits to the host at each timestep.
+    costs one group's decoding; logits stay on the device (clause 6.10).
     """
     left = list(range(len(responses)))
     longest = max(len(response) for response in responses)
@@ -142,10 +142,8 @@ def decoder_logprobs(
     )
     found: list[list[float]] = [[] for _ in responses]
     for step in range(longest):
-        z = decoder.logits().astype(np.float64) / temperature
-        z -= z.max(axis=-1, keepdims=True)
         said = np.array([responses[row][step] for row in left], np.int64)
-        lp = z[np.arange(len(left)), said] - np.log(np.exp(z).sum(axis=-1))
+        lp = decoder.logprobs(said, temperature)
         for row, value in zip(left, lp, strict=True):
             found[row].append(float(value))
         keep = np.array([step + 1 < len(responses[row]) for row in left])
