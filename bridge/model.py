@@ -5,6 +5,7 @@ Checks what users pass, turns text into ids, and hands NumPy arrays to the backe
 
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,18 @@ class Model:
         what it adds, divided by that of what it reads (clause 3.9). Empty without blocks."""
         cells = (batch.tokens, batch.groups, batch.active, positions_of(batch))
         return self.implementation.norm_ratios(*cells)
+
+    @contextmanager
+    def swapped(self, tensors: Mapping[str, np.ndarray]) -> Iterator[None]:
+        """Compute with these tensors in the place of the model's own while this lasts, such as the
+        starting values of what is trained (clause 7.16). A trainer's masters stay as they are, and
+        it must not step meanwhile. Raises BridgeError for a name that the model lacks, another
+        shape, and a model whose matrices were made integers."""
+        before = self.implementation.swap(tensors)
+        try:
+            yield
+        finally:
+            self.implementation.swap(before)
 
     def trainer(
         self,

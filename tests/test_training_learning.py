@@ -213,6 +213,44 @@ def test_the_kl_is_to_the_model_at_the_start(settings):
     assert "kl" not in steps[0]
 
 
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+@pytest.mark.parametrize("trainable", [("all",), ("bridge",)])
+def test_the_policy_at_the_start_is_the_same_model(settings, backend, trainable, monkeypatch):
+    """With starting values of what is trained for a moment (clause 7.16): its log-probabilities are
+    those of the checkpoint, and what goes on is what there was."""
+    seen = []
+    original = bridge.training.loop.Run.update
+
+    def hear(self, step, batches, lr):
+        now = dict(self.model.implementation.tensors())
+        state = self.trainer.state()
+        masters = {n: state[f"master.{n}"] for n in now if f"master.{n}" in state}
+        seen.append((batches[0], now, masters))
+        return original(self, step, batches, lr)
+
+    monkeypatch.setattr(bridge.training.loop.Run, "update", hear)
+    chosen = {"backend": backend, "dtype": "float32", "trainable": trainable, "temperature": 0.8}
+    run(replace(settings, **chosen, beta=0.5, lr=1e-2), Graded())
+    start = bridge.load(settings.checkpoint, backend=backend, dtype="float32")
+    [_, (batch, now, masters)] = seen
+    assert np.array_equal(batch.ref_logprobs, start.logprobs(batch, 0.8))
+    before = dict(start.implementation.tensors())
+    moved = {name for name in now if not np.array_equal(now[name], before[name])}
+    assert moved and moved <= masters.keys()
+    assert all(np.array_equal(now[name], master) for name, master in masters.items())
+
+
+def test_a_model_is_put_back_whatever_happens_meanwhile(toy_model):
+    model = bridge.load(toy_model, backend="numpy")
+    before = dict(model.implementation.tensors())
+    name = "model.norm.weight"
+    with pytest.raises(ZeroDivisionError), model.swapped({name: 2 * before[name]}):
+        assert np.array_equal(dict(model.implementation.tensors())[name], 2 * before[name])
+        1 / 0  # noqa: B018
+    after = dict(model.implementation.tensors())
+    assert all(np.array_equal(after[name], array) for name, array in before.items())
+
+
 def test_dr_grpo_leaves_std_out(settings, monkeypatch):
     seen = {}
     original = bridge.training.loop.Run.update

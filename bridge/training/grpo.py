@@ -4,10 +4,10 @@ This variant, in short: one group a problem; advantages within the group, divide
 (Dr. GRPO); clipping by token, asymmetric; one mean over all targets of an update (DAPO);
 log-probabilities at the sampling temperature; no dynamic sampling, but groups of equal rewards may
 be left out, and so may rows that were cut off. `old` comes from the training forward, once a step
-has more than one update.
+has more than one update; `ref` from the same model with the starting values of what is trained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,6 @@ from jaxtyping import Float, Int
 
 from bridge.contract import GRPO, Batch
 from bridge.errors import BridgeError
-from bridge.model import Model
 from bridge.numbers.rewards import equal, scaled
 from bridge.tasks.user_code import take_problems
 from bridge.training.batches import Group, make_batch, pack
@@ -44,10 +43,11 @@ AVERAGED = ("loss", "entropy", "clip_fraction", "kl")  # over the targets of a s
 class PolicySteps:
     """The steps of GRPO: each samples, scores, and learns."""
 
-    def __init__(self, run: Run, settings: GRPOSettings, reference: Model | None) -> None:
-        """`reference`: the frozen model that the KL penalty is to; needed where beta is not 0."""
+    def __init__(self, run: Run, settings: GRPOSettings, start: Mapping[str, np.ndarray]) -> None:
+        """`start`: what is trained as it was at the start, in the policy that the KL penalty is to;
+        not read where beta is 0."""
         assert run.task is not None
-        self.run, self.settings, self.reference = run, settings, reference
+        self.run, self.settings, self.start = run, settings, start
         self.task, self.size = run.task, split_size(run.task, "train")
         self.threshold = getattr(run.task, "threshold", 1.0)
 
@@ -152,15 +152,14 @@ class PolicySteps:
         parts = np.array_split(order, min(settings.minibatches, len(groups)))
         packed = [pack([groups[i] for i in p], settings.micro_batch_tokens) for p in parts]
         if len(packed) * settings.epochs > 1:
-            packed = [[self._with(b, "old_logprobs", run.model) for b in part] for part in packed]
+            packed = [[self._with(batch, "old_logprobs") for batch in part] for part in packed]
         if settings.beta:
-            assert self.reference is not None
-            reference = self.reference
-            packed = [[self._with(b, "ref_logprobs", reference) for b in part] for part in packed]
+            with run.model.swapped(self.start):
+                packed = [[self._with(batch, "ref_logprobs") for batch in part] for part in packed]
         return packed
 
-    def _with(self, batch: Batch, field: str, model: Model) -> Batch:
-        return replace(batch, **{field: model.logprobs(batch, self.settings.temperature)})
+    def _with(self, batch: Batch, field: str) -> Batch:
+        return replace(batch, **{field: self.run.model.logprobs(batch, self.settings.temperature)})
 
     def _gap(self, group: Group) -> dict[str, float]:
         """How far the decoder's log-probabilities of a group are from those that are trained: mean

@@ -16,7 +16,9 @@ import numpy as np
 
 from bridge.checkpoints.reading import open_checkpoint
 from bridge.checkpoints.tensors import content_hash
+from bridge.config import tensor_shapes
 from bridge.contract import SFT, AdamW, Objective, Trainer
+from bridge.decoding.inputs import take_tensor
 from bridge.decoding.memory import check_decoding, check_kept, check_training
 from bridge.decoding.requests import row_length
 from bridge.decoding.stops import read_stops
@@ -122,6 +124,12 @@ class Source:
         """A model of its weights, where the settings want it."""
         where = (self.settings.backend, self.settings.device, self.settings.dtype)
         return build(self.opened, self.opened.config, self.opened.tensors, *where)
+
+    def start(self, model: Model) -> dict[str, np.ndarray]:
+        """What is trained as it was before the first step, as `model` took it: all that the policy
+        at the start needs (clause 7.16), of a run that goes on too."""
+        shapes, tensors = tensor_shapes(self.opened.config), self.opened.tensors
+        return {name: take_tensor(tensors, name, shapes[name], model.dtype) for name in self.names}
 
     def trainer(self, model: Model, objective: Objective) -> Trainer:
         """What moves a model's weights towards an objective."""
@@ -231,7 +239,7 @@ def _learner(run: Run, source: Source, ahead: Ahead | None) -> Learner:
     """What the run's steps are."""
     settings = run.settings
     if isinstance(settings, GRPOSettings):
-        return grpo.PolicySteps(run, settings, source.load() if settings.beta else None)
+        return grpo.PolicySteps(run, settings, source.start(run.model) if settings.beta else {})
     assert isinstance(settings, SFTSettings)
     return WarmUp(run, settings, None if ahead is None else ahead.data)
 
