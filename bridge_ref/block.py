@@ -72,12 +72,17 @@ def bridge_block_backward(
     return dh, {"norm.weight": dnorm, **grads}
 
 
+def cell_ratios(cache: Cache) -> Float[np.ndarray, "B S"]:
+    """Clause 3.9: `||y[b, s]|| / ||h[b, s]||`, wide, from what `bridge_block` gives for its
+    backward; 0 at a cell whose h is 0, as it is where none is active."""
+    _, (h, _, _), _, _, y = cache
+    added, before = (np.linalg.norm(wide(z), axis=-1) for z in (y, h))
+    return np.divide(added, before, out=np.zeros_like(before), where=before != 0)
+
+
 def norm_ratio(cache: Cache) -> Float[np.ndarray, ""]:
-    """Clause 3.9: the mean over active cells of `||y[b, s]|| / ||h[b, s]||`, wide, from what
-    `bridge_block` gives for its backward; 0 at a cell whose h is 0, and where none is active."""
-    active, (h, _, _), _, _, y = cache
-    added, before = (np.linalg.norm(wide(z[active]), axis=-1) for z in (y, h))
-    ratio = np.divide(added, before, out=np.zeros_like(before), where=before != 0)
+    """Clause 3.9: the mean of `cell_ratios` over active cells; 0 where there is none."""
+    ratio = cell_ratios(cache)[cache[0]]
     return ratio.sum() / max(ratio.size, 1)
 
 

@@ -27,6 +27,8 @@ from bridge_ref.precision import rounded, wide, wide_dtype
 
 # `attend(layer, q, k, v) -> y, cache`, with q, k, v as `project` gives them and y `[B, S, H * d]`.
 Attend = Callable[[int, np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, Cache]]
+# `attend_backward(dy, cache) -> dq, dk, dv`.
+AttendBackward = Callable[[np.ndarray, Cache], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 def forward(
@@ -93,9 +95,12 @@ def backward(config: ModelConfig, dlogits: Float[np.ndarray, "B S V"], cache: Ca
     what comes through the head and through the input (clause 5.2)."""
     decoder_cache, head_cache = cache
     dh, grads = head_backward(config, dlogits, head_cache)
-    for name, grad in decoder_backward(config, dh, decoder_cache).items():
-        grads[name] = grads[name] + grad if name in grads else grad
-    return grads
+    return add_grads(grads, decoder_backward(config, dh, decoder_cache))
+
+
+def add_grads(grads: Grads, more: Grads) -> Grads:
+    """Both, summed where a tensor has two."""
+    return grads | {n: grads[n] + grad if n in grads else grad for n, grad in more.items()}
 
 
 def window_of(config: ModelConfig, i: int) -> int | None:
@@ -122,12 +127,18 @@ def decoder(
     return h, (embedding_cache, caches)
 
 
-def decoder_backward(config: ModelConfig, dh: Float[np.ndarray, "B S D"], cache: Cache) -> Grads:
-    """Layers last to first, then the embedding."""
+def decoder_backward(
+    config: ModelConfig,
+    dh: Float[np.ndarray, "B S D"],
+    cache: Cache,
+    attend_backward: AttendBackward = self_attention_backward,
+) -> Grads:
+    """Layers last to first, then the embedding; `attend_backward` is that of `decoder`'s `attend`,
+    whose cache it is given."""
     embedding_cache, caches = cache
     grads: Grads = {}
     for i in reversed(range(config.num_hidden_layers)):
-        dh, layer_grads = layer_backward(config, i, dh, caches[i])
+        dh, layer_grads = layer_backward(config, i, dh, caches[i], attend_backward)
         grads |= layer_grads
     grads["model.embed_tokens.weight"] = ops.embedding_backward(dh, embedding_cache)
     return grads
@@ -160,9 +171,13 @@ def layer(
 
 
 def layer_backward(
-    config: ModelConfig, i: int, dh: Float[np.ndarray, "B S D"], cache: Cache
+    config: ModelConfig,
+    i: int,
+    dh: Float[np.ndarray, "B S D"],
+    cache: Cache,
+    attend_backward: AttendBackward = self_attention_backward,
 ) -> tuple[Float[np.ndarray, "B S D"], Grads]:
-    """The steps of `layer`, last to first; needs the cache of `self_attention` as `attend`."""
+    """The steps of `layer`, last to first."""
     norm1, projected, attended, out, norm2, fed, block = cache
     prefix, grads = f"model.layers.{i}", {}
     if block is not None:
@@ -172,7 +187,7 @@ def layer_backward(
     dx, grads[f"{prefix}.post_attention_layernorm.weight"] = ops.rms_norm_backward(dx, norm2)
     dh = dh + dx
     dy, out_grads = named_linear_backward(dh, out)
-    dx, projected_grads = project_backward(*self_attention_backward(dy, attended), projected)
+    dx, projected_grads = project_backward(*attend_backward(dy, attended), projected)
     dx, grads[f"{prefix}.input_layernorm.weight"] = ops.rms_norm_backward(dx, norm1)
     return dh + dx, grads | fed_grads | out_grads | projected_grads
 

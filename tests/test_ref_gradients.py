@@ -1,7 +1,8 @@
 """The gradient of whole losses through whole models, by the complex step and by differences.
 
 Models and batches are drawn by the conformance strategies: every family, kind of block, tied and
-untied embeddings, biases, q/k norm, windows, rope types, ragged activity, several groups.
+untied embeddings, biases, q/k norm, windows, rope types, ragged activity, several groups, low-rank
+updates.
 """
 
 from dataclasses import replace
@@ -21,6 +22,7 @@ from bridge_ref.train import loss_and_grads
 
 OBJECTIVES = [SFT(), GRPO(0.2, 0.28, 0.05), GRPO(0.1, 0.3)]
 CASES = strategies.rows_cases()
+UPDATED = strategies.lora_cases().map(lambda case: case.rows)
 SEEDS = st.integers(0, 2**32 - 1)
 
 
@@ -56,7 +58,7 @@ def value(case, tensors, batch, objective):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=["sft", "grpo with kl", "grpo"])
-@given(case=CASES, seed=SEEDS)
+@given(case=CASES | UPDATED, seed=SEEDS)
 def test_every_tensor_has_the_right_gradient(objective, case, seed):
     batch, tensors = batch_of(case, seed), case.model.tensors("float64")
     names = list(tensor_shapes(case.model.config))

@@ -150,8 +150,8 @@ def rows_of(
 def share(
     rows: RowsCase, leads: Sequence[int], patterns: Sequence[str], shift: str, seed: int
 ) -> RowsCase:
-    """The batch with the first `leads[g]` timesteps of the rows of its g-th group alike, in
-    activity and in tokens, as a prompt's are (clause 7.14).
+    """The batch with the first `leads[g]` timesteps of the rows of its g-th group, by number,
+    alike in activity and in tokens, as a prompt's are (clause 7.14).
 
     `shift`: what has an offset to its positions, `none`, each `group` or each `row`; where rows
     have their own, groups of several share nothing.

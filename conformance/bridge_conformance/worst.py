@@ -165,21 +165,16 @@ TRAINABLE = (
     TrainCase(SHALLOW_ROWS, SFT(), ("model.embed_tokens.weight",), 1),
 )
 
-# A prompt longer than a window that four rows share, and end when they like; a group whose rows are
-# equal to the end; a row alone; and rows that share one timestep, all behind padding or with gaps.
+# A prompt behind padding, longer than a window, that four rows share and end when they like; one of
+# which three rows go on at once, one with gaps; two rows that are equal to the end, gaps and all;
+# and a row alone.
+_RANDOM = ["full", "right", "full", "right", "right", "full", "full", "gaps", "right", "right"]
 SHARED_ROWS = share(
-    rows_of(
-        MODEL,
-        [4, 2, 1, 3],
-        12,
-        ["full", "right", "full", "full", "right", "full", "right", "gaps", "full", "full"],
-        False,
-        5,
-    ),
-    [7, 12, 4, 1],
-    ["left", "gaps", "full", "full"],
+    rows_of(MODEL, [4, 2, 1, 3], 12, _RANDOM, False, 3),
+    [12, 1, 7, 4],
+    ["gaps", "full", "left", "full"],
     "group",
-    6,
+    2,
 )
 SHARED = (TrainCase(SHARED_ROWS, GRPO(0.2, 0.28, 0.1), tuple(tensor_shapes(MODEL.config)), 1),)
 # Updates of some of what a backend keeps as one matrix and not of the rest, beside biases, a tied
