@@ -26,7 +26,7 @@ from bridge_torch.ahead import Ahead
 from bridge_torch.backend import TorchModel
 from bridge_torch.block import Grid
 from bridge_torch.cache import PaddedCache, Reach
-from bridge_torch.model import Cells, attend
+from bridge_torch.cells import Cells, attend
 from bridge_torch.step import ByKernels, ByProducts
 
 # Rows of each group, tokens of their prompt, own timesteps.

@@ -19,7 +19,7 @@ from bridge_torch import block
 from bridge_torch.backend import TorchModel
 from bridge_torch.block import Grid, mix
 from bridge_torch.cache import PaddedCache
-from bridge_torch.model import Cells, attend
+from bridge_torch.cells import Cells, attend
 from bridge_torch.sampling import first_above, sample
 from bridge_torch.step import ByProducts
 

@@ -27,6 +27,7 @@ from bridge.decoding.targets import by_cell
 from bridge_torch.decode import Decoder
 from bridge_torch.model import Transformer
 from bridge_torch.narrow import can_hold_int4
+from bridge_torch.pieces import Pieces
 from bridge_torch.train import Trainer, logprobs, loss_and_grads
 from bridge_torch.weights import Weights
 
@@ -139,8 +140,10 @@ class TorchModel:
     ) -> np.ndarray:
         """How much each block adds to what it reads (clause 3.9), one a block, wide."""
         weights = self.weights.packed()
-        cells = weights.cells(groups, active, positions)
-        return to_numpy(weights.norm_ratios(self._ids(tokens, active), cells))
+        where = (tokens, groups, active, positions)
+        return to_numpy(
+            weights.norm_ratios(Pieces.of(self.config, weights.rope, weights.like, *where))
+        )
 
     def _ids(self, tokens: np.ndarray, active: np.ndarray) -> Tensor:
         ids = only_active(tokens, active).astype(np.int64)
@@ -187,9 +190,11 @@ class TorchModel:
         trainable: Sequence[str],
         *,
         checkpoint_activations: bool = False,
+        loss_chunk: int | None = None,
     ) -> Trainer:
         """A trainer that updates this model's `trainable` tensors in place."""
-        return Trainer(self.weights, objective, optimizer, trainable, checkpoint_activations)
+        how = (checkpoint_activations, loss_chunk)
+        return Trainer(self.weights, objective, optimizer, trainable, *how)
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor by its Hugging Face name, in canonical order, in the model's dtype."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import repeat
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -93,6 +94,24 @@ class Grid:
         return places if self.to_rows is None else places.index_select(dim, self.to_rows)
 
 
+class Mixing(Protocol):
+    """Of the cells of a batch, what blocks need to know."""
+
+    def cleared(self, x: Float[Tensor, "*cells D"]) -> Float[Tensor, "*cells D"]:
+        """Zeros where a cell is not active."""
+        ...
+
+    def mixing(self, x: Float[Tensor, "*cells D"]) -> Float[Tensor, "*mixing D"]:
+        """The cells that read other rows; each of the others reads what it gives itself."""
+        ...
+
+    def mix(
+        self, parts: Sequence[Float[Tensor, "*_ E"]], H: int | None
+    ) -> Float[Tensor, "*cells E"]:
+        """See `mix`: q and k of the cells that `mixing` gives, and v of all."""
+        ...
+
+
 class Block(nn.Module):
     """One layer's block, which learns; `PackedBlock` is the one that decodes. A q, k, v and o
     projection, or an up and a down one: P-Match, the MLP baseline (clause 8.1)."""
@@ -123,15 +142,18 @@ class Block(nn.Module):
 
     def forward(
         self,
-        hidden: Float[Tensor, "B S D"],
-        grid: Grid,
-        active: Bool[Tensor, "B S"] | None = None,
-    ) -> Float[Tensor, "B S D"]:
+        hidden: Float[Tensor, "*cells D"],
+        cells: Mixing,
+    ) -> Float[Tensor, "*cells D"]:
         """What a `PackedBlock` of the same weights gives, with gradients."""
-        x = self.norm(cleared(hidden, active))
-        x = mix([project(x) for project in self.inward().values()], self.num_heads, grid, active)
+        x = self.norm(cells.cleared(hidden))
+        if self.num_heads is None:
+            parts = [self.up_proj(x)]
+        else:
+            mixing = cells.mixing(x)
+            parts = [self.q_proj(mixing), self.k_proj(mixing), self.v_proj(x)]
         (project,) = self.outward().values()
-        return hidden + cleared(project(x), active)
+        return hidden + cells.cleared(project(cells.mix(parts, self.num_heads)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,19 +181,14 @@ class PackedBlock:
             return self.outward.add_to(hidden, x)
         return hidden + cleared(self.outward(x), active)
 
-    def norm_ratio(
-        self,
-        hidden: Float[Tensor, "R S D"],
-        grid: Grid,
-        active: Bool[Tensor, "R S"] | None = None,
-    ) -> Float[Tensor, ""]:
-        """The norm of what a call adds to that of `hidden`, its mean over active cells, in float32
-        or wider (clause 3.9)."""
-        h = cleared(hidden, active)
-        y = self.outward(self._read(h, grid, active))
-        added, before = (torch.linalg.vector_norm(z, dim=-1, dtype=wide(z.dtype)) for z in (y, h))
-        ratio = (added / before).masked_fill(before == 0, 0)  # so where not active, too
-        return ratio.sum() / (ratio.numel() if active is None else active.sum().clamp(min=1))
+    def added(self, hidden: Float[Tensor, "*cells D"], cells: Mixing) -> Float[Tensor, "*cells D"]:
+        """What is added to the residual stream of any cells, as `Block` does."""
+        x = self.inward(rms_norm(cells.cleared(hidden), self.norm, self.eps))
+        parts = [x]
+        if self.num_heads is not None:
+            q, k, v = x.chunk(3, -1)
+            parts = [cells.mixing(q), cells.mixing(k), v]
+        return cells.cleared(self.outward(cells.mix(parts, self.num_heads)))
 
     def _read(
         self, x: Float[Tensor, "R S D"], grid: Grid, active: Bool[Tensor, "R S"] | None

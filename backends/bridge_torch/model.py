@@ -1,118 +1,44 @@
 """A host decoder of the Llama family with Bridge blocks after its FFNs (chapters 3 and 5).
 
 Modules whose parameters have the checkpoint's names, in its order, and whose forward is the
-teacher-forced one over `[B, S]` cells, of which some may be inactive: what a model learns by.
+teacher-forced one: what a model learns by, over the cells of `pieces.py`, or over all of a batch.
 Decoding reads the same weights packed (`packed.py`), by the functions of this file.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bridge.config import ModelConfig, tensor_shapes
-from bridge.decoding.rows import causal_alone, only_active
-from bridge.rope import rotation_tables
-from bridge_torch.block import Block, Grid, Norm, cleared, wide
+from bridge_torch.block import Block, Mixing, Norm, wide
+from bridge_torch.cells import Cells, Rope, rotate
 from bridge_torch.linear import Embedding, stack_parameters
 
 
-class Rope:
-    """Tables of cos and sin by position, from float64 on the host (clause 5.6)."""
+class Reading(Mixing, Protocol):
+    """Of the cells of a batch, what layers need to know: `cells.Cells`, or `pieces.Pieces`."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-        self.tables = torch.empty(2, 0, config.head_dim)
+    @property
+    def rope(self) -> Float[Tensor, "two *cells d"]:
+        """cos and sin of each cell's position."""
+        ...
 
-    def __call__(
-        self, positions: Int[Tensor, "..."], end: int, dtype: torch.dtype
-    ) -> Float[Tensor, "two ... d"]:
-        """cos and sin of positions below `end`, in float32 or wider."""
-        device, dtype = positions.device, wide(dtype)
-        if (self.tables.device, self.tables.dtype) != (device, dtype):
-            self.tables = self.tables.new_empty(2, 0, self.tables.shape[-1])
-        if end > self.tables.shape[1]:
-            length = -(-end // 256) * 256
-            tables = rotation_tables(self.config.rope, self.config.head_dim, length)
-            self.tables = torch.from_numpy(tables).to(device, dtype)
-        rows = self.tables.index_select(1, positions.reshape(-1))
-        return rows.reshape(2, *positions.shape, -1)
-
-
-def rotate(x: Float[Tensor, "... heads d"], rope: Float[Tensor, "two ... d"]) -> Tensor:
-    """Turn each head by its position, in Hugging Face's layout of halves."""
-    cos, sin = rope.unsqueeze(-2)
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
-
-
-@dataclass(frozen=True)
-class Cells:
-    """What the layers need to know of a batch beside its hidden states; made once a call."""
-
-    grid: Grid
-    rope: Float[Tensor, "two B S d"]
-    active: Bool[Tensor, "B S"] | None  # None: all are
-    masks: Mapping[int | None, Bool[Tensor, "B one S S"] | None]  # by window; None: causal
-
-    @classmethod
-    def of(
-        cls,
-        config: ModelConfig,
-        rope: Rope,
-        weight: Tensor,
-        groups: np.ndarray,
-        active: np.ndarray,
-        positions: np.ndarray,
-    ) -> "Cells":
-        """Masks, rope and the grid of a batch `[B, S]`, for a model with such a `weight`. Masks are
-        `[B, 1, S, S]` where one is needed; a batch whose padding comes last, inside every window,
-        needs none."""
-        S, device = active.shape[1], weight.device
-        positions = only_active(positions, active)
-        place = torch.tensor(positions, dtype=torch.int64, device=device)
-        on = None if active.all() else torch.tensor(active, device=device)
-        masks: dict[int | None, Tensor | None] = {}
-        for window in set(config.sliding_windows or (None,)):
-            if causal_alone(active, positions, window):
-                masks[window] = None
-                continue
-            mask = torch.ones(S, S, dtype=torch.bool, device=device).tril()[None]
-            if on is not None:
-                mask = mask & on[:, None, :]
-            if window is not None:
-                mask = mask & (place[:, :, None] - place[:, None, :] < window)
-            # Every cell may read itself, so that no softmax is empty; inactive ones give 0 below.
-            eye = torch.eye(S, dtype=torch.bool, device=device)
-            masks[window] = (mask | eye).unsqueeze(1)
-        turns = rope(place, int(positions.max(initial=0)) + 1, weight.dtype)
-        return cls(Grid.of(groups, device), turns, on, masks)
-
-
-def attend(
-    q: Float[Tensor, "B S heads d"],
-    k: Float[Tensor, "B S kv_heads d"],
-    v: Float[Tensor, "B S kv_heads d"],
-    cells: Cells,
-    window: int | None,
-) -> Float[Tensor, "B S heads_d"]:
-    """Causal attention over active cells inside the window (clauses 5.4 and 5.5)."""
-    mask = cells.masks[window]
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    shared = q.shape[1] // k.shape[1]
-    # Of CUDA's kernels flash takes no mask and no float32, and the one that takes both no heads
-    # that share keys: the maths one would be left, which has all scores in memory at once.
-    if shared > 1 and q.is_cuda and (mask is not None or q.dtype == torch.float32):
-        k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return cleared(out.transpose(1, 2).flatten(2), cells.active)
+    def attend(
+        self,
+        q: Float[Tensor, "*cells heads d"],
+        k: Float[Tensor, "*cells kv_heads d"],
+        v: Float[Tensor, "*cells kv_heads d"],
+        window: int | None,
+    ) -> Float[Tensor, "*cells heads_d"]:
+        """Causal attention over active cells inside the window (clauses 5.4 and 5.5)."""
+        ...
 
 
 class Attention(nn.Module):
@@ -135,7 +61,7 @@ class Attention(nn.Module):
         """What reads the stream, by name, in stacking order."""
         return {"q_proj": self.q_proj, "k_proj": self.k_proj, "v_proj": self.v_proj}
 
-    def forward(self, x: Float[Tensor, "B S D"], cells: Cells) -> Float[Tensor, "B S D"]:
+    def forward(self, x: Float[Tensor, "*cells D"], cells: Reading) -> Float[Tensor, "*cells D"]:
         """What a normed stream adds to itself."""
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim))
@@ -144,7 +70,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cells.rope), rotate(k, cells.rope)
-        return self.o_proj(attend(q, k, v, cells, self.window))
+        return self.o_proj(cells.attend(q, k, v, self.window))
 
 
 class FeedForward(nn.Module):
@@ -179,11 +105,11 @@ class Layer(nn.Module):
         blocks = () if config.bridge is None else config.bridge.layers
         self.bridge = Block(config) if layer in blocks else None
 
-    def forward(self, h: Float[Tensor, "B S D"], cells: Cells) -> Float[Tensor, "B S D"]:
+    def forward(self, h: Float[Tensor, "*cells D"], cells: Reading) -> Float[Tensor, "*cells D"]:
         """The residual stream after it."""
         h = h + self.self_attn(self.input_layernorm(h), cells)
         h = h + self.mlp(self.post_attention_layernorm(h))
-        return h if self.bridge is None else self.bridge(h, cells.grid, cells.active)
+        return h if self.bridge is None else self.bridge(h, cells)
 
 
 class Body(nn.Module):
@@ -195,12 +121,16 @@ class Body(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Norm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, tokens: Int[Tensor, "B S"], cells: Cells, recompute: bool = False
-    ) -> Float[Tensor, "B S D"]:
+    def forward(self, tokens: Int[Tensor, "*cells"], cells: Reading) -> Float[Tensor, "*cells D"]:
         """Hidden states after the last layer."""
-        h = self.embed_tokens(tokens)
-        again = partial(checkpoint, use_reentrant=False)
+        return self.through(self.embed_tokens(tokens), cells)
+
+    def through(
+        self, h: Float[Tensor, "*cells D"], cells: Reading, recompute: bool = False
+    ) -> Float[Tensor, "*cells D"]:
+        """The layers alone. `recompute`: the backward pass computes each again from its input
+        (clause 7.11)."""
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         for layer in self.layers:
             h = again(layer, h, cells) if recompute else layer(h, cells)
         return h
@@ -234,26 +164,22 @@ class Transformer(nn.Module):
         module, _, kind = name.rpartition(".")
         setattr(self.get_submodule(module), kind, nn.Parameter(tensor))
 
+    @property
+    def like(self) -> Tensor:
+        """Of the dtype that is computed in, where the weights are."""
+        return self.model.embed_tokens.weight
+
     def cells(self, groups: np.ndarray, active: np.ndarray, positions: np.ndarray) -> Cells:
         """Of a batch `[B, S]`: what `forward` needs to know of it beside its tokens. `groups [B]`,
         `active [B, S]` and `positions [B, S]` are those of `bridge.contract.Batch`."""
-        weight = self.model.embed_tokens.weight
-        return Cells.of(self.config, self.rope, weight, groups, active, positions)
+        return Cells.of(self.config, self.rope, self.like, groups, active, positions)
 
-    def forward(
-        self,
-        tokens: Int[Tensor, "B S"],
-        cells: Cells,
-        read: Bool[Tensor, "B S"] | None = None,
-        recompute: bool = False,
-    ) -> Float[Tensor, "... V"]:
-        """Logits `[B, S, V]` in float32 or wider (clause 5.2); or `[N, V]` of the N cells in `read`
-        alone, for a vocabulary is wide. Ids of inactive cells may be any tokens.
+    def forward(self, tokens: Int[Tensor, "B S"], cells: Cells) -> Float[Tensor, "B S V"]:
+        """Logits in float32 or wider (clause 5.2). Ids of inactive cells may be any tokens."""
+        return self.logits(self.model(tokens, cells))
 
-        `recompute`: the backward pass computes each layer again from its input (clause 7.11).
-        """
-        h = self.model(tokens, cells, recompute)
-        h = self.model.norm(h if read is None else h[read])
-        tied = self.model.embed_tokens.weight
+    def logits(self, h: Float[Tensor, "*cells D"]) -> Float[Tensor, "*cells V"]:
+        """Final norm and head, of hidden states."""
+        h, tied = self.model.norm(h), self.model.embed_tokens.weight
         logits = F.linear(h, tied) if self.lm_head is None else self.lm_head(h)
         return logits.to(wide(logits.dtype))

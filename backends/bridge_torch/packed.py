@@ -8,6 +8,7 @@ what is held: on CPUs a model in bfloat16 or float16 has float32 activations. Th
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from bridge.config import ModelConfig
 from bridge_torch.block import PackedBlock, rms_norm, wide
+from bridge_torch.cells import Cells, Rope, attend, rotate
 from bridge_torch.linear import Linear, Whole
-from bridge_torch.model import Cells, Rope, attend, rotate
+from bridge_torch.pieces import Pieces
 
 # q `[..., heads, d]`, k and v `[..., kv_heads, d]`, placed, to y `[..., heads * d]`.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -161,16 +163,39 @@ class Packed:
         h = rms_norm(h, self.norm, self.config.rms_norm_eps)
         return self.head(h).to(wide(h.dtype))
 
-    def norm_ratios(self, tokens: Int[Tensor, "B S"], cells: Cells) -> Float[Tensor, " blocks"]:
-        """How much each block adds to what it reads, in order of layers (clause 3.9)."""
-        h, ratios = self.look_up(tokens), []
-        for i, layer in enumerate(self.layers):
-            h = layer.attention(h, cells.rope, _teacher_forced(i, layer, cells, None))
+    def over(
+        self,
+        cells: Pieces,
+        watch: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> Float[Tensor, "C D"]:
+        """What `read` gives, of the cells of a batch that are computed (clause 7.14); `watch`
+        receives what each block reads and what it adds."""
+        h = self.look_up(cells.tokens)
+        for layer in self.layers:
+            h = layer.attention(h, cells.rope, partial(cells.attend, window=layer.window))
             h = layer.feed_forward(h)
             if layer.block is not None:
-                ratios.append(layer.block.norm_ratio(h, cells.grid, cells.active))
-                h = layer.block(h, cells.grid, cells.active)
+                y = layer.block.added(h, cells)
+                if watch is not None:
+                    watch(h, y)
+                h = h + y
+        return h
+
+    def norm_ratios(self, cells: Pieces) -> Float[Tensor, " blocks"]:
+        """How much each block adds to what it reads, in order of layers (clause 3.9): the mean over
+        all cells of the batch, those that share a computed one too."""
+        ratios: list[Tensor] = []
+        self.over(cells, lambda h, y: ratios.append(mean_ratio(y, h, cells.rows)))
         return torch.stack(ratios) if ratios else torch.empty(0)
+
+
+def mean_ratio(
+    y: Float[Tensor, "C D"], h: Float[Tensor, "C D"], rows: Int[Tensor, " C"]
+) -> Float[Tensor, ""]:
+    """The norm of y to that of h, its mean over cells that count as so many `rows`; wide."""
+    added, before = (torch.linalg.vector_norm(z, dim=-1, dtype=wide(z.dtype)) for z in (y, h))
+    ratio = (added / before).masked_fill(before == 0, 0)
+    return (ratio * rows).sum() / rows.sum().clamp(min=1)
 
 
 def _teacher_forced(

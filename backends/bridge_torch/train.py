@@ -1,17 +1,20 @@
-"""Losses and a whole training step (chapter 7), with autograd and `torch.optim.AdamW`.
+"""Gradients and a whole training step (chapter 7), with autograd and `torch.optim.AdamW`.
 
-Gradients are those of the module's own parameters; all that are not asked for are frozen meanwhile.
-Master weights and moments are float32 or wider, whatever the model's dtype, and the module computes
-with them as rounded to it. A batch holds whole groups (clause 7.3): gradients flow across the rows
-of a group, so a group may not be split over two batches of an update.
+The forward is over the cells of `pieces.py`, what rows share computed once; head and loss are those
+of `loss.py`. Gradients are those of the module's own parameters; all that are not asked for are
+frozen meanwhile. Master weights and moments are float32 or wider, whatever the model's dtype, and
+the module computes with them as rounded to it. A batch holds whole groups (clause 7.3): gradients
+flow across the rows of a group, so a group may not be split over two batches of an update.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bridge.contract import SFT, AdamW, Batch, Objective
@@ -24,13 +27,18 @@ from bridge.decoding.inputs import (
     micro_batches,
     positions_of,
 )
-from bridge.decoding.rows import only_active
-from bridge.decoding.targets import TargetCells
+from bridge.decoding.targets import LOSS_CHUNK, TargetCells
+from bridge.errors import BridgeError
 from bridge_torch.block import wide
+from bridge_torch.linear import Embedding
+from bridge_torch.loss import Told, head_and_loss
+from bridge_torch.loss import logprobs as lp_of
 from bridge_torch.model import Transformer
 from bridge_torch.packed import Packed
+from bridge_torch.pieces import Pieces
 from bridge_torch.weights import Weights
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Metrics = dict[str, float]
 
 
@@ -41,40 +49,115 @@ def loss_and_grads(
     objective: Objective,
     count: int | None = None,
     checkpoint_activations: bool = False,
+    loss_chunk: int | None = None,
+    total: dict[str, Tensor] | None = None,
 ) -> tuple[Metrics, dict[str, Tensor]]:
     """Clauses 7.1 to 7.5: metrics, and the gradient of the loss at each parameter named in
     `trainable`, in its wide dtype.
 
-    `count`: see `loss`. Raises BridgeError for a batch whose shapes disagree, that has no target,
-    or lacks what the objective reads.
+    `count`: see `loss`; None: the targets of this batch. `total`: gradients of before, to which
+    these are added in place (clause 7.10). Raises BridgeError for a batch whose shapes disagree,
+    that has no target, or lacks what the objective reads.
     """
     check_batch(batch, objective, model.config.vocab_size)
     targets = TargetCells.of(batch)
-    with learning(model, trainable) as leaves, torch.enable_grad():
-        logits = target_logits(model, batch, checkpoint_activations)
-        value, metrics = loss(logits, targets, objective, count)
-        # A tensor that the loss does not read at all has a gradient of zero, and it may read none:
-        # at width 1 a block has no use for q and k.
-        if value.requires_grad:
-            grads = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
-        else:
-            grads = tuple(map(torch.zeros_like, leaves.values()))
-    wanted = {name: g.to(wide(g.dtype)) for name, g in zip(leaves, grads, strict=True)}
-    return {name: float(x) for name, x in metrics.items()}, wanted
+    count = len(targets.targets) if count is None else count
+    embed, head = _plain_weights(model)
+    total = {} if total is None else total
+    cells = pieces(model, batch)
+    with learning(model, trainable, total), torch.enable_grad():
+        # The gradients of what is as wide as the vocabulary are added where they add up.
+        embedded = F.embedding(cells.tokens, embed).requires_grad_(EMBEDDING in trainable)
+        h = model.model.through(embedded, cells, checkpoint_activations)
+        h = model.model.norm(h.index_select(0, at(targets, cells, h.device)))
+        name = EMBEDDING if model.lm_head is None else HEAD
+        metrics, gradient = head_and_loss(
+            h.detach(),
+            head,
+            Told.of(targets, h.new_empty(0, dtype=wide(h.dtype))),
+            objective,
+            count,
+            loss_chunk or LOSS_CHUNK,
+            h.requires_grad,
+            _place(total, name, head) if name in trainable else None,
+        )
+        if h.requires_grad:
+            h.backward(gradient)
+    if embedded.grad is not None:
+        place = _place(total, EMBEDDING, embed)
+        place.index_put_((cells.tokens,), embedded.grad.to(place.dtype), accumulate=True)
+    parameters = dict(model.named_parameters())
+    # A tensor that the loss does not read at all has a gradient of zero, and it may read none: at
+    # width 1 a block has no use for q and k.
+    wanted = {name: _place(total, name, parameters[name]) for name in trainable}
+    names, values = list(metrics), torch.stack(list(metrics.values())).tolist()
+    return {**dict(zip(names, values, strict=True)), "tokens": len(targets.targets)}, wanted
 
 
 @contextmanager
-def learning(model: nn.Module, trainable: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """The parameters named, which alone ask for gradients while this lasts."""
-    parameters, asked = dict(model.named_parameters()), set(trainable)
-    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
+def learning(
+    model: nn.Module, trainable: Sequence[str], total: dict[str, Tensor]
+) -> Iterator[None]:
+    """The parameters named alone ask for gradients while this lasts, and a backward pass adds each
+    of those to `total` as it has it. The embedding and the head, whose gradients are as large as
+    they are, ask for none."""
+    parameters, asked = dict(model.named_parameters()), set(trainable) - {EMBEDDING, HEAD}
+    before = {name: (p.requires_grad, p.grad) for name, p in parameters.items()}
+    hooks = []
+
+    def add(name: str, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        if name in total:
+            total[name].add_(gradient)
+        else:
+            total[name] = gradient.to(wide(gradient.dtype))
+
     try:
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in asked)
-        yield {name: parameters[name] for name in trainable}
+            if name in asked:
+                parameter.grad = None
+                hooks.append(parameter.register_post_accumulate_grad_hook(partial(add, name)))
+        yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for name, parameter in parameters.items():
-            parameter.requires_grad_(before[name])
+            requires_grad, parameter.grad = before[name]
+            parameter.requires_grad_(requires_grad)
+
+
+def _place(total: dict[str, Tensor], name: str, weight: Tensor) -> Tensor:
+    """Where the gradient of a weight adds up."""
+    if name not in total:
+        total[name] = torch.zeros_like(weight, dtype=wide(weight.dtype), requires_grad=False)
+    return total[name]
+
+
+def _plain_weights(model: Transformer) -> tuple[Tensor, Tensor]:
+    """Those of the embedding and the head. Raises BridgeError for a part that is no longer what it
+    was made as, as PEFT makes them: it is read as a matrix."""
+    embed, head = model.model.embed_tokens, model.lm_head
+    for name, module, kind in ((EMBEDDING, embed, Embedding), (HEAD, head, nn.Linear)):
+        if module is not None and type(module).forward is not kind.forward:
+            raise BridgeError(
+                f"{name.removesuffix('.weight')} is a {type(module).__name__}, and training reads "
+                f"the weight of a {kind.__name__} alone; train by the module itself"
+            )
+    return embed.weight.detach(), (embed if head is None else head).weight.detach()
+
+
+def pieces(model: Transformer | Packed, batch: Batch) -> Pieces:
+    """The cells of a batch that are computed."""
+    where = (batch.tokens, batch.groups, batch.active, positions_of(batch))
+    return Pieces.of(model.config, model.rope, model.like, *where)
+
+
+def at(targets: TargetCells, cells: Pieces, device: torch.device) -> Int[Tensor, " n"]:
+    """The computed cell of each target."""
+    found = cells.found[targets.rows, targets.timesteps]
+    return torch.from_numpy(found).to(device)
 
 
 @torch.no_grad()
@@ -84,75 +167,12 @@ def logprobs(
     """Clause 7.12: lp of each target at the temperature, in the order of the mask."""
     check_batch(batch, SFT(), model.config.vocab_size)
     check_temperature(temperature)
-    return at_targets(target_logits(model, batch), TargetCells.of(batch), temperature)[1]
-
-
-def target_logits(
-    model: Transformer | Packed, batch: Batch, checkpoint_activations: bool = False
-) -> Float[Tensor, "tokens V"]:
-    """Logits of the cells with a target, in the order of the mask. The head reads no other cell: a
-    vocabulary is wide, and prompts have none."""
-    ids = torch.from_numpy(only_active(batch.tokens, batch.active).astype(np.int64))
-    cells = model.cells(batch.groups, batch.active, positions_of(batch))
-    device = cells.rope.device
-    mask = torch.tensor(batch.target_mask, device=device)
-    if isinstance(model, Packed):  # of narrow weights, which only read
-        return model.logits(model.read(ids.to(device), cells)[mask])
-    return model(ids.to(device), cells, read=mask, recompute=checkpoint_activations)
-
-
-def at_targets(
-    logits: Float[Tensor, "tokens V"], targets: TargetCells, temperature: float
-) -> tuple[Float[Tensor, "tokens V"], Float[Tensor, " tokens"]]:
-    """log p of every token, and of the target (clause 7.1)."""
-    logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
-    ids = torch.from_numpy(targets.targets).to(logits.device, torch.int64)
-    return logp, logp.gather(-1, ids[:, None])[:, 0]
-
-
-def loss(
-    logits: Float[Tensor, "tokens V"],
-    targets: TargetCells,
-    objective: Objective,
-    count: int | None = None,
-) -> tuple[Tensor, dict[str, Tensor | float]]:
-    """The loss over target tokens, and its metrics, `loss` and `tokens` among them.
-
-    `logits` are those of the cells with a target. `count` is the number of targets that sums are
-    divided by: of the whole update, where the batch is one of several (clause 7.10); None: of this
-    batch. SFT is clause 7.4: `loss = -sum(lp) / count` with
-    lp = log p(target). GRPO is clause 7.5, with advantage A by row:
-
-        rho  = exp(lp - old)
-        gain = min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)
-        kl   = exp(ref - lp) - (ref - lp) - 1
-        loss = -sum(gain - beta kl) / count
-    """
-    temperature = 1.0 if isinstance(objective, SFT) else objective.temperature
-    logp, lp = at_targets(logits, targets, temperature)
-    count = len(lp) if count is None else count
-    if isinstance(objective, SFT):
-        value = -lp.sum() / count
-        return value, {"loss": value.detach(), "tokens": len(lp)}
-    assert targets.advantages is not None
-    A, old = torch.from_numpy(targets.advantages).to(lp), lp.detach()
-    if targets.old_logprobs is not None:
-        old = torch.from_numpy(targets.old_logprobs).to(lp)
-    rho = (lp - old).exp()
-    clipped = rho.clamp(1 - objective.eps_low, 1 + objective.eps_high)
-    gain = torch.where(rho * A <= clipped * A, rho * A, clipped.detach() * A)
-    metrics: dict[str, Tensor | float] = {
-        "tokens": len(lp),
-        "clip_fraction": (rho * A > clipped * A).to(rho.dtype).sum() / count,
-        "entropy": -(logp.exp() * logp).sum().detach() / count,
-    }
-    if targets.ref_logprobs is not None:
-        difference = torch.from_numpy(targets.ref_logprobs).to(lp) - lp
-        kl = difference.expm1() - difference  # of a small difference, exp is 1 and no more
-        gain = gain - objective.beta * kl
-        metrics["kl"] = kl.sum().detach() / count
-    value = -gain.sum() / count
-    return value, {"loss": value.detach(), **metrics}
+    cells, targets = pieces(model, batch), TargetCells.of(batch)
+    of_narrow = isinstance(model, Packed)
+    h = model.over(cells) if of_narrow else model.model(cells.tokens, cells)
+    h = h.index_select(0, at(targets, cells, h.device))
+    ids = torch.from_numpy(targets.targets).to(h.device, torch.int64)
+    return lp_of(model.logits, h, ids, temperature, LOSS_CHUNK)
 
 
 class Trainer:
@@ -165,10 +185,11 @@ class Trainer:
         optimizer: AdamW,
         trainable: Sequence[str],
         checkpoint_activations: bool = False,
+        loss_chunk: int | None = None,
     ) -> None:
         """Masters start at the model's own values, moments at 0 (clause 7.9)."""
         self.weights, self.objective, self.options = weights, objective, optimizer
-        self.checkpoint_activations = checkpoint_activations
+        self.checkpoint_activations, self.loss_chunk = checkpoint_activations, loss_chunk
         own = weights.module().state_dict()
         check_trainable(own, trainable)
         self.master = {n: own[n].to(wide(own[n].dtype), copy=True) for n in trainable}
@@ -186,13 +207,10 @@ class Trainer:
         batches, count = micro_batches(batch, self.objective, self.weights.config.vocab_size)
         model, names = self.weights.module(), list(self.master)
         parts, total = [], {}
+        how = (self.checkpoint_activations, self.loss_chunk)
         for part in batches:
-            metrics, grads = loss_and_grads(
-                model, names, part, self.objective, count, self.checkpoint_activations
-            )
+            metrics, total = loss_and_grads(model, names, part, self.objective, count, *how, total)
             parts.append(metrics)
-            for name, grad in grads.items():
-                total[name] = total[name].add_(grad) if name in total else grad
         for name, master in self.master.items():
             master.grad = total[name]
         limit = self.options.max_grad_norm

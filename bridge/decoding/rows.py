@@ -203,6 +203,14 @@ def causal_alone(
     another. What attention gives at inactive cells is then to be cleared, and not to be read."""
     if (active[:, 1:] & ~active[:, :-1]).any():
         return False
+    return inside_window(active, positions, window)
+
+
+def inside_window(
+    active: Bool[np.ndarray, "B S"], positions: Int[np.ndarray, "B S"], window: int | None
+) -> bool:
+    """Whether no two active cells of a row are further than the window from another, so that it
+    hides nothing (clause 5.5)."""
     if window is None:
         return True
     last = np.where(active, positions, -1).max(axis=1, initial=-1)
