@@ -1,6 +1,8 @@
 """torch's training by the cells that are computed: against the whole batch, row by row, with every
 target's logits at once. What conformance cannot see is here too: what is computed, and by what."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from bridge.config import parse_config, tensor_shapes
-from bridge.contract import GRPO, SFT, Batch
+from bridge.config import LoraConfig, lora_names, parse_config, tensor_shapes
+from bridge.contract import GRPO, SFT, AdamW, Batch
 from bridge.decoding.inputs import positions_of
 from bridge.decoding.shared import SharedPlan
+from bridge.errors import BridgeError
 from bridge_conformance.cases import random_tensors
-from bridge_torch import flash, train
+from bridge_torch import flash, loss, train
 from bridge_torch.backend import TorchBackend
 from bridge_torch.flash import Read, Reads
 
@@ -100,10 +103,10 @@ def whole(model, batch, objective):
 @given(batch=batches(), objective=st.sampled_from(OBJECTIVES), chunk=st.sampled_from([1, 3, 256]))
 def test_loss_and_every_gradient_are_those_of_all_rows_one_by_one(name, batch, objective, chunk):
     model = MODELS[name]
-    loss, lp, grads = whole(model, batch, objective)
+    value, lp, grads = whole(model, batch, objective)
     module, names = model.transformer, list(tensor_shapes(model.config))
     metrics, found = train.loss_and_grads(module, names, batch, objective, loss_chunk=chunk)
-    assert metrics["loss"] == pytest.approx(loss, rel=1e-9, abs=1e-12)
+    assert metrics["loss"] == pytest.approx(value, rel=1e-9, abs=1e-12)
     largest = max(1.0, *(float(gradient.abs().max()) for gradient in grads.values()))
     for key, gradient in grads.items():
         torch.testing.assert_close(found[key], gradient, rtol=1e-7, atol=1e-11 * largest)
@@ -214,3 +217,164 @@ def test_merged_attention_is_one_softmax(name, dtype, heads):
     near = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
     for one, other in zip((y, *found), (want, *grads), strict=True):
         torch.testing.assert_close(one.double(), other, rtol=near, atol=near)
+
+
+# Low-rank updates, and what changes of the weights.
+
+LORA = LoraConfig(2, 6.0, ("q_proj", "v_proj", "down_proj"))
+
+
+def with_updates(dtype="float64", weights=None, **changes):
+    config = replace(parse_config({**RAW, **changes}), lora=LORA)
+    tensors = random_tensors(config, 0, dtype)
+    backend = TorchBackend()
+    return tensors, backend.load(config, tensors, device="cpu", dtype=dtype, weights=weights)
+
+
+def added(config, tensors):
+    """The same host without updates, each matrix with what was added to it."""
+    merged = dict(tensors)
+    for name in tensors:
+        if name.endswith("lora_A.weight"):
+            module = name.removesuffix(".lora_A.weight")
+            A, B = merged.pop(name), merged.pop(f"{module}.lora_B.weight")
+            merged[f"{module}.weight"] = merged[f"{module}.weight"] + LORA.scale * B @ A
+    config = replace(config, lora=None)
+    return TorchBackend().load(config, merged, device="cpu", dtype="float64")
+
+
+def some_batch() -> Batch:
+    tokens = np.random.default_rng(0).integers(0, 40, (4, 8))
+    tokens[:, :5] = tokens[0, :5]
+    active = np.ones((4, 8), bool)
+    return Batch(tokens, np.zeros(4, int), active, tokens, active)
+
+
+def test_updates_compute_what_the_sum_does():
+    tensors, model = with_updates()
+    plain, batch = added(model.config, tensors), some_batch()
+    np.testing.assert_allclose(model.logprobs(batch), plain.logprobs(batch), rtol=1e-9)
+    prompts = [np.arange(5), np.arange(3)]
+    first, want = (m.prefill(prompts, [2, 1], 4).logits() for m in (model, plain))
+    np.testing.assert_allclose(first, want, rtol=1e-9)
+    assert [name for name, _ in model.tensors()] == list(tensor_shapes(model.config))
+    for name, array in model.tensors():
+        np.testing.assert_array_equal(array, tensors[name])
+    # The gradient of W + s B A: s B^T dW, and s dW A^T.
+    names = list(tensors)
+    _, grads = model.loss_and_grads(batch, SFT(), names)
+    _, whole = plain.loss_and_grads(batch, SFT(), [n for n in names if ".lora_" not in n])
+    for name in lora_names(model.config):
+        module = name.partition(".lora_")[0]
+        A, B = tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"]
+        dW = whole[f"{module}.weight"]
+        expected = LORA.scale * (B.T @ dW if "lora_A" in name else dW @ A.T)
+        np.testing.assert_allclose(grads[name], expected, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_decoding_is_by_updates_as_they_are_trained(dtype):
+    tensors, model = with_updates(dtype)
+    names, prompt = lora_names(model.config), [np.arange(5)]
+    before = model.prefill(prompt, [2], 4).logits()
+    trainer = model.trainer(SFT(), AdamW(lr=0.1), names)
+    kept = model.weights.packed().layers[0]
+    trainer.step(some_batch())
+    after, layer = model.prefill(prompt, [2], 4).logits(), model.weights.packed().layers[0]
+    assert not np.allclose(before, after)
+    assert layer.qkv is not kept.qkv and layer.down is not kept.down
+    assert layer.o is kept.o and layer.gate_up is kept.gate_up  # nothing of them has changed
+    fresh = TorchBackend().load(model.config, dict(model.tensors()), device="cpu", dtype=dtype)
+    np.testing.assert_array_equal(fresh.prefill(prompt, [2], 4).logits(), after)
+    for name, array in model.tensors():
+        assert (name in names) == (not np.array_equal(array, tensors[name]))
+
+
+def test_narrow_matrices_are_those_with_their_updates():
+    tensors, model = with_updates("float32", "int8")
+    config = replace(model.config, lora=LORA)
+    double = {name: array.astype(np.float64) for name, array in tensors.items()}
+    merged = dict(added(config, double).tensors())
+    assert model.config.lora is None and [n for n, _ in model.tensors()] == list(merged)
+    for name, array in model.tensors():
+        near = np.abs(merged[name]).max() / 100 + 1e-6
+        np.testing.assert_allclose(array, merged[name], atol=near)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_a_host_whose_blocks_learn_is_packed_once(dtype):
+    model = load(dtype)
+    names = [name for name in tensor_shapes(model.config) if ".bridge." in name]
+    trainer = model.trainer(SFT(), AdamW(lr=0.1), names)
+    first = model.weights.packed()
+    under_way = model.prefill([np.arange(5)], [2], 4)
+    assert model.weights.packed() is first
+    trainer.step(some_batch())
+    second = model.weights.packed()
+    assert second is not first and second.head is first.head
+    for one, other in zip(first.layers, second.layers, strict=True):
+        assert one.host() == other.host() and one.block is not other.block
+    fresh = TorchBackend().load(model.config, dict(model.tensors()), device="cpu", dtype=dtype)
+    want = fresh.prefill([np.arange(5)], [2], 4)
+    got = model.prefill([np.arange(5)], [2], 4)
+    for decoder in (want, got, under_way):
+        decoder.advance(np.array([1, 2]))
+    np.testing.assert_array_equal(got.logits(), want.logits())
+    assert np.isfinite(under_way.logits()).all()
+
+
+def test_swapped_tensors_are_computed_with_until_an_update():
+    model, batch = load(), some_batch()
+    names = [name for name in tensor_shapes(model.config) if ".bridge." in name]
+    start = {name: array for name, array in model.tensors() if name in names}
+    trainer, prompt = model.trainer(SFT(), AdamW(lr=0.1), names), [np.arange(5)]
+    lp, logits = model.logprobs(batch), model.prefill(prompt, [2], 4).logits()
+    trainer.step(batch)
+    learnt, later = model.logprobs(batch), dict(model.tensors())
+    mine = model.swap(start)
+    np.testing.assert_array_equal(model.logprobs(batch), lp)
+    np.testing.assert_array_equal(model.prefill(prompt, [2], 4).logits(), logits)
+    assert mine.keys() == start.keys()
+    assert all(np.array_equal(mine[name], later[name]) for name in mine)
+    with pytest.raises(BridgeError, match="swap: no tensor is named"):
+        model.swap({**mine, "model.other": np.zeros(1)})
+    np.testing.assert_array_equal(model.logprobs(batch), lp)
+    model.swap(mine)
+    np.testing.assert_array_equal(model.logprobs(batch), learnt)
+
+
+def test_a_decoder_says_how_likely_next_tokens_are():
+    decoder = load().prefill([np.arange(5), np.arange(3)], [2, 1], 4)
+    decoder.advance(np.array([1, 2, 3]))
+    logits, tokens = torch.from_numpy(decoder.logits()), np.array([4, 0, 39])
+    want = (logits / 0.7).log_softmax(-1)[torch.arange(3), torch.from_numpy(tokens)]
+    np.testing.assert_allclose(decoder.logprobs(tokens, 0.7), want, rtol=1e-9)
+    for bad in (np.array([1, 2]), np.array([1, 2, 40])):
+        with pytest.raises(BridgeError, match="logprobs: tokens"):
+            decoder.logprobs(bad)
+
+
+@pytest.mark.parametrize("trainable", ["blocks", "updates", "head", "norm"])
+def test_nothing_frozen_has_a_gradient_computed(trainable, monkeypatch):
+    """Of an untied model: products for a head's gradient, and leaves that ask for one."""
+    config = replace(MODELS["untied"].config, lora=LORA)
+    tensors = random_tensors(config, 0, "float64")
+    model = TorchBackend().load(config, tensors, device="cpu", dtype="float64")
+    marks = {"blocks": ".bridge.", "updates": ".lora_", "head": "lm_head", "norm": "model.norm"}
+    names = [name for name in tensors if marks[trainable] in name]
+    made, products = [], []
+    add = torch.ops.aten.mm.default
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is add and tuple(out.shape) in {tensors[n].shape for n in tensors}:
+                made.append(tuple(out.shape))
+            return out
+
+    monkeypatch.setattr(loss, "add_product", lambda total, dz, x: products.append(total.shape))
+    with Watch():
+        train.loss_and_grads(model.weights.module(), names, some_batch(), SFT())
+    asked = {tensors[name].shape for name in names}
+    assert {tuple(shape) for shape in made} <= asked
+    assert bool(products) == (trainable == "head")

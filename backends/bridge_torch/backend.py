@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from bridge.checkpoints.packing import Packed, take_packed
-from bridge.config import ModelConfig, tensor_shapes
+from bridge.config import ModelConfig, lora_names, tensor_shapes
 from bridge.contract import AdamW, Batch, Objective
 from bridge.decoding.inputs import (
     check_block,
     check_device_and_dtype,
+    check_swap,
     check_trainable,
     check_weights,
     take_tensor,
@@ -69,6 +70,7 @@ class TorchBackend:
     ) -> "TorchModel":
         """A model on `device` in `dtype`; `tensors` are read one at a time. What they hold as 4-bit
         integers stays so on CPUs, in bfloat16, which is as exact as ATen's kernel, or if asked for.
+        Narrow `weights` are those of matrices with their low-rank updates, which are gone then.
         Raises BridgeError for an unknown device, dtype or weights, and for a tensor that is missing
         or has another shape."""
         check_device_and_dtype(self.name, device, self.devices(), dtype, DTYPES)
@@ -77,17 +79,22 @@ class TorchBackend:
             add_up_in_float32()
         shapes = tensor_shapes(config)
 
+        merged = {name.partition(".lora_")[0] + ".weight" for name in lora_names(config)}
         keep = device == "cpu" and (weights or dtype) in ("int4", "bfloat16") and can_hold_int4()
         stored: dict[str, Packed] = {}
 
         def get(name: str) -> Tensor:
-            packed = take_packed(tensors, name, shapes[name], dtype) if keep else None
+            as_it_is = keep and name not in merged
+            packed = take_packed(tensors, name, shapes[name], dtype) if as_it_is else None
             if packed is not None and packed.bits == 4:
                 stored[name] = packed
             tensor = from_numpy(take_tensor(tensors, name, shapes[name], dtype))
             return tensor.to(device, DTYPES[dtype])
 
-        return TorchModel(Weights(Transformer.read(config, get), weights, stored))
+        module = Transformer.read(config, get)
+        if weights is not None and config.lora is not None:
+            module.merge_updates()
+        return TorchModel(Weights(module, weights, stored))
 
 
 class TorchModel:
@@ -195,6 +202,18 @@ class TorchModel:
         """A trainer that updates this model's `trainable` tensors in place."""
         how = (checkpoint_activations, loss_chunk)
         return Trainer(self.weights, objective, optimizer, trainable, *how)
+
+    def swap(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Compute with these in the place of the model's own of the same names, and give those that
+        were there (clause 7.16). BridgeError, and nothing changed, for a name that it lacks,
+        another shape, and a model whose matrices are integers."""
+        given = check_swap(self.config, tensors, self.dtype, self.weights.narrow)
+        own = self.weights.module().state_dict()
+        before = {name: to_numpy(own[name]).copy() for name in given}
+        for name, array in given.items():
+            own[name].copy_(from_numpy(array))
+        self.weights.changed(given)
+        return before
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor by its Hugging Face name, in canonical order, in the model's dtype."""

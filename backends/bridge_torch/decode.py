@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bridge.contract import Sampling
-from bridge.decoding.inputs import check_advance, check_prompts
+from bridge.decoding.inputs import check_advance, check_next_tokens, check_prompts
 from bridge.decoding.rows import Rows
 from bridge.decoding.uniforms import Uniforms, seeds_of
 from bridge_torch import ahead, fused, shared_prefix
@@ -26,6 +26,7 @@ from bridge_torch.ahead import Ahead
 from bridge_torch.block import wide
 from bridge_torch.cache import Cache, PaddedCache, RaggedCache
 from bridge_torch.linear import FEW
+from bridge_torch.loss import at_targets
 from bridge_torch.packed import Packed
 from bridge_torch.sampling import draws_of, sample_rows
 from bridge_torch.step import step
@@ -100,6 +101,15 @@ class Decoder:
         """Next-token logits `[R, V]` of the rows left, float32 or wider."""
         self._settle()
         return self.next_logits.cpu().numpy().copy()
+
+    @torch.inference_mode()
+    def logprobs(self, tokens: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+        """The log-probability of one token for each row left (clause 6.10)."""
+        V, rows = self.weights.config.vocab_size, len(self.cache.rows)
+        ids = check_next_tokens(V, rows, tokens, temperature)
+        self._settle()
+        on_device = torch.from_numpy(ids).to(self.next_logits.device)
+        return at_targets(self.next_logits, on_device, temperature)[1].cpu().numpy()
 
     @torch.inference_mode()
     def sample(self, sampling: Sampling | Sequence[Sampling]) -> np.ndarray:

@@ -6,6 +6,7 @@ Decoding reads the same weights packed (`packed.py`), by the functions of this f
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -16,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bridge.config import ModelConfig, tensor_shapes
+from bridge.config import LoraConfig, ModelConfig, tensor_shapes
 from bridge_torch.block import Block, Mixing, Norm, wide
 from bridge_torch.cells import Cells, Rope, rotate
 from bridge_torch.linear import Embedding, stack_parameters
@@ -41,6 +42,35 @@ class Reading(Mixing, Protocol):
         ...
 
 
+class LoraLinear(nn.Linear):
+    """A linear layer with a low-rank update (clause 5.10)."""
+
+    def __init__(self, inward: int, out: int, bias: bool, lora: LoraConfig) -> None:
+        super().__init__(inward, out, bias)
+        self.lora_A = nn.Linear(inward, lora.rank, bias=False)
+        self.lora_B = nn.Linear(lora.rank, out, bias=False)
+        self.scale = lora.scale
+
+    def forward(self, input: Float[Tensor, "*cells inward"]) -> Float[Tensor, "*cells out"]:
+        y = super().forward(input)
+        return torch.add(y, self.lora_B(self.lora_A(input)), alpha=self.scale)
+
+    @torch.no_grad()
+    def merged(self) -> Float[Tensor, "out inward"]:
+        """The matrix that computes the same, rounded once."""
+        dtype = wide(self.weight.dtype)
+        A, B = self.lora_A.weight.to(dtype), self.lora_B.weight.to(dtype)
+        return torch.addmm(self.weight.to(dtype), B, A, alpha=self.scale).to(self.weight.dtype)
+
+
+def linear(config: ModelConfig, name: str, inward: int, out: int, bias: bool) -> nn.Linear:
+    """The module `name` of a layer, with an update where the model has one of it."""
+    lora = config.lora
+    if lora is None or name not in lora.targets:
+        return nn.Linear(inward, out, bias)
+    return LoraLinear(inward, out, bias, lora)
+
+
 class Attention(nn.Module):
     """The host's attention (clauses 5.4 to 5.6)."""
 
@@ -50,10 +80,10 @@ class Attention(nn.Module):
         queries, keys = config.num_attention_heads * d, config.num_key_value_heads * d
         self.head_dim = d
         self.window = config.sliding_windows[layer] if config.sliding_windows else None
-        self.q_proj = nn.Linear(D, queries, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(D, keys, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(D, keys, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(queries, D, bias=config.o_bias)
+        self.q_proj = linear(config, "q_proj", D, queries, config.qkv_bias)
+        self.k_proj = linear(config, "k_proj", D, keys, config.qkv_bias)
+        self.v_proj = linear(config, "v_proj", D, keys, config.qkv_bias)
+        self.o_proj = linear(config, "o_proj", queries, D, config.o_bias)
         self.q_norm = Norm(d, eps) if config.qk_norm else None
         self.k_norm = Norm(d, eps) if config.qk_norm else None
 
@@ -79,9 +109,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         D, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(D, inner, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(D, inner, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(inner, D, bias=config.mlp_bias)
+        self.gate_proj = linear(config, "gate_proj", D, inner, config.mlp_bias)
+        self.up_proj = linear(config, "up_proj", D, inner, config.mlp_bias)
+        self.down_proj = linear(config, "down_proj", inner, D, config.mlp_bias)
 
     def inward(self) -> dict[str, nn.Linear]:
         """What reads the stream, by name, in stacking order."""
@@ -158,6 +188,18 @@ class Transformer(nn.Module):
             if isinstance(module, Attention | FeedForward | Block):
                 stack_parameters(list(module.inward().values()))
         return made
+
+    def merge_updates(self) -> None:
+        """Add the low-rank updates to their matrices for good: a model without any, computing the
+        same."""
+        for module in list(self.modules()):
+            for name, part in list(module.named_children()):
+                if isinstance(part, LoraLinear):
+                    with torch.device("meta"):
+                        plain = nn.Linear(part.in_features, part.out_features, bias=False)
+                    plain.weight, plain.bias = nn.Parameter(part.merged()), part.bias
+                    setattr(module, name, plain)
+        self.config = replace(self.config, lora=None)
 
     def put(self, name: str, tensor: Tensor) -> None:
         """A tensor, and its memory, in the place of a parameter."""

@@ -70,6 +70,10 @@ class PackedLayer:
         qk = rotate(qk, rope)
         return qk[..., : c.num_attention_heads, :], qk[..., c.num_attention_heads :, :], v
 
+    def host(self) -> tuple[Linear, ...]:
+        """The matrices of the host."""
+        return self.qkv, self.o, self.gate_up, self.down
+
     def parts(self) -> Iterator[tuple[str, Tensor]]:
         """Its tensors by checkpoint name, in canonical order."""
         yield f"{self.prefix}.input_layernorm.weight", self.input_norm

@@ -5,7 +5,9 @@ parameters that lie in a stack already, and holds no second copy. It reads weigh
 whose parts are no longer what they were made as is refused, and hooks on them are not run.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,7 +17,7 @@ from bridge.config import ModelConfig
 from bridge.errors import BridgeError
 from bridge_torch.block import Block, Norm, PackedBlock
 from bridge_torch.linear import Embedding, Linear, Whole, blocked, can_block, stacked
-from bridge_torch.model import Attention, FeedForward, Layer, Transformer
+from bridge_torch.model import Attention, FeedForward, Layer, LoraLinear, Transformer
 from bridge_torch.narrow import Hold
 from bridge_torch.packed import Packed, PackedLayer, Part
 
@@ -26,18 +28,26 @@ P = TypeVar("P", PackedLayer, Linear)
 @torch.inference_mode(False)  # or no parameters could be made of it again
 @torch.no_grad()
 def pack(
-    model: Transformer, *, dtype: torch.dtype, fused: bool, consume: bool, hold: Hold | None = None
+    model: Transformer,
+    *,
+    dtype: torch.dtype,
+    fused: bool,
+    consume: bool,
+    hold: Hold | None = None,
+    kept: Mapping[tuple[str, ...], Linear] = MappingProxyType({}),
+    embed: Tensor | None = None,
 ) -> Packed:
     """Pack a model. `dtype`: of activations, the model's or float32. `fused`: for the fused step,
     which reads the weights of a block as they are. `consume`: leave its layers and an untied head
     empty, one by one, on the device `meta`, so that there are never two of the model; otherwise
     what is in the blocked layout has all its memory to itself. `hold`: how to hold the host's
-    matrices; None: as they are. Raises BridgeError, naming it, for a part that is no longer what it
+    matrices; None: as they are. `kept`, `embed`: of the host's, those that were packed before and
+    have not changed since. Raises BridgeError, naming it, for a part that is no longer what it
     was made as."""
     config, body = model.config, model.model
     weight = body.embed_tokens.weight
     blocks = can_block(weight.device.type, dtype)
-    packing = _Packing(dtype, blocks, blocks and not consume, hold)
+    packing = _Packing(dtype, blocks, blocks and not consume, hold, kept)
     taken: list[Part] = []
 
     def take(part: P, module: nn.Module) -> P:
@@ -46,8 +56,9 @@ def pack(
             module.to("meta")
         return part
 
-    embed, _ = _parameters("model.embed_tokens", body.embed_tokens, Embedding, nn.Embedding)
-    embed = embed.clone() if packing.own else embed.contiguous()
+    if embed is None:
+        embed, _ = _parameters("model.embed_tokens", body.embed_tokens, Embedding, nn.Embedding)
+        embed = embed.clone() if packing.own else embed.contiguous()
     norm = packing.tensor("model.norm", body.norm, Norm)
     try:
         if model.lm_head is None:
@@ -82,6 +93,7 @@ class _Packing:
     blocks: bool
     own: bool
     hold: Hold | None
+    kept: Mapping[tuple[str, ...], Linear]
 
     def tensor(self, name: str, module: nn.Module, *kinds: type[nn.Module]) -> Tensor:
         """The weight of a norm."""
@@ -90,11 +102,16 @@ class _Packing:
 
     def linear(self, prefix: str, modules: dict[str, nn.Linear]) -> Linear:
         """Linear layers stacked, held as `hold` has it."""
+        names = tuple(f"{prefix}{name}" for name in modules)
+        if names in self.kept:
+            return self.kept[names]
         return self.held(*self._read(prefix, modules))
 
     def held(self, names: tuple[str, ...], weights: list[Tensor], bias: Tensor | None) -> Linear:
         """Matrices stacked, held as `hold` has it."""
         sizes = tuple(map(len, weights))
+        if names in self.kept:
+            return self.kept[names]
         if self.hold is not None:
             return self.hold(weights, names=names, sizes=sizes, bias=bias)
         if self.blocks:
@@ -115,7 +132,7 @@ class _Packing:
         self, prefix: str, modules: dict[str, nn.Linear]
     ) -> tuple[tuple[str, ...], list[Tensor], Tensor | None]:
         names = tuple(f"{prefix}{name}" for name in modules)
-        read = [_parameters(n, m, nn.Linear) for n, m in zip(names, modules.values(), strict=True)]
+        read = [_linear(n, m) for n, m in zip(names, modules.values(), strict=True)]
         weights = [weight for weight, _ in read]
         if all(bias is None for _, bias in read):
             return names, weights, None
@@ -173,6 +190,16 @@ def _known(name: str, module: nn.Module, *kinds: type[M]) -> M:
             f"{kinds[0].__name__} alone; merge it into one first"
         )
     return cast(M, module)
+
+
+def _linear(name: str, module: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a linear layer, with its low-rank update if it has one (clause 5.10)."""
+    if not isinstance(module, LoraLinear):
+        return _parameters(name, module, nn.Linear)
+    _, bias = _parameters(name, module, LoraLinear)
+    for part in ("lora_A", "lora_B"):
+        _parameters(f"{name}.{part}", getattr(module, part), nn.Linear)
+    return module.merged(), bias
 
 
 def _parameters(name: str, module: nn.Module, *kinds: type[nn.Module]) -> tuple[Tensor, Any]:

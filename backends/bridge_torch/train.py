@@ -21,6 +21,7 @@ from bridge.contract import SFT, AdamW, Batch, Objective
 from bridge.decoding.inputs import (
     add_metrics,
     check_batch,
+    check_loss_chunk,
     check_state,
     check_temperature,
     check_trainable,
@@ -77,7 +78,7 @@ def loss_and_grads(
             Told.of(targets, h.new_empty(0, dtype=wide(h.dtype))),
             objective,
             count,
-            loss_chunk or LOSS_CHUNK,
+            check_loss_chunk(loss_chunk),
             h.requires_grad,
             _place(total, name, head) if name in trainable else None,
         )
@@ -189,9 +190,10 @@ class Trainer:
     ) -> None:
         """Masters start at the model's own values, moments at 0 (clause 7.9)."""
         self.weights, self.objective, self.options = weights, objective, optimizer
-        self.checkpoint_activations, self.loss_chunk = checkpoint_activations, loss_chunk
-        own = weights.module().state_dict()
-        check_trainable(own, trainable)
+        self.checkpoint_activations = checkpoint_activations
+        self.loss_chunk = check_loss_chunk(loss_chunk)
+        check_trainable(weights.module().state_dict(), trainable)
+        own = weights.train(trainable).state_dict()
         self.master = {n: own[n].to(wide(own[n].dtype), copy=True) for n in trainable}
         self.adamw = torch.optim.AdamW(
             list(self.master.values()),
@@ -225,7 +227,8 @@ class Trainer:
 
     def state(self) -> dict[str, np.ndarray]:
         """`step`, and `master.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` of each trained tensor."""
-        arrays = {key: tensor.cpu().numpy().copy() for key, tensor in self._tensors().items()}
+        mine = self._tensors().items()
+        arrays = {key: tensor.to("cpu", copy=True).numpy() for key, tensor in mine}
         return {"step": np.array(self._steps(), np.int64), **arrays}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
@@ -260,3 +263,4 @@ class Trainer:
         own = self.weights.module().state_dict()
         for name, master in self.master.items():
             own[name].copy_(master)
+        self.weights.changed(self.master)

@@ -18,6 +18,11 @@ def block(old: str, new: str) -> Edit:
     return Edit("block", old, new)
 
 
+def packed(old: str, new: str) -> Edit:
+    """An edit of `packed.py`."""
+    return Edit("packed", old, new)
+
+
 FAULTS = (
     Fault(
         "scores are not scaled",
@@ -243,18 +248,18 @@ FAULTS = (
         block("return F.silu(", "return F.gelu("),
     ),
     Fault(
-        "the norm ratio counts inactive cells",
-        "The more padding a batch has, the less its blocks seem to do.",
-        "3.9",
+        "the norm ratio counts what rows share once",
+        "The wider a group, the less its prompt speaks for it.",
+        "7.14",
         RATIOS,
-        block("active.sum().clamp(min=1)", "ratio.numel()"),
+        packed("(ratio * rows).sum() / rows.sum().clamp(min=1)", "ratio.mean()"),
     ),
     Fault(
         "the norm ratio is one of sums",
         "A few cells of long residuals, first tokens above all, speak for all others.",
         "3.9",
         RATIOS,
-        block(
+        packed(
             "ratio = (added / before)",
             "ratio = (added[before > 0].sum() / before.sum()).expand(before.shape)",
         ),
@@ -264,31 +269,27 @@ FAULTS = (
         "A block that adds nothing shows a ratio of 1.",
         "3.9",
         RATIOS,
-        block("for z in (y, h))", "for z in (h + y, h))"),
+        packed("for z in (y, h))", "for z in (h + y, h))"),
     ),
     Fault(
         "the norm ratio divides by the block's result",
         "However much a block adds, its ratio stays near 1.",
         "3.9",
         RATIOS,
-        block("for z in (y, h))", "for z in (y, h + y))"),
+        packed("for z in (y, h))", "for z in (y, h + y))"),
     ),
     Fault(
         "the norm ratio of a zero residual is not 0",
         "One padded cell makes a run's figure NaN.",
         "3.9",
         RATIOS,
-        block("(added / before).masked_fill(before == 0, 0)", "added / before"),
+        packed("(added / before).masked_fill(before == 0, 0)", "added / before"),
     ),
     Fault(
         "norm ratios of a stream that lacks the blocks before",
         "Figures of layers that the model does not compute.",
         "3.9",
         RATIOS,
-        Edit(
-            "packed",
-            "cells.active))\n                h = layer.block(h, cells.grid, cells.active)",
-            "cells.active))",
-        ),
+        packed("                h = h + y\n", ""),
     ),
 )

@@ -64,7 +64,7 @@ FAULTS = (
         "A checkpoint that is written while training goes on mixes two updates.",
         "7.9",
         LIFE,
-        Edit("train", "tensor.cpu().numpy().copy() for key", "tensor.cpu().numpy() for key"),
+        Edit("train", 'tensor.to("cpu", copy=True).numpy() for key', "tensor.numpy() for key"),
     ),
     Fault(
         "moments are kept where they were given",

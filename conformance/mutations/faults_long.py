@@ -30,9 +30,9 @@ PLAIN = (
         "What is longer than the first text stands still at its end.",
         "5.6",
         READ,
-        Edit("model", "if end > self.tables.shape[1]:", "if self.tables.shape[1] == 0:"),
+        Edit("cells", "if end > self.tables.shape[1]:", "if self.tables.shape[1] == 0:"),
         Edit(
-            "model",
+            "cells",
             "index_select(1, positions.reshape(-1))",
             "index_select(1, positions.reshape(-1).clamp(max=self.tables.shape[1] - 1))",
         ),
@@ -71,7 +71,7 @@ PLAIN = (
         "5.4",
         READ,
         Edit(
-            "model",
+            "cells",
             "device=device).tril()[None]",
             "device=device).tril().triu(-255)[None]",
         ),

@@ -18,6 +18,11 @@ def model(old: str, new: str) -> Edit:
     return Edit("model", old, new)
 
 
+def cells(old: str, new: str) -> Edit:
+    """An edit of `cells.py`."""
+    return Edit("cells", old, new)
+
+
 def rope(old: str, new: str) -> Edit:
     """An edit of the tables that all backends share, in `bridge/rope.py`."""
     return Edit("rope", old, new)
@@ -55,28 +60,28 @@ FAULTS = (
         "Training sees the answer; decoding cannot.",
         "5.4",
         "no_future_timestep_influences_an_earlier_one",
-        model(".tril()[None]", ".tril(1)[None]"),
+        cells(".tril()[None]", ".tril(1)[None]"),
     ),
     Fault(
         "padding on the left is read",
         "An answer depends on how long the other prompts of its batch are.",
         "5.4",
         "inactive_cells_have_no_influence",
-        model("mask = mask & on[:, None, :]", "pass"),
+        cells("mask = mask & on[:, None, :]", "pass"),
     ),
     Fault(
         "positions of inactive cells are looked up",
         "What a batch is padded with decides whether it is computed at all.",
         "2.3",
         "inactive_cells_have_no_influence",
-        model("positions = only_active(positions, active)", "pass"),
+        cells("positions = only_active(positions, active)", "pass"),
     ),
     Fault(
         "positions that are given are ignored",
         "Rows with gaps are read as if they had none.",
         "2.4",
         LOGITS,
-        model(
+        cells(
             "place = torch.tensor(positions, dtype=torch.int64, device=device)",
             "place = torch.arange(S).expand(len(positions), S)",
         ),
@@ -86,7 +91,7 @@ FAULTS = (
         "Every checkpoint with fewer key heads than query heads is scrambled.",
         "5.4",
         LOGITS,
-        model(
+        cells(
             HEADS_FIRST,
             f"{HEADS_FIRST}\n"
             "    k, v = (x.repeat(1, q.shape[1] // x.shape[1], 1, 1) for x in (k, v))",
@@ -109,19 +114,19 @@ FAULTS = (
         "Mistral and Qwen models read one token more than they were trained to.",
         "5.5",
         LOGITS,
-        model("positions, window):", "positions, window and window + 1):"),
-        model("place[:, None, :] < window", "place[:, None, :] <= window"),
+        cells("positions, window):", "positions, window and window + 1):"),
+        cells("place[:, None, :] < window", "place[:, None, :] <= window"),
     ),
     Fault(
         "windows count timesteps",
         "Rows with gaps lose what their window still holds.",
         "5.5",
         LOGITS,
-        model(
+        cells(
             "place[:, :, None] - place[:, None, :] < window",
             "torch.arange(S)[:, None] - torch.arange(S) < window",
         ),
-        model("causal_alone(active, positions, window)", "on is None and window is None"),
+        cells("causal_alone(active, positions, window)", "on is None and window is None"),
     ),
     Fault(
         "padding in front needs no mask either",
@@ -151,7 +156,7 @@ FAULTS = (
         "GPT-J's layout of pairs: every checkpoint in Hugging Face's layout is scrambled.",
         "5.6",
         LOGITS,
-        model(
+        cells(
             "    cos, sin = rope.unsqueeze(-2)",
             "    x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)\n"
             "    cos, sin = rope.unsqueeze(-2)",

@@ -18,6 +18,11 @@ def train(old: str, new: str) -> Edit:
     return Edit("train", old, new)
 
 
+def loss(old: str, new: str) -> Edit:
+    """An edit of `loss.py`."""
+    return Edit("loss", old, new)
+
+
 FAULTS = (
     Fault(
         "losses are averaged by row",
@@ -25,7 +30,7 @@ FAULTS = (
         "7.4",
         GRADIENTS,
         train(
-            "count = len(lp) if count is None else count",
+            "count = len(targets.targets) if count is None else count",
             "count = len(set(targets.rows)) if count is None else count",
         ),
     ),
@@ -34,31 +39,28 @@ FAULTS = (
         "The learning rate depends on how much padding a batch has.",
         "7.4",
         GRADIENTS,
-        train("targets, objective, count)\n", "targets, objective, batch.target_mask.size)\n"),
+        train("len(targets.targets) if count is None else count", "batch.target_mask.size"),
     ),
     Fault(
         "targets are shifted once more",
         "The model learns to say the token after next.",
         "7.1",
         GRADIENTS,
-        train("from_numpy(targets.targets)", "from_numpy(np.roll(targets.targets, -1))"),
+        loss("from_numpy(cells.targets)", "from_numpy(np.roll(cells.targets, -1))"),
     ),
     Fault(
         "log-probabilities are at temperature 1",
         "Ratios are of another policy than the one that sampled.",
         "7.1",
         GRADIENTS,
-        train("(logits if temperature == 1 else logits / temperature)", "logits"),
+        loss("(logits if temperature == 1 else logits / temperature)", "logits"),
     ),
     Fault(
         "the sampling policy's log-probabilities are at temperature 1",
         "The first update already sees ratios that are not 1.",
         "7.12",
         LOGPROBS,
-        train(
-            "at_targets(target_logits(model, batch), TargetCells.of(batch), temperature)",
-            "at_targets(target_logits(model, batch), TargetCells.of(batch), 1.0)",
-        ),
+        train("ids, temperature, LOSS_CHUNK", "ids, 1.0, LOSS_CHUNK"),
     ),
     Fault(
         "the learning rate never changes",
@@ -72,49 +74,49 @@ FAULTS = (
         "The KL penalty is noisy, and negative as often as not.",
         "7.5",
         GRADIENTS,
-        train("kl = difference.expm1() - difference", "kl = -difference"),
+        loss("kl = difference.expm1() - difference", "kl = -difference"),
     ),
     Fault(
         "the KL term has the wrong sign",
         "Training is paid for leaving the reference policy.",
         "7.5",
         GRADIENTS,
-        train("gain - objective.beta * kl", "gain + objective.beta * kl"),
+        loss("gain - objective.beta * kl", "gain + objective.beta * kl"),
     ),
     Fault(
         "only large ratios are clipped",
         "Nothing stops a policy from giving up tokens for good.",
         "7.5",
         GRADIENTS,
-        train("rho.clamp(1 - objective.eps_low, ", "rho.clamp(max="),
+        loss("rho.clamp(1 - objective.eps_low, ", "rho.clamp(max="),
     ),
     Fault(
         "both sides clip at eps_low",
         "DAPO's higher ceiling has no effect: entropy collapses as before.",
         "7.5",
         GRADIENTS,
-        train("1 + objective.eps_high", "1 + objective.eps_low"),
+        loss("1 + objective.eps_high", "1 + objective.eps_low"),
     ),
     Fault(
         "the objective does not clip",
         "Policy gradients as of old: one lucky batch moves the policy anywhere.",
         "7.5",
         GRADIENTS,
-        train(GAIN, "gain = rho * A"),
+        loss(GAIN, "gain = rho * A"),
     ),
     Fault(
         "the objective clips without a minimum",
         "A ratio outside the range has no gradient, even where it should come back.",
         "7.5",
         GRADIENTS,
-        train(GAIN, "gain = clipped * A"),
+        loss(GAIN, "gain = clipped * A"),
     ),
     Fault(
         "clipped targets keep their gradient",
         "The loss is right, and training does not clip.",
         "7.5",
         GRADIENTS,
-        train(
+        loss(
             GAIN,
             "stopped = clipped.detach() + rho - rho.detach()\n"
             "    gain = torch.where(rho * A <= clipped * A, rho * A, stopped * A)",
@@ -125,14 +127,14 @@ FAULTS = (
         "Every ratio is 1: nothing is off-policy, nothing is clipped.",
         "7.5",
         GRADIENTS,
-        train("if targets.old_logprobs is not None:", "if False:"),
+        loss("if old is None else old", "if True else old"),
     ),
     Fault(
         "without old log-probabilities nothing is learnt",
         "On-policy updates have a gradient of zero.",
         "7.5",
         GRADIENTS,
-        train("(lp), lp.detach()", "(lp), lp"),
+        loss("old = lp.detach() if", "old = lp if"),
     ),
     Fault(
         "default positions count timesteps",
@@ -142,7 +144,7 @@ FAULTS = (
         train(
             "positions_of(batch))",
             "np.arange(batch.active.shape[1]) + 0 * batch.active\n"
-            "                        if batch.positions is None else batch.positions)",
+            "             if batch.positions is None else batch.positions)",
         ),
     ),
     Fault(
@@ -161,10 +163,9 @@ FAULTS = (
         "The embedding learns from its input side alone.",
         "5.2",
         GRADIENTS,
-        Edit(
-            "model",
-            "tied = self.model.embed_tokens.weight",
-            "tied = self.model.embed_tokens.weight.detach()",
+        train(
+            "_place(total, name, head) if name in trainable else None",
+            "_place(total, name, head) if name == HEAD and name in trainable else None",
         ),
     ),
     Fault(
@@ -294,14 +295,14 @@ FAULTS = (
         "Targets of short micro-batches count more than those of long ones.",
         "7.10",
         ACCUMULATED,
-        train("part, self.objective, count, self", "part, self.objective, None, self"),
+        train("part, self.objective, count, *how", "part, self.objective, None, *how"),
     ),
     Fault(
         "only the last micro-batch counts",
         "The others are computed, paid for, and forgotten.",
         "7.10",
         ACCUMULATED,
-        train("total[name].add_(grad) if name in total else grad", "grad"),
+        train("count, *how, total", "count, *how, None"),
     ),
     Fault(
         "a split group is taken",

@@ -45,7 +45,7 @@ TORCH = (
         "What a token means stays as it was.",
         "7.9",
         UPDATED,
-        Edit("model", "h = self.embed_tokens(tokens)", "h = self.embed_tokens(tokens).detach()"),
+        train("requires_grad_(EMBEDDING in trainable)", "requires_grad_(False)"),
     ),
     Fault(
         "without a limit the limit is 1",
@@ -70,24 +70,24 @@ TORCH = (
         "A figure that was to be watched is trained on.",
         "7.5",
         UPDATED,
-        train("gain - objective.beta * kl", "gain - (objective.beta or 0.04) * kl"),
+        Edit("loss", "gain - objective.beta * kl", "gain - (objective.beta or 0.04) * kl"),
     ),
     Fault(
         "the KL is not reported at beta 0",
         "A run without a penalty cannot be watched.",
         "7.5",
         UPDATED,
-        train("if targets.ref_logprobs is not None:", "if objective.beta:"),
+        Edit("loss", "if told.ref_logprobs is not None:", "if objective.beta:"),
     ),
     Fault(
         "a common token's cells add up in bfloat16",
         "The embeddings of the commonest tokens learn from the first few hundred of their cells.",
         "7.9",
         CELLS,
-        Edit(
-            "linear",
-            "gradient.to(torch.promote_types(gradient.dtype, torch.float32))",
-            "gradient",
+        train(
+            "place.index_put_((cells.tokens,), embedded.grad.to(place.dtype), accumulate=True)",
+            "sums = torch.zeros_like(place, dtype=embedded.dtype)\n"
+            "        place.add_(sums.index_put_((cells.tokens,), embedded.grad, accumulate=True))",
         ),
         dtype="bfloat16",
     ),
@@ -97,8 +97,8 @@ TORCH = (
         "7.10",
         BATCHES,
         train(
-            "total[name].add_(grad) if name in total else grad",
-            "(total[name] + grad).to(self.weights.dtype).float() if name in total else grad",
+            "total[name].add_(gradient)",
+            "total[name] = (total[name] + gradient).to(gradient.dtype).float()",
         ),
         dtype="bfloat16",
     ),
@@ -108,8 +108,8 @@ TORCH = (
         "7.10",
         BATCHES,
         train(
-            "total[name].add_(grad) if name in total else grad",
-            "(total[name] + grad).to(self.weights.dtype).float() if name in total else grad",
+            "total[name].add_(gradient)",
+            "total[name] = (total[name] + gradient).to(gradient.dtype).float()",
         ),
         dtype="float16",
     ),
