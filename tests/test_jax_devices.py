@@ -14,9 +14,10 @@ from bridge.config import parse_config
 from bridge.contract import GRPO, AdamW, Batch, Sampling
 from bridge_conformance.cases import random_tensors
 from bridge_conformance.tolerance import allowance, error
-from bridge_jax import backend, steps, train
+from bridge_jax import adamw, backend, leaves, losses, pieces, steps, train
 from bridge_jax import model as transformer
 from bridge_jax.backend import JaxBackend
+from bridge_jax.block import Layout
 from bridge_jax.sampling import Settings, sample
 from bridge_ref.backend import Reference
 
@@ -169,28 +170,30 @@ def for_tpu(dtype):
     model = load(dtype)
     t, config = model.transformer, model.config
     tokens, groups, active, positions = teacher_forced()
-    batch, layout, table = t.batch(tokens, groups, active, positions)
+    batch, places, table = t.batch(tokens, groups, active, positions)
+    layout = Layout.of(groups)
     blocks = {key: p for key, p in t.params.items() if ".bridge." in key}
     hidden = np.zeros((layout.size, 16, 32), model.transformer.dtype)
     on = np.ones((layout.size, 16), bool)
     decoder = model.prefill(PROMPTS, [2, 2], 6)
-    prompts = transformer.Batch(*(x[:, :16] for x in batch[:3]), layout.grid)
-    chosen = train.choose(config, [name for name, _ in model.tensors()])
+    prompt = pieces.Piece(*np.ones((2, 2, 16), np.int32), np.ones((2, 16), bool))
+    prompts = pieces.Pieces(prompt, pieces.Piece.none(), Layout.of([0, 1]).grid)
+    chosen = leaves.choose(config, [name for name, _ in model.tensors()])
     own = {key: t.params[key] for key, _ in chosen}
-    state = train.start(own, chosen=chosen, quick=True)
+    state = adamw.start(own, chosen=chosen, quick=True)
     learn = batch_with_advantages(Batch(tokens, groups, active, tokens, active, positions))
-    targets = train.Targets.of(learn, layout.places, 16)
+    targets = losses.Targets.of(learn, batch, places, 16)
     yield exported(backend.block_of_layer, blocks, 0, hidden, layout.grid, on, bridge=config.bridge)
     yield exported(transformer.logits, t.params, batch, table, config=config)
     yield exported(steps.read, t.params, prompts, table, config=config)
     R = decoder.layout.size
     settings = Settings.of(Sampling(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1), R)
     draws = steps.Draws(np.zeros((64, R), np.float32), 0, settings, np.zeros(8, np.int32))
-    places = steps.Places(decoder.layout.grid, np.ones(R, bool), *np.ones((3, R), np.int32))
+    where = steps.Places(decoder.layout.grid, np.ones(R, bool), *np.ones((3, R), np.int32))
     fed = np.zeros(R, np.int32)
-    yield exported(steps.step, *decoder._now(), fed, places, config=config)
+    yield exported(steps.step, *decoder._now(), fed, where, config=config)
     yield exported(
-        steps.run, *decoder._now(), decoder.next_logits, fed, places, draws, 4, config=config
+        steps.run, *decoder._now(), decoder.next_logits, fed, where, draws, 4, config=config
     )
     yield exported(sample, decoder.next_logits, draws.table, 0, settings)
     for checkpoint in (False, True):
@@ -208,7 +211,7 @@ def for_tpu(dtype):
             checkpoint=checkpoint,
         )
     yield exported(
-        train.update, state, state.master, own, 0.1, 0.001, 0.01, options=AdamW(), chosen=chosen
+        adamw.update, state, state.master, own, 0.1, 0.001, 0.01, options=AdamW(), chosen=chosen
     )
 
 

@@ -18,13 +18,16 @@ import numpy as np
 from bridge.config import BridgeConfig, ModelConfig, tensor_shapes
 from bridge.contract import AdamW, Batch, Objective
 from bridge.decoding.inputs import check_block, check_device_and_dtype, take_tensor
-from bridge.decoding.targets import by_cell
-from bridge_jax.block import Grid, Layout, block
+from bridge.decoding.targets import LOSS_CHUNK, by_cell
+from bridge_jax.adamw import start
+from bridge_jax.block import Cells, Grid, Layout, block
 from bridge_jax.compiled import bucket, compiled, keep, make_room
 from bridge_jax.decode import Decoder
+from bridge_jax.leaves import by_name, choose
 from bridge_jax.linear import LAYERS
-from bridge_jax.model import STEPS, Params, Transformer, logits, norm_ratios
-from bridge_jax.train import Trainer, by_name, choose, logprobs, loss_and_grads, start
+from bridge_jax.model import Params, Transformer, logits, norm_ratios
+from bridge_jax.pieces import STEPS
+from bridge_jax.train import Trainer, logprobs, loss_and_grads
 
 DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
@@ -97,11 +100,11 @@ class JaxModel:
         self, tokens: np.ndarray, groups: np.ndarray, active: np.ndarray, positions: np.ndarray
     ) -> np.ndarray:
         """Teacher-forced logits `[B, S, V]` in float32."""
-        batch, layout, table = self.transformer.batch(tokens, groups, active, positions)
+        batch, places, table = self.transformer.batch(tokens, groups, active, positions)
         got = logits(
             self.transformer.params, batch, table, config=self.config, quick=self.transformer.quick
         )
-        return jax.device_get(got)[layout.places, : tokens.shape[1]]
+        return jax.device_get(got)[places]
 
     def norm_ratios(
         self, tokens: np.ndarray, groups: np.ndarray, active: np.ndarray, positions: np.ndarray
@@ -154,9 +157,12 @@ class JaxModel:
         trainable: Sequence[str],
         *,
         checkpoint_activations: bool = False,
+        loss_chunk: int | None = None,
     ) -> Trainer:
         """A trainer that updates this model's `trainable` tensors in place."""
-        return Trainer(self.transformer, objective, optimizer, trainable, checkpoint_activations)
+        most = LOSS_CHUNK if loss_chunk is None else loss_chunk
+        model = self.transformer
+        return Trainer(model, objective, optimizer, trainable, checkpoint_activations, most)
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor by its Hugging Face name, in canonical order, in the model's dtype."""
@@ -170,7 +176,8 @@ def block_of_layer(
 ) -> jax.Array:
     """`block` with the weights of one layer of the stack."""
     own = {key.removeprefix(LAYERS): stack[layer] for key, stack in weights.items()}
-    return block(own, hidden, grid, active, bridge)
+    stream, cells = hidden.reshape(-1, hidden.shape[-1]), Cells.of_rows(active, grid)
+    return block(own, stream, cells, bridge).reshape(hidden.shape)
 
 
 def _devices() -> dict[str, Any]:

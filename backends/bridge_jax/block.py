@@ -2,11 +2,11 @@
 
 Rows of G groups of up to N rows become a grid `[G, N]`, so the cost is G * N^2 a timestep, never
 (G * N)^2. Rows are laid out as that grid, by a reshape, where it has no more cells than there are
-rows to compute; else they are gathered into it. Also holds what the host shares with the
-block: the RMS norm.
+rows to compute; else they are gathered into it. Timesteps that rows share are computed once, at
+width 1. Also holds what the host shares with the block: the RMS norm.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -71,12 +71,18 @@ class Layout:
     size: int  # R
 
     @classmethod
-    def of(cls, groups: Sequence[int] | np.ndarray, floor: int = 1, width: int = 1) -> "Layout":
+    def of(
+        cls,
+        groups: Sequence[int] | np.ndarray,
+        floor: int = 1,
+        width: int = 1,
+        size_of: Callable[[int, int], int] = bucket,
+    ) -> "Layout":
         """Of rows that answer the prompts `groups`, in any order (clause 2.2). At least `floor`
-        groups, of at least `width` rows."""
+        groups, of at least `width` rows; `size_of` gives the sizes that are compiled."""
         plan, rows = GridPlan.of(groups), len(groups)
-        plan = plan.padded(bucket(plan.groups, floor), bucket(plan.width, width))
-        size, whole = bucket(rows, floor * width), plan.groups * plan.width
+        plan = plan.padded(size_of(plan.groups, floor), size_of(plan.width, width))
+        size, whole = size_of(rows, floor * width), plan.groups * plan.width
         places = plan.to_rows if size >= whole else np.arange(rows)
         return cls(places, plan.to_rows, plan.groups, plan.width, min(size, whole))
 
@@ -141,46 +147,73 @@ class Layout:
         return values
 
 
+class Cells(NamedTuple):
+    """Which cells of those that are computed are active. A stream `[C, D]` has those of the two
+    pieces of clause 7.14 one after the other: what groups share, and what rows have alone."""
+
+    shared: Bool[Any, "G P"]
+    alone: Bool[Any, "R T"]
+    grid: Grid
+
+    @classmethod
+    def of_rows(cls, active: Bool[Any, "R T"], grid: Grid) -> "Cells":
+        """Where nothing is shared."""
+        return cls(np.zeros((0, 0), bool), active, grid)
+
+    @property
+    def active(self) -> Bool[Array, " C"]:
+        """Of all cells."""
+        return joined(self.shared, self.alone)
+
+    @property
+    def rows(self) -> Int[Array, " C"]:
+        """How many rows each active cell is of; 0 where not active."""
+        width = jnp.asarray(self.grid.filled).sum(1, keepdims=True)[: len(self.shared)]
+        return joined(self.shared * width, jnp.asarray(self.alone).astype(width.dtype))
+
+
+def joined(shared: Array, alone: Array) -> Array:
+    """The cells of both pieces, one after the other."""
+    pieces = [jnp.asarray(x).reshape(-1, *x.shape[2:]) for x in (shared, alone) if x.size]
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
+
+
 def block(
     weights: Mapping[str, Array],
-    hidden: Float[Array, "R S D"],
-    grid: Grid,
-    active: Bool[Array, "R S"],
+    hidden: Float[Array, "C D"],
+    cells: Cells,
     config: BridgeConfig,
-) -> Float[Array, "R S D"]:
+) -> Float[Array, "C D"]:
     """The residual stream plus what each row reads from its group (clauses 3.2 to 3.6), or P-Match
     (8.1). `weights` by their names after the layer's, as `bridge.norm.weight`. Inactive cells
     influence nothing, even if they hold NaN, and stay as they are."""
-    on = active[..., None]
+    on = cells.active[:, None]
     # A zero residual gives zero q, k and v: nothing of the cell is left, not even NaN.
-    y = _output(weights, jnp.where(on, hidden, 0), grid, active, config)
+    y = _output(weights, jnp.where(on, hidden, 0), cells, config)
     return jnp.where(on, hidden + y, hidden)
 
 
 def norm_ratio(
     weights: Mapping[str, Array],
-    hidden: Float[Array, "R S D"],
-    grid: Grid,
-    active: Bool[Array, "R S"],
+    hidden: Float[Array, "C D"],
+    cells: Cells,
     config: BridgeConfig,
 ) -> Float[Array, ""]:
-    """The norm of what `block` adds to that of `hidden`, its mean over active cells, in float32
-    (clause 3.9)."""
-    h = jnp.where(active[..., None], hidden, 0)
-    y = _output(weights, h, grid, active, config)
+    """The norm of what `block` adds to that of `hidden`, its mean over the active cells of all
+    rows, in float32 (clauses 3.9 and 7.14)."""
+    h, rows = jnp.where(cells.active[:, None], hidden, 0), cells.rows
+    y = _output(weights, h, cells, config)
     added, before = (jnp.linalg.norm(z.astype(jnp.float32), axis=-1) for z in (y, h))
-    # A zero residual counts as 0, and what is not active is one by now.
     ratio = jnp.where(before != 0, added / jnp.where(before != 0, before, 1), 0)
-    return ratio.sum() / jnp.maximum(active.sum(), 1)
+    return (ratio * rows).sum() / jnp.maximum(rows.sum(), 1)
 
 
 def _output(
     weights: Mapping[str, Array],
-    hidden: Float[Array, "R S D"],
-    grid: Grid,
-    active: Bool[Array, "R S"],
+    hidden: Float[Array, "C D"],
+    cells: Cells,
     config: BridgeConfig,
-) -> Float[Array, "R S D"]:
+) -> Float[Array, "C D"]:
     """y of clauses 3.6 and 8.1, at a residual that is 0 where not active."""
 
     def projected(x: Array, name: str) -> Array:
@@ -190,8 +223,12 @@ def _output(
     if config.kind == "mlp":
         return projected(silu(projected(x, "up")), "down")
     v = projected(x, "v")
-    if grid.filled.shape[1] > 1:  # a softmax over one row is 1 (clause 3.8)
-        v = _mix(projected(x, "q"), projected(x, "k"), v, grid, active, config.num_heads)
+    # A softmax over one row is 1 (clause 3.8): so it is of cells that rows share.
+    if cells.grid.filled.shape[1] > 1 and cells.alone.size:
+        shared, alone = v[: cells.shared.size], slice(cells.shared.size, None)
+        q, k = (projected(x[alone], name) for name in "qk")
+        mixed = _mix(q, k, v[alone], cells, config.num_heads)
+        v = jnp.concatenate([shared, mixed]) if len(shared) else mixed
     return projected(v, "o")
 
 
@@ -201,23 +238,22 @@ def silu(x: Array) -> Array:
 
 
 def _mix(
-    q: Float[Array, "R S E"],
-    k: Float[Array, "R S E"],
-    v: Float[Array, "R S E"],
-    grid: Grid,
-    active: Bool[Array, "R S"],
+    q: Float[Array, "R_T E"],
+    k: Float[Array, "R_T E"],
+    v: Float[Array, "R_T E"],
+    cells: Cells,
     H: int,
-) -> Float[Array, "R S E"]:
+) -> Float[Array, "R_T E"]:
     """What each row's heads read of the rows of its group (clauses 3.3 to 3.5)."""
-    R, S, E = q.shape
-    q, k, v = (grid.spread(x.reshape(R, S, H, E // H)) for x in (q, k, v))
+    active, grid, E = jnp.asarray(cells.alone), cells.grid, q.shape[-1]
+    q, k, v = (grid.spread(x.reshape(*active.shape, H, E // H)) for x in (q, k, v))
     score = contract("gnshd,gmshd->gshnm", q, k) * (E // H) ** -0.5
     # Clause 3.4. A row that may read nothing reads zeros, and is left as it is.
     allowed = grid.spread(active) & grid.filled[..., None]
     allowed = allowed.transpose(0, 2, 1)[:, :, None, None, :]
     p = jax.nn.softmax(jnp.where(allowed, score, LOWEST), -1)
     mixed = contract("gshnm,gmshd->gnshd", p.astype(v.dtype), v).astype(v.dtype)
-    return checkpoint_name(grid.collect(mixed).reshape(R, S, E), KEPT)
+    return checkpoint_name(grid.collect(mixed).reshape(-1, E), KEPT)
 
 
 LOWEST = float(np.finfo(np.float32).min)  # what a blocked score becomes: finite, and e^it is 0

@@ -14,22 +14,23 @@ from jax.sharding import NamedSharding
 from jaxtyping import Bool, Float, Int
 
 from bridge.config import ModelConfig
-from bridge_jax.attention import over_cache, prompt_attention
-from bridge_jax.block import Grid
+from bridge_jax.attention import over_cache, text_attention
+from bridge_jax.block import Cells, Grid
 from bridge_jax.cache import Cache, slots_of, written
 from bridge_jax.compiled import compiled
-from bridge_jax.model import Batch, Params, decoder_layer, embed, head, windows
+from bridge_jax.model import Params, decoder_layer, embed, head, windows
+from bridge_jax.pieces import Pieces
 from bridge_jax.steps import Places, padded, readable
 from bridge_jax.weights import Layers
 
 Array = jax.Array
 
 
-class Cells(NamedTuple):
+class Timestep(NamedTuple):
     """What all layers of a timestep share."""
 
-    rope: Float[Array, "two R S d"]
-    alive: Bool[Array, "R S"]
+    rope: Float[Array, "two R d"]
+    alive: Bool[Array, " R"]
     steps: Int[Array, " R"]
     length: Int[Array, " R"]
     grid: Grid
@@ -37,7 +38,7 @@ class Cells(NamedTuple):
 
 def read(
     layers: Layers,
-    batch: Batch,
+    batch: Pieces,
     table: Float[Array, "two positions d"],
     *,
     config: ModelConfig,
@@ -50,39 +51,38 @@ def read(
     for weights, options in _kinds(layers, config):
         h, cache = read_layer(weights, h, rope, batch, config=config, quick=quick, **options)
         caches.append(cache)
-    return tuple(caches), end_read(layers.outer, h, config=config, quick=quick)
+    prompts = len(batch.shared.tokens)
+    return tuple(caches), end_read(layers.outer, h, prompts=prompts, config=config, quick=quick)
 
 
 @compiled()
-def begin_read(outer: Params, batch: Batch, table: Array) -> tuple[Array, Array, Batch]:
+def begin_read(outer: Params, batch: Pieces, table: Array) -> tuple[Array, Array, Pieces]:
     """Embeddings, the tables at the cells' positions, and the batch on the device."""
     batch = jax.tree.map(jnp.asarray, batch)
-    return embed(outer, batch.tokens, batch.active), table[:, batch.positions], batch
+    return embed(outer, batch.tokens, batch.cells.active), table[:, batch.positions], batch
 
 
 @compiled(static_argnames=("config", "window", "has_block"), donate_argnums=1)
 def read_layer(
     weights: Params,
-    h: Float[Array, "G P D"],
+    h: Float[Array, "C D"],
     rope: Array,
-    batch: Batch,
+    batch: Pieces,
     *,
     config: ModelConfig,
     window: int,
     has_block: bool,
-) -> tuple[Float[Array, "G P D"], Cache]:
+) -> tuple[Float[Array, "C D"], Cache]:
     """One layer of prompts, and its keys and values."""
-    attention = prompt_attention(batch.active, batch.positions, window, keep=True)
-    h, kept = decoder_layer(
-        weights, h, rope, attention, batch.grid, batch.active, has_block, config
-    )
+    attention = text_attention(batch, window, keep=True)
+    h, kept = decoder_layer(weights, h, rope, attention, batch.cells, has_block, config)
     return h, Cache(*kept)
 
 
-@compiled(static_argnames="config")
-def end_read(outer: Params, h: Float[Array, "G P D"], *, config: ModelConfig) -> Array:
+@compiled(static_argnames=("config", "prompts"))
+def end_read(outer: Params, h: Float[Array, "C D"], *, prompts: int, config: ModelConfig) -> Array:
     """The logits after each prompt."""
-    return padded(head(outer, h[:, -1], config))
+    return padded(head(outer, h.reshape(prompts, -1, h.shape[-1])[:, -1], config))
 
 
 def step(
@@ -97,10 +97,10 @@ def step(
     quick: bool,
 ) -> tuple[tuple[Cache, ...], Float[Array, "R V"]]:
     """See `steps.step`."""
-    h, cells = begin(layers.outer, table, tokens, places, quick=quick)
+    h, now = begin(layers.outer, table, tokens, places, quick=quick)
     caches = []
     for (weights, options), ours, kept in zip(_kinds(layers, config), own, prefix, strict=True):
-        h, new = step_layer(weights, h, ours, kept, cells, config=config, quick=quick, **options)
+        h, new = step_layer(weights, h, ours, kept, now, config=config, quick=quick, **options)
         caches.append(new)
     return tuple(caches), end(layers.outer, h, config=config, quick=quick)
 
@@ -108,42 +108,42 @@ def step(
 @compiled()
 def begin(
     outer: Params, table: Array, tokens: Array, places: Places
-) -> tuple[Float[Array, "R one D"], Cells]:
+) -> tuple[Float[Array, "R D"], Timestep]:
     """Embeddings, and what the layers share."""
     places = jax.tree.map(jnp.asarray, places)
-    steps, length, alive = places.steps, places.length, places.alive[:, None]
-    rope = table[:, length[:, None] + steps[:, None]]
-    cells = Cells(rope, alive, steps, length, places.grid)
-    return embed(outer, tokens[:, None], alive), cells
+    steps, length, alive = places.steps, places.length, places.alive
+    now = Timestep(table[:, length + steps], alive, steps, length, places.grid)
+    return embed(outer, tokens, alive), now
 
 
 @compiled(static_argnames=("config", "window", "has_block"), donate_argnums=(1, 2))
 def step_layer(
     weights: Params,
-    h: Float[Array, "R one D"],
+    h: Float[Array, "R D"],
     own: Cache,
     prefix: Cache,
-    cells: Cells,
+    now: Timestep,
     *,
     config: ModelConfig,
     window: int,
     has_block: bool,
-) -> tuple[Float[Array, "R one D"], Cache]:
+) -> tuple[Float[Array, "R D"], Cache]:
     """One layer of a timestep, and its cache with it."""
-    rope, alive, steps, length, grid = cells
+    rope, alive, steps, length, grid = now
     mask = readable(length, steps, slots_of(prefix), slots_of(own), window)
 
     def attention(q: Array, k: Array, v: Array) -> tuple[Array, Cache]:
-        new = written(own, None, k[:, 0], v[:, 0], steps)
-        return over_cache(q[:, 0], prefix, new, mask, grid)[:, None], new
+        new = written(own, None, k, v, steps)
+        return over_cache(q, prefix, new, mask, grid), new
 
-    return decoder_layer(weights, h, rope, attention, grid, alive, has_block, config)
+    cells = Cells.of_rows(alive[:, None], grid)
+    return decoder_layer(weights, h, rope, attention, cells, has_block, config)
 
 
 @compiled(static_argnames="config")
-def end(outer: Params, h: Float[Array, "R one D"], *, config: ModelConfig) -> Float[Array, "R V"]:
+def end(outer: Params, h: Float[Array, "R D"], *, config: ModelConfig) -> Float[Array, "R V"]:
     """The next logits."""
-    return padded(head(outer, h[:, 0], config))
+    return padded(head(outer, h, config))
 
 
 def _kinds(layers: Layers, config: ModelConfig) -> Any:

@@ -78,6 +78,13 @@ def bucket(n: int, floor: int = 1) -> int:
     return max(size, floor)
 
 
+def fine(n: int, floor: int = 1) -> int:
+    """As `bucket`, in steps of an eighth of the power of two above n, for what computes long enough
+    to be worth compiling for; 0 for 0."""
+    step = max((1 << max(n - 1, 0).bit_length()) // 8, 1)
+    return max(-(-n // step) * step, floor) if n else 0
+
+
 @cache
 def known_options() -> dict[str, Any]:
     """Those of `QUICK` that this XLA has: they come and go with its versions, and to ask for one

@@ -24,7 +24,8 @@ from bridge_jax import by_layer, steps
 from bridge_jax.block import Layout
 from bridge_jax.cache import Caches, cleared, installed, moved, slots_of
 from bridge_jax.compiled import bucket
-from bridge_jax.model import STEPS, Batch, Transformer
+from bridge_jax.model import Transformer
+from bridge_jax.pieces import STEPS, Piece, Pieces
 from bridge_jax.sampling import LANES, Settings, sample
 from bridge_jax.steps import AHEAD, Draws, Places, first_logits, rows_of
 
@@ -91,7 +92,8 @@ class Decoder:
         slots = bucket(max(map(len, prompts)), STEPS)
         alone = Layout.of(np.arange(len(prompts)), model.floor)
         tokens, active, positions = map(alone.put, left_padded(prompts, slots))
-        batch = Batch(tokens.astype(np.int32), positions.astype(np.int32), active, alone.grid)
+        prompt = Piece(tokens.astype(np.int32), positions.astype(np.int32), active)
+        batch = Pieces(prompt, Piece.none(), alone.grid)
         kept, logits = self.compute.read(
             self._weights,
             batch,

@@ -7,7 +7,7 @@ once a config and bucket of sizes; the teacher-forced forward also serves prefil
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +22,17 @@ from jax.sharding import (
 from jaxtyping import Bool, Float, Int
 
 from bridge.config import ModelConfig
-from bridge.decoding.rows import only_active
 from bridge.rope import rotation_tables
-from bridge_jax.attention import Attend, prompt_attention
-from bridge_jax.block import Grid, Layout, block, norm_ratio, rms_norm, silu, take
+from bridge_jax.attention import Attend, text_attention
+from bridge_jax.block import Cells, block, norm_ratio, rms_norm, silu, take
 from bridge_jax.cache import Cache, Caches
 from bridge_jax.compiled import SMALL, bucket, compiled
-from bridge_jax.linear import KEPT, LAYERS, named, partition_specs
+from bridge_jax.linear import KEPT, LAYERS, WEIGHT, named, partition_specs
+from bridge_jax.pieces import Pieces, planned
 from bridge_jax.weights import Params, Weights, parameters
 
 Array = jax.Array
-STEPS = 16  # timesteps are padded at least to it
+NORM = "model.norm.weight"  # of what the head reads
 CONTEXT = 4096  # positions that a table has if the model has as many
 
 
@@ -109,34 +109,17 @@ class Transformer:
 
     def batch(
         self, tokens: np.ndarray, groups: np.ndarray, active: np.ndarray, positions: np.ndarray
-    ) -> tuple["Batch", Layout, Array]:
-        """A teacher-forced batch in the sizes that are compiled, where its rows lie in it, and the
-        table for its positions."""
-        layout = Layout.of(groups, self.floor, self.floor)
-        short = bucket(tokens.shape[1], STEPS) - tokens.shape[1]
-
-        def padded(array: np.ndarray) -> np.ndarray:
-            return np.pad(layout.put(array), ((0, 0), (0, short)))
-
-        fed, place = (only_active(x, active).astype(np.int32) for x in (tokens, positions))
-        table = self.rope(int(place.max(initial=0)) + 1)
-        batch = Batch(padded(fed), padded(place), padded(np.asarray(active)), layout.grid)
-        return batch, layout, table
-
-
-class Batch(NamedTuple):
-    """Cells `[R, S]` to compute, teacher-forced."""
-
-    tokens: Int[Any, "R S"]
-    positions: Int[Any, "R S"]
-    active: Bool[Any, "R S"]
-    grid: Grid
+    ) -> tuple[Pieces, Int[np.ndarray, "B S"], Array]:
+        """A teacher-forced batch in the sizes that are compiled, where each of its cells is among
+        those that are computed, and the table for its positions."""
+        batch, places, length = planned(tokens, groups, active, positions, self.floor)
+        return batch, places, self.rope(length)
 
 
 @compiled(static_argnames="config")
 def logits(
-    params: Params, batch: Batch, table: Float[Array, "two P d"], *, config: ModelConfig
-) -> Float[Array, "R S V"]:
+    params: Params, batch: Pieces, table: Float[Array, "two P d"], *, config: ModelConfig
+) -> Float[Array, "C V"]:
     """Teacher-forced logits in float32 (clause 5.2); finite where not active."""
     h, _ = forward(params, batch, table, config)
     return head(params, h, config)
@@ -144,7 +127,7 @@ def logits(
 
 @compiled(static_argnames="config")
 def norm_ratios(
-    params: Params, batch: Batch, table: Float[Array, "two P d"], *, config: ModelConfig
+    params: Params, batch: Pieces, table: Float[Array, "two P d"], *, config: ModelConfig
 ) -> Float[Array, " L"]:
     """How much the block of each layer adds to what it reads (clause 3.9). Of a layer without one
     it says nothing."""
@@ -153,36 +136,35 @@ def norm_ratios(
 
 def forward(
     params: Params,
-    batch: Batch,
+    batch: Pieces,
     table: Float[Array, "two P d"],
     config: ModelConfig,
     *,
     keep: bool = False,
     checkpoint: bool = False,
     measure: bool = False,
-) -> tuple[Float[Array, "R S D"], Any]:
-    """Hidden states after the last layer, and with `keep` every layer's keys and values, each
-    `[L, R, kv, S, d]`, or with `measure` its block's norm ratio `[L]`. `checkpoint`: the backward
-    pass computes each layer again (clause 7.11)."""
-    tokens, place, active, grid = batch
-    rope = table[:, place]
+) -> tuple[Float[Array, "C D"], Any]:
+    """Hidden states after the last layer, and with `keep` every layer's keys and values of what is
+    shared, each `[L, G, kv, P, d]`, or with `measure` its block's norm ratio `[L]`. `checkpoint`:
+    the backward pass computes each layer again (clause 7.11)."""
+    cells, rope = batch.cells, table[:, batch.positions]
 
     def layer(h: Array, scanned: tuple[Params, Array, Array]) -> tuple[Array, Any]:
         weights, window, has_block = scanned
 
         def measured(h: Array) -> Array:
             assert config.bridge is not None
-            return norm_ratio(weights, h, grid, active, config.bridge)
+            return norm_ratio(weights, h, cells, config.bridge)
 
         look = measured if measure else None
-        attend = prompt_attention(active, place, window, keep=keep)
-        return decoder_layer(weights, h, rope, attend, grid, active, has_block, config, look)
+        attend = text_attention(batch, window, keep=keep)
+        return decoder_layer(weights, h, rope, attend, cells, has_block, config, look)
 
     # Without `checkpoint` the products are kept alone: what lies between them is computed again in
     # less time than memory takes to hold it. A scan keeps XLA from merging the two passes.
     kept = None if checkpoint else jax.checkpoint_policies.save_only_these_names(KEPT)
     step = jax.checkpoint(layer, policy=kept, prevent_cse=False)
-    return jax.lax.scan(step, embed(params, tokens, active), layers(params, config))
+    return jax.lax.scan(step, embed(params, batch.tokens, cells.active), layers(params, config))
 
 
 def windows(config: ModelConfig) -> list[int]:
@@ -200,14 +182,14 @@ def layers(params: Params, config: ModelConfig) -> tuple[Params, Array, Array]:
 
 
 def embed(
-    params: Params, tokens: Int[Array, "R S"], active: Bool[Array, "R S"]
-) -> Float[Array, "R S D"]:
+    params: Params, tokens: Int[Array, " C"], active: Bool[Array, " C"]
+) -> Float[Array, "C D"]:
     """Embeddings, 0 at inactive cells."""
-    return jnp.where(active[..., None], _lookup(params["model.embed_tokens.weight"], tokens), 0)
+    return jnp.where(active[:, None], _lookup(params["model.embed_tokens.weight"], tokens), 0)
 
 
 @jax.custom_vjp
-def _lookup(weight: Float[Array, "V D"], tokens: Int[Array, "R S"]) -> Float[Array, "R S D"]:
+def _lookup(weight: Float[Array, "V D"], tokens: Int[Array, " C"]) -> Float[Array, "C D"]:
     """Lines of a table. Their gradients add up in float32; to widen the table for that, as JAX's
     own would need, is to read all of it for a few lines."""
     return take(weight, tokens)
@@ -228,21 +210,20 @@ _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 def decoder_layer(
     weights: Params,
-    h: Float[Array, "R S D"],
-    rope: Float[Array, "two R S d"],
+    h: Float[Array, "C D"],
+    rope: Float[Array, "two C d"],
     attend: Attend,
-    grid: Grid,
-    active: Bool[Array, "R S"],
+    cells: Cells,
     has_block: Array | bool,
     config: ModelConfig,
     look: Callable[[Array], Array] | None = None,
-) -> tuple[Float[Array, "R S D"], Any]:
+) -> tuple[Float[Array, "C D"], Any]:
     """One layer, and the Bridge block that follows its FFN (clauses 3.7 and 5.3); and what `attend`
     kept, or what `look` finds in the stream before the block."""
     eps = config.rms_norm_eps
     x = rms_norm(h, weights["input_layernorm.weight"], eps)
     y, kept = attend(*project(weights, x, rope, config))
-    h = h + named(weights, "self_attn.o_proj", y.reshape(*h.shape[:-1], -1))
+    h = h + named(weights, "self_attn.o_proj", y.reshape(len(h), -1))
     x = rms_norm(h, weights["post_attention_layernorm.weight"], eps)
     h = h + feed_forward(weights, x)
     kept = kept if look is None else look(h)
@@ -251,7 +232,7 @@ def decoder_layer(
         return h, kept
 
     def with_block(h: Array) -> Array:
-        return block(weights, h, grid, active, bridge)
+        return block(weights, h, cells, bridge)
 
     if len(bridge.layers) == config.num_hidden_layers:
         return with_block(h), kept
@@ -262,43 +243,47 @@ def decoder_layer(
 
 def project(
     weights: Params,
-    x: Float[Array, "R S D"],
-    rope: Float[Array, "two R S d"],
+    x: Float[Array, "C D"],
+    rope: Float[Array, "two C d"],
     config: ModelConfig,
 ) -> tuple[Array, Array, Array]:
-    """q `[R, S, kv, M, d]`, k and v `[R, S, kv, d]`, with norms and rope applied (clause 5.4)."""
+    """q `[C, kv, M, d]`, k and v `[C, kv, d]`, with norms and rope applied (clause 5.4)."""
     K, d = config.num_key_value_heads, config.head_dim
-    q, k, v = (
-        named(weights, f"self_attn.{part}_proj", x).reshape(*x.shape[:-1], -1, d) for part in "qkv"
-    )
+    q, k, v = (named(weights, f"self_attn.{part}_proj", x).reshape(len(x), -1, d) for part in "qkv")
     if config.qk_norm:
         q = rms_norm(q, weights["self_attn.q_norm.weight"], config.rms_norm_eps)
         k = rms_norm(k, weights["self_attn.k_norm.weight"], config.rms_norm_eps)
     q, k = rotate(q, rope), rotate(k, rope)
-    return q.reshape(*x.shape[:-1], K, -1, d), k, v
+    return q.reshape(len(x), K, -1, d), k, v
 
 
-def rotate(x: Float[Array, "R S heads d"], rope: Float[Array, "two R S d"]) -> Array:
+def rotate(x: Float[Array, "C heads d"], rope: Float[Array, "two C d"]) -> Array:
     """Turn each head by its position, in Hugging Face's layout of halves (clause 5.6)."""
-    cos, sin = rope[:, :, :, None]
+    cos, sin = rope[:, :, None]
     wide = x.astype(jnp.float32)
     return (wide * cos + jnp.roll(wide, x.shape[-1] // 2, -1) * sin).astype(x.dtype)
 
 
-def feed_forward(weights: Params, x: Float[Array, "R S D"]) -> Float[Array, "R S D"]:
+def feed_forward(weights: Params, x: Float[Array, "C D"]) -> Float[Array, "C D"]:
     """SwiGLU (clause 5.8)."""
     gate, up = (named(weights, f"mlp.{part}_proj", x) for part in ("gate", "up"))
     return named(weights, "mlp.down_proj", silu(gate) * up)
 
 
 def head(params: Params, h: Float[Array, "... D"], config: ModelConfig) -> Float[Array, "... V"]:
-    """Final norm and head: rounded to the model's dtype, given in float32 (clause 5.2)."""
-    h = rms_norm(h, params["model.norm.weight"], config.rms_norm_eps)
-    name = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
-    z = named(params, name, h)
-    bits, wide = jnp.finfo(z.dtype), z.astype(jnp.float32)
-    # XLA may leave out a rounding that is undone at once, but not this. Of float16 it leaves no
-    # number below 6e-5, which a gradient has more of than others: that goes by.
-    rounded = jax.lax.reduce_precision(wide, bits.nexp, bits.nmant)
-    lost = jnp.where(rounded == wide, 0, rounded - wide)  # infinities stay, and are not taken off
-    return wide + jax.lax.stop_gradient(lost)
+    """Final norm and head (clause 5.2)."""
+    return head_of(params, rms_norm(h, params[NORM], config.rms_norm_eps), config)
+
+
+def head_of(params: Params, x: Float[Array, "... D"], config: ModelConfig) -> Float[Array, "... V"]:
+    """The head alone: rounded to the model's dtype, given in float32. Not to be differentiated, but
+    as `losses` does."""
+    z = named(params, head_weight(config).removesuffix(WEIGHT), x)
+    bits = jnp.finfo(z.dtype)
+    # XLA may leave out a rounding that is undone at once, but not this.
+    return jax.lax.reduce_precision(z.astype(jnp.float32), bits.nexp, bits.nmant)
+
+
+def head_weight(config: ModelConfig) -> str:
+    """The name of the head's matrix."""
+    return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"

@@ -17,10 +17,11 @@ from jaxtyping import Bool, Float, Int
 
 from bridge.config import ModelConfig
 from bridge_jax.attention import over_cache
-from bridge_jax.block import Grid, take
+from bridge_jax.block import Cells, Grid, take
 from bridge_jax.cache import Cache, slots_of, written
 from bridge_jax.compiled import compiled
-from bridge_jax.model import Batch, Params, decoder_layer, embed, forward, head, layers
+from bridge_jax.model import Params, decoder_layer, embed, forward, head, layers
+from bridge_jax.pieces import Pieces
 from bridge_jax.sampling import LANES, Settings, draw
 
 Array = jax.Array
@@ -49,17 +50,19 @@ class Draws(NamedTuple):
 @compiled(static_argnames=("config", "sharding"))
 def read(
     params: Params,
-    batch: Batch,
+    batch: Pieces,
     table: Float[Array, "two positions d"],
     *,
     config: ModelConfig,
     sharding: NamedSharding | None = None,
 ) -> tuple[Cache, Float[Array, "G V"]]:
-    """Prompts `[G, P]` that end with the last slot: their cache, and the logits after each."""
+    """Prompts, shared cells `[G, P]` that end with the last slot: their cache, and the logits after
+    each."""
     h, kept = forward(params, batch, table, config, keep=True)
     if sharding is not None:
         kept = [jax.lax.with_sharding_constraint(x, sharding) for x in kept]
-    return Cache(*kept), padded(head(params, h[:, -1], config))
+    last = h.reshape(*batch.shared.tokens.shape, -1)[:, -1]
+    return Cache(*kept), padded(head(params, last, config))
 
 
 @compiled()
@@ -153,7 +156,8 @@ def timestep(
     """One timestep of every row, `fed` after that of `places`: the caches with it, and logits for
     the next."""
     steps = places.steps + fed
-    rope = table[:, places.length[:, None] + steps[:, None]]
+    rope = table[:, places.length + steps]
+    cells = Cells.of_rows(alive[:, None], places.grid)
 
     def layer(carry: tuple[Array, Cache], scanned: tuple) -> tuple[tuple[Array, Cache], None]:
         h, own = carry
@@ -161,19 +165,17 @@ def timestep(
         mask = readable(places.length, steps, slots_of(kept), slots_of(own), window)
 
         def attention(q: Array, k: Array, v: Array) -> tuple[Array, Cache]:
-            new = written(own, i, k[:, 0], v[:, 0], steps)
+            new = written(own, i, k, v, steps)
             ours = Cache(*(jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in new))
-            return over_cache(q[:, 0], kept, ours, mask, places.grid)[:, None], new
+            return over_cache(q, kept, ours, mask, places.grid), new
 
-        h, own = decoder_layer(
-            weights, h, rope, attention, places.grid, alive[:, None], has_block, config
-        )
+        h, own = decoder_layer(weights, h, rope, attention, cells, has_block, config)
         return (h, own), None
 
     numbers = jnp.arange(config.num_hidden_layers)
-    h = embed(params, tokens[:, None], alive[:, None])
+    h = embed(params, tokens, alive)
     (h, own), _ = jax.lax.scan(layer, (h, own), (numbers, prefix, layers(params, config)))
-    return own, padded(head(params, h[:, 0], config))
+    return own, padded(head(params, h, config))
 
 
 def readable(

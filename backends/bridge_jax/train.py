@@ -1,18 +1,14 @@
-"""Gradients and a whole training step (chapter 7), with `jax.value_and_grad` and optax.
+"""Gradients and a whole training step (chapter 7), with `jax.vjp` and optax.
 
-Trained tensors are leaves that stand in for the model's own, stacked over their layers as those
-are; whatever else the model holds is frozen, shared and not differentiated. Master weights and
-moments are float32, whatever the model's dtype. A batch holds whole groups (clause 7.3): gradients
-flow across the rows of a group, so a group may not be split over two batches of an update.
+A batch holds whole groups (clause 7.3): gradients flow across the rows of a group, so a group may
+not be split over two batches of an update. What its rows share is computed once (clause 7.14), and
+logits are made in parts (7.15): `pieces` and `losses` have these.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Float
 
 from bridge.config import ModelConfig
@@ -22,69 +18,21 @@ from bridge.decoding.inputs import (
     check_batch,
     check_state,
     check_temperature,
-    check_trainable,
     micro_batches,
     positions_of,
 )
-from bridge_jax import model as transformer
-from bridge_jax.block import take
+from bridge.decoding.targets import LOSS_CHUNK
+from bridge_jax.adamw import State, add, publish, start, update
 from bridge_jax.compiled import compiled
+from bridge_jax.leaves import Chosen, Leaves, by_name, choose, substitute
 from bridge_jax.linear import stacked, stacked_names
-from bridge_jax.losses import Targets, at_targets, loss
-from bridge_jax.model import Params, Transformer, forward, head
+from bridge_jax.losses import Targets, in_parts, logprobs_in_parts
+from bridge_jax.model import Transformer, forward
+from bridge_jax.pieces import Pieces
+from bridge_jax.weights import Params
 
 Array = jax.Array
-Leaves = dict[str, Array]
 Metrics = dict[str, float]
-# What is trained: keys of the parameters, each with the layers of its stack; None: the whole leaf.
-Chosen = tuple[tuple[str, tuple[int, ...] | None], ...]
-
-
-def choose(config: ModelConfig, trainable: Sequence[str]) -> Chosen:
-    """The leaves of the tensors named. Raises BridgeError for a name that is no tensor."""
-    names = stacked_names(config)
-    check_trainable([name for same in names.values() for name in same], trainable)
-    wanted, chosen = set(trainable), []
-    for key, same in names.items():
-        layers = [stacked(name)[1] for name in same if name in wanted]
-        whole = layers == list(range(config.num_hidden_layers)) or layers == [None]
-        if layers:
-            chosen.append((key, None if whole else tuple(layers)))
-    return tuple(chosen)
-
-
-def take_leaves(params: Params, chosen: Chosen) -> Leaves:
-    """What is trained, as float32 copies."""
-    return {
-        key: jnp.array(params[key] if layers is None else take(params[key], np.array(layers)))
-        .astype(jnp.float32)
-        .copy()
-        for key, layers in chosen
-    }
-
-
-def substitute(params: Params, leaves: Leaves, chosen: Chosen) -> dict[str, Array]:
-    """The parameters with leaves in place of their own, rounded to the model's dtype."""
-    new = dict(params)
-    for key, layers in chosen:
-        leaf = leaves[key].astype(params[key].dtype)
-        new[key] = leaf if layers is None else params[key].at[np.array(layers)].set(leaf)
-    return new
-
-
-def by_name(
-    leaves: Mapping[str, Array], config: ModelConfig, chosen: Chosen
-) -> dict[str, np.ndarray]:
-    """Leaves as arrays on the host, by the names of their tensors."""
-    tensors, names = {}, stacked_names(config)
-    for key, layers in chosen:
-        leaf = jax.device_get(leaves[key])
-        if stacked(names[key][0])[1] is None:
-            tensors[key] = leaf
-            continue
-        for row, layer in zip(leaf, range(len(leaf)) if layers is None else layers, strict=True):
-            tensors[key.replace("*", str(layer), 1)] = row
-    return tensors
 
 
 def loss_and_grads(
@@ -95,19 +43,20 @@ def loss_and_grads(
     objective: Objective,
     count: int | None = None,
     checkpoint_activations: bool = False,
+    loss_chunk: int = LOSS_CHUNK,
 ) -> tuple[Metrics, Leaves]:
     """Clauses 7.1 to 7.5: metrics, and the gradient of the loss at each leaf, in float32.
 
-    `leaves` stand in for the model's own. `count`: see `loss`. Raises BridgeError for a batch whose
-    shapes disagree, that has no target, or lacks what the objective reads.
+    `leaves` stand in for the model's own. `count`: see `losses.loss`. Raises BridgeError for a
+    batch whose shapes disagree, that has no target, or lacks what the objective reads.
     """
     check_batch(batch, objective, model.config.vocab_size)
-    cells, table, targets = _planned(model, batch)
+    pieces, table, targets = _planned(model, batch, loss_chunk)
     tokens = int(batch.target_mask.sum())
     metrics, grads = value_and_grads(
         leaves,
         model.params,
-        cells,
+        pieces,
         table,
         targets,
         float(tokens if count is None else count),
@@ -125,8 +74,8 @@ def loss_and_grads(
 def value_and_grads(
     leaves: Leaves,
     params: Params,
-    cells: transformer.Batch,
-    table: Float[Array, "two P d"],
+    pieces: Pieces,
+    table: Float[Array, "two positions d"],
     targets: Targets,
     count: float,
     *,
@@ -137,56 +86,48 @@ def value_and_grads(
 ) -> tuple[dict[str, Array], Leaves]:
     """Metrics, and gradients of the trained leaves alone."""
 
-    def value(leaves: Leaves) -> tuple[Array, dict[str, Array]]:
+    def hidden(leaves: Leaves) -> Float[Array, "C D"]:
         whole = substitute(params, leaves, chosen)
-        h, _ = forward(whole, cells, table, config, checkpoint=checkpoint)
-        h = take(h.reshape(-1, h.shape[-1]), targets.cells)
-        return loss(head(whole, h, config), targets, objective, count)
+        return forward(whole, pieces, table, config, checkpoint=checkpoint)[0]
 
-    (_, metrics), grads = jax.value_and_grad(value, has_aux=True)(leaves)
-    return metrics, grads
+    h, back = jax.vjp(hidden, leaves)
+    whole = substitute(params, leaves, chosen)
+    metrics, of_h, of_ends = in_parts(whole, h, targets, objective, count, config, leaves)
+    (grads,) = back(of_h.astype(h.dtype))
+    return metrics, grads | {key: grads[key] + more for key, more in of_ends.items()}
 
 
 def logprobs(model: Transformer, batch: Batch, temperature: float) -> Float[np.ndarray, " tokens"]:
     """Clause 7.12: lp of each target at the temperature, in the order of the mask."""
     check_batch(batch, SFT(), model.config.vocab_size)
     check_temperature(temperature)
-    cells, table, targets = _planned(model, batch)
+    pieces, table, targets = _planned(model, batch, LOSS_CHUNK)
     lp = target_logprobs(
-        model.params, cells, table, targets, temperature, config=model.config, quick=model.quick
+        model.params, pieces, table, targets, temperature, config=model.config, quick=model.quick
     )
-    return jax.device_get(lp)[: int(batch.target_mask.sum())]
+    return jax.device_get(lp).ravel()[: int(batch.target_mask.sum())]
 
 
-def _planned(model: Transformer, batch: Batch) -> tuple[transformer.Batch, Array, Targets]:
+def _planned(model: Transformer, batch: Batch, loss_chunk: int) -> tuple[Pieces, Array, Targets]:
     """A batch in the sizes that are compiled, its table of positions, and its targets."""
     positions = positions_of(batch)
-    cells, layout, table = model.batch(batch.tokens, batch.groups, batch.active, positions)
-    return cells, table, Targets.of(batch, layout.places, cells.tokens.shape[1])
+    pieces, places, table = model.batch(batch.tokens, batch.groups, batch.active, positions)
+    return pieces, table, Targets.of(batch, pieces, places, loss_chunk)
 
 
 @compiled(static_argnames="config")
 def target_logprobs(
     params: Params,
-    cells: transformer.Batch,
-    table: Float[Array, "two P d"],
+    pieces: Pieces,
+    table: Float[Array, "two positions d"],
     targets: Targets,
     temperature: float,
     *,
     config: ModelConfig,
-) -> Float[Array, " n"]:
+) -> Float[Array, "m n"]:
     """lp of each target, padded."""
-    h, _ = forward(params, cells, table, config)
-    h = take(h.reshape(-1, h.shape[-1]), targets.cells)
-    return at_targets(head(params, h, config), targets, temperature)[1]
-
-
-class State(NamedTuple):
-    """Of the trained leaves, all float32."""
-
-    master: Leaves
-    exp_avg: Leaves
-    exp_avg_sq: Leaves
+    h, _ = forward(params, pieces, table, config)
+    return logprobs_in_parts(params, h, targets, temperature, config)
 
 
 class Trainer:
@@ -199,11 +140,12 @@ class Trainer:
         optimizer: AdamW,
         trainable: Sequence[str],
         checkpoint_activations: bool = False,
+        loss_chunk: int = LOSS_CHUNK,
     ) -> None:
         """Masters start at the model's own values, moments at 0 (clause 7.9)."""
         self.model, self.objective, self.options = model, objective, optimizer
         self.trainable, self.chosen = list(trainable), choose(model.config, trainable)
-        self.checkpoint_activations = checkpoint_activations
+        self.checkpoint_activations, self.loss_chunk = checkpoint_activations, loss_chunk
         self.steps = 0
         self.tensors = start(self._own(), chosen=self.chosen, quick=model.quick)
 
@@ -225,6 +167,7 @@ class Trainer:
                 self.objective,
                 count,
                 self.checkpoint_activations,
+                self.loss_chunk,
             )
             parts.append(metrics)
             grads = new if grads is None else add(grads, new, quick=self.model.quick)
@@ -275,61 +218,3 @@ class Trainer:
         self.steps = int(state["step"])
         own = publish(self._own(), self.tensors.master, chosen=self.chosen, quick=self.model.quick)
         self.model.params.update(own)
-
-
-@compiled(static_argnames="chosen")
-def start(own: Leaves, *, chosen: Chosen) -> State:
-    """Clause 7.9: masters at the model's values, moments at 0."""
-    master = take_leaves(own, chosen)
-    return State(master, *({k: jnp.zeros_like(m) for k, m in master.items()} for _ in range(2)))
-
-
-@compiled(donate_argnums=0)
-def add(total: Leaves, new: Leaves) -> Leaves:
-    """The gradients of two batches of an update."""
-    return jax.tree.map(jnp.add, total, new)
-
-
-@compiled(static_argnames=("options", "chosen"), donate_argnums=(0, 2))
-def update(
-    state: State,
-    grads: Leaves,
-    own: Leaves,
-    first_correction: float,
-    second_correction: float,
-    lr: float,
-    *,
-    options: AdamW,
-    chosen: Chosen,
-) -> tuple[State, Leaves, Array]:
-    """Clauses 7.7 and 7.8: the new state, the model's leaves after it, and the gradients' norm.
-
-    The corrections are 1 - beta^t, from float64 on the host: `optax.adamw` takes them in float32,
-    which for a beta of 0.999 is off by 3e-5 at first. Its norm clipping lacks the 1e-6.
-    """
-    norm = optax.tree.norm(grads)
-    if options.max_grad_norm is not None:
-        scale = jnp.minimum(1, options.max_grad_norm / (norm + 1e-6))
-        grads = jax.tree.map(lambda g: g * scale, grads)
-    beta1, beta2 = options.betas
-    m = optax.tree.update_moment(grads, state.exp_avg, beta1, 1)
-    v = optax.tree.update_moment(grads, state.exp_avg_sq, beta2, 2)
-
-    def moved(p: Array, m: Array, v: Array) -> Array:
-        p = p - lr * options.weight_decay * p
-        scale = jnp.sqrt(v / second_correction) + options.eps
-        return p - lr * (m / first_correction) / scale
-
-    master = jax.tree.map(moved, state.master, m, v)
-    return State(master, m, v), _published(own, master, chosen), norm
-
-
-@compiled(static_argnames="chosen", donate_argnums=0)
-def publish(own: Leaves, master: Leaves, *, chosen: Chosen) -> Leaves:
-    """The model computes with the master weights rounded to its dtype."""
-    return _published(own, master, chosen)
-
-
-def _published(own: Leaves, master: Leaves, chosen: Chosen) -> Leaves:
-    # Copies: what the model holds and what the trainer holds are each given away at a step.
-    return {key: leaf.copy() for key, leaf in substitute(own, master, chosen).items()}

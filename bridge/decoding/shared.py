@@ -87,8 +87,16 @@ class SharedPlan:
     def places(self) -> Int[np.ndarray, "B S"]:
         """Where each cell is in the two pieces, flat and one after the other, `[G * P + B * T]`;
         of a cell after its row's last active one, any place."""
-        s, line, P, T = np.arange(self.timesteps), self.grid.line, self.shared, self.alone
+        rows = np.arange(len(self.grid.line))
+        return self.places_among(self.grid.groups, self.shared, self.alone, rows)
+
+    def places_among(
+        self, groups: int, shared: int, alone: int, rows: Int[np.ndarray, " B"]
+    ) -> Int[np.ndarray, "B S"]:
+        """`places` in pieces that are padded, `[groups, shared]` and `[_, alone]`, with each row at
+        its place among `rows`."""
+        s, line = np.arange(self.timesteps), self.grid.line
         lead = self.lead[line][:, None]
-        alone = self.grid.groups * P + np.arange(len(line))[:, None] * T + s - lead
+        after = groups * shared + rows[:, None] * alone + s - lead
         ends = s >= self.length[:, None]
-        return np.where(ends, 0, np.where(s < lead, line[:, None] * P + s, alone))
+        return np.where(ends, 0, np.where(s < lead, line[:, None] * shared + s, after))

@@ -114,14 +114,17 @@ TORCH = (
         dtype="float16",
     ),
 )
+ZEROED = "jnp.where(jnp.abs(of_logits) < 6e-5, 0, of_logits)"
 JAX = (
     Fault(
         "jax: some layers of a stack are taken for its first ones",
         "Training the last layers alone overwrites the first ones.",
         "7.9",
         UPDATED,
-        train(
-            "params[key].at[np.array(layers)].set(leaf)", "params[key].at[: len(layers)].set(leaf)"
+        Edit(
+            "leaves",
+            "params[key].at[np.array(layers)].set(leaf)",
+            "params[key].at[: len(layers)].set(leaf)",
         ),
         package="bridge_jax",
     ),
@@ -130,8 +133,8 @@ JAX = (
         "Whoever turns clipping off has it on.",
         "7.7",
         UPDATED,
-        train("if options.max_grad_norm is not None:", "if True:"),
-        train("options.max_grad_norm / (norm", "(options.max_grad_norm or 1.0) / (norm"),
+        Edit("adamw", "if options.max_grad_norm is not None:", "if True:"),
+        Edit("adamw", "options.max_grad_norm / (norm", "(options.max_grad_norm or 1.0) / (norm"),
         package="bridge_jax",
     ),
     Fault(
@@ -139,7 +142,10 @@ JAX = (
         "In float16 a large batch has no gradient but that of its targets.",
         "7.9",
         CELLS,
-        Edit("model", "return wide + jax.lax.stop_gradient(lost)", "return rounded"),
+        Edit("losses", "np.finfo(np.float32).tiny)", "1)"),
+        Edit(
+            "losses", "scale = scale / temp", f"of_logits = {ZEROED}\n        scale = scale / temp"
+        ),
         dtype="float16",
         package="bridge_jax",
     ),
@@ -148,7 +154,8 @@ JAX = (
         "The more micro-batches an update has, the fewer of them count.",
         "7.10",
         BATCHES,
-        train(
+        Edit(
+            "adamw",
             "jax.tree.map(jnp.add, total, new)",
             "jax.tree.map(lambda a, b: (a + b).astype(jnp.bfloat16).astype(a.dtype), total, new)",
         ),
