@@ -25,7 +25,18 @@ from bridge_ref.sampling import sample as reference_sample
 
 mx = pytest.importorskip("mlx.core")
 
-from bridge_mlx import block, cache, decode, linear, model, sampling, train  # noqa: E402
+from bridge_mlx import (  # noqa: E402
+    attention,
+    block,
+    cache,
+    cells,
+    decode,
+    layer,
+    linear,
+    model,
+    sampling,
+    train,
+)
 from bridge_mlx.backend import DTYPES, MlxBackend, from_numpy, to_numpy  # noqa: E402
 
 RAW = {
@@ -146,7 +157,7 @@ def test_only_tokens_go_to_the_host(monkeypatch, options):
         if hasattr(mx.array, name):  # not all in every version of MLX
             monkeypatch.setattr(mx.array, name, spy(getattr(mx.array, name)))
     watched = {**vars(np), "array": spy(np.array), "asarray": spy(np.asarray)}
-    for module in (block, cache, decode, linear, model, sampling):
+    for module in (attention, block, cache, cells, decode, layer, linear, model, sampling):
         if hasattr(module, "np"):
             monkeypatch.setattr(module, "np", SimpleNamespace(**watched))
     for _ in range(4):
@@ -417,8 +428,8 @@ def test_fused_work_gives_the_same_numbers(monkeypatch, dtype):
     cos, sin = mx.array(rng.normal(size=(2, 5, 8)).astype(np.float32))
 
     def work(x):
-        turned = model._turn(x, y, cos, sin)
-        return turned + block.silu(x) + model._gated(x, y)
+        turned = attention._turn(x, y, cos, sin)
+        return turned + block.silu(x) + layer._gated(x, y)
 
     def both():
         value, grad = mx.value_and_grad(lambda x: mx.sum(work(x).astype(mx.float32)))(x)

@@ -15,8 +15,8 @@ from bridge.checkpoints.packing import take_packed
 from bridge.config import ModelConfig, tensor_shapes
 from bridge.contract import AdamW, Batch, Objective
 from bridge.decoding.inputs import check_block, check_device_and_dtype, take_tensor
-from bridge.decoding.rows import only_active
 from bridge.decoding.targets import by_cell
+from bridge_mlx.block import Grid, Sharing
 from bridge_mlx.decode import Decoder
 from bridge_mlx.linear import Quantised, floats
 from bridge_mlx.model import Transformer
@@ -82,29 +82,27 @@ class MlxModel:
         check_block(self.config, layer)
         block = self.transformer.layers[layer].block
         assert block is not None
-        positions = np.zeros(active.shape, np.int64)
+        B, S, D = hidden.shape
         with mx.stream(self.transformer.device):
-            cells = self.transformer.cells(groups, active, positions)
-            h = from_numpy(hidden, self.transformer.dtype)
-            return to_numpy(block(h, cells.sharing))
+            on = None if active.all() else mx.array(active)
+            h = from_numpy(hidden, self.transformer.dtype).reshape(B * S, D)
+            return to_numpy(block(h, Sharing.of(Grid.of(groups), on, S)).reshape(B, S, D))
 
     def logits(
         self, tokens: np.ndarray, groups: np.ndarray, active: np.ndarray, positions: np.ndarray
     ) -> np.ndarray:
         """Teacher-forced logits `[B, S, V]` in float32."""
         with mx.stream(self.transformer.device):
-            cells = self.transformer.cells(groups, active, positions)
-            ids = mx.array(only_active(tokens, active), mx.int32)
-            return to_numpy(self.transformer.logits(self.transformer.forward(ids, cells)))
+            cells = self.transformer.cells(tokens, groups, active, positions)
+            return to_numpy(self.transformer.head(self.transformer.forward(cells)))[cells.places]
 
     def norm_ratios(
         self, tokens: np.ndarray, groups: np.ndarray, active: np.ndarray, positions: np.ndarray
     ) -> np.ndarray:
         """How much each block adds to what it reads (clause 3.9), one a block, float32."""
         with mx.stream(self.transformer.device):
-            cells = self.transformer.cells(groups, active, positions)
-            ids = mx.array(only_active(tokens, active), mx.int32)
-            return to_numpy(self.transformer.norm_ratios(ids, cells))
+            cells = self.transformer.cells(tokens, groups, active, positions)
+            return to_numpy(self.transformer.norm_ratios(cells))
 
     def prefill(
         self,

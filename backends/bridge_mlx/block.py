@@ -100,18 +100,24 @@ class Grid:
 
 @dataclass(frozen=True)
 class Sharing:
-    """Which cells read each other, the same for the blocks of all layers; made once a call."""
+    """Which cells read each other, the same for the blocks of all layers; made once a call.
+
+    Cells are flat: first those that a group shares, each alone at its timestep (clause 7.14), then
+    those `[R, S]` of the rows in the grid.
+    """
 
     grid: Grid
-    active: Bool[mx.array, "R S"] | None  # None: all are
+    timesteps: int  # S
+    active: Bool[mx.array, " cells"] | None  # None: all are
     allowed: Bool[mx.array, "G_S one N N"] | None  # clause 3.4; None: every place reads its line
+    shared: int = 0
 
     @classmethod
     def of(cls, grid: Grid, active: Bool[mx.array, "R S"] | None, S: int) -> "Sharing":
-        """That of rows in a grid over S timesteps. A blocked row may read its own zeros, so that no
-        softmax is empty."""
+        """That of rows in a grid over S timesteps, and of nothing shared. A blocked row may read
+        its own zeros, so that no softmax is empty."""
         if grid.width == 1 or (active is None and grid.filled is None):
-            return cls(grid, active, None)
+            return cls(grid, S, None if active is None else mx.flatten(active), None)
         G, N = grid.groups, grid.width
         keys = mx.ones((1, 1, 1), mx.bool_)
         if active is not None:
@@ -119,7 +125,8 @@ class Sharing:
         if grid.filled is not None:
             keys = keys & grid.filled[:, :, None]
         keys = mx.broadcast_to(keys, (G, N, S)).swapaxes(1, 2).reshape(G * S, 1, 1, N)
-        return cls(grid, active, keys | mx.eye(N, dtype=mx.bool_))
+        allowed = keys | mx.eye(N, dtype=mx.bool_)
+        return cls(grid, S, None if active is None else mx.flatten(active), allowed)
 
 
 @dataclass(frozen=True)
@@ -134,62 +141,61 @@ class Block:
     eps: float
 
     def __call__(
-        self,
-        hidden: Float[mx.array, "R S D"],
-        sharing: Sharing,
-    ) -> Float[mx.array, "R S D"]:
+        self, hidden: Float[mx.array, "cells D"], sharing: Sharing
+    ) -> Float[mx.array, "cells D"]:
         """The residual stream plus what each row reads from its group (clauses 3.2 to 3.6).
 
         Inactive cells influence nothing, even if they hold NaN.
         """
         active = sharing.active
         # A zero residual gives zero q, k and v: nothing of the cell is left, not even NaN.
-        x = hidden if active is None else mx.where(active[..., None], hidden, 0)
+        x = hidden if active is None else mx.where(active[:, None], hidden, 0)
         y = self._output(x, sharing)
-        return hidden + (y if active is None else mx.where(active[..., None], y, 0))
+        return hidden + (y if active is None else mx.where(active[:, None], y, 0))
 
     def norm_ratio(
         self,
-        hidden: Float[mx.array, "R S D"],
+        hidden: Float[mx.array, "cells D"],
         sharing: Sharing,
+        share: Float[mx.array, " cells"],
     ) -> Float[mx.array, ""]:
-        """The norm of what a call adds to that of `hidden`, its mean over active cells, in float32
-        (clause 3.9)."""
+        """The norm of what a call adds to that of `hidden`, its mean over active cells, each of
+        which has its `share` in it, in float32 (clause 3.9)."""
         active = sharing.active
-        h = hidden if active is None else mx.where(active[..., None], hidden, 0)
+        h = hidden if active is None else mx.where(active[:, None], hidden, 0)
         y = self._output(h, sharing)
         added, before = (mx.linalg.norm(z.astype(mx.float32), axis=-1) for z in (y, h))
         # A zero residual counts as 0, and what is not active is one by now.
         ratio = mx.where(before != 0, added / mx.where(before != 0, before, 1), 0)
-        return mx.sum(ratio) / (ratio.size if active is None else mx.maximum(mx.sum(active), 1))
+        return mx.sum(ratio * share)
 
     def _output(
-        self,
-        x: Float[mx.array, "R S D"],
-        sharing: Sharing,
-    ) -> Float[mx.array, "R S D"]:
+        self, x: Float[mx.array, "cells D"], sharing: Sharing
+    ) -> Float[mx.array, "cells D"]:
         """y of clauses 3.6 and 8.1, at a residual that is 0 where not active."""
-        x = self.inward(rms_norm(x, self.norm, self.eps))
-        x = silu(x) if self.num_heads is None else self._mix(x, self.num_heads, sharing)
-        return self.outward(x)
+        x = rms_norm(x, self.norm, self.eps)
+        if self.num_heads is None:
+            return self.outward(silu(self.inward(x)))
+        alone = len(x) if sharing.grid.width == 1 else sharing.shared
+        parts = []
+        if alone:  # a softmax over one row is 1 (clause 3.8): no q and k are computed
+            parts.append(self.inward(x[:alone], first=self.inward.sizes[0] * 2))
+        if alone < len(x):
+            parts.append(self._mix(self.inward(x[alone:]), self.num_heads, sharing))
+        return self.outward(parts[0] if len(parts) == 1 else mx.concatenate(parts))
 
     def _mix(
-        self,
-        qkv: Float[mx.array, "R S three_E"],
-        H: int,
-        sharing: Sharing,
-    ) -> Float[mx.array, "R S E"]:
-        grid, S, E = sharing.grid, qkv.shape[1], qkv.shape[2] // 3
-        if grid.width == 1:  # a softmax over one row is 1 (clause 3.8)
-            return qkv[..., 2 * E :]
+        self, qkv: Float[mx.array, "R_S three_E"], H: int, sharing: Sharing
+    ) -> Float[mx.array, "R_S E"]:
+        grid, S, E = sharing.grid, sharing.timesteps, qkv.shape[-1] // 3
         G, N = grid.groups, grid.width
-        cells = grid.spread(qkv).reshape(G, N, S, 3, H, -1)
+        cells = grid.spread(qkv.reshape(-1, S, 3 * E)).reshape(G, N, S, 3, H, -1)
         q, k, v = cells.transpose(3, 0, 2, 4, 1, 5).reshape(3, G * S, H, N, -1)
         mixed = mx.fast.scaled_dot_product_attention(
             q, k, v, scale=q.shape[-1] ** -0.5, mask=sharing.allowed
         )
         mixed = mixed.reshape(G, S, H, N, -1).transpose(0, 3, 1, 2, 4).reshape(G * N, S, E)
-        return grid.collect(mixed)
+        return grid.collect(mixed).reshape(-1, E)
 
     def parts(self) -> Iterator[tuple[str, Weight]]:
         """Its tensors by checkpoint name, in canonical order."""

@@ -20,10 +20,10 @@ from bridge.contract import Sampling
 from bridge.decoding.inputs import check_advance, check_prompts
 from bridge.decoding.rows import Rows, left_padded
 from bridge.decoding.uniforms import Uniforms, seeds_of
-from bridge_mlx.block import Sharing, rms_norm
+from bridge_mlx.block import Sharing
 from bridge_mlx.cache import Cache, KeysValues, Reads
 from bridge_mlx.linear import embed
-from bridge_mlx.model import Transformer, feed_forward
+from bridge_mlx.model import Transformer
 from bridge_mlx.sampling import drawing
 
 
@@ -72,12 +72,15 @@ class Decoder:
         model, (tokens, active, positions) = self.model, left_padded(prompts)
         prefix: list[KeysValues] = []
 
-        def keep(i: int, k: mx.array, v: mx.array) -> None:
-            prefix.append((mx.contiguous(k.swapaxes(1, 2)), mx.contiguous(v.swapaxes(1, 2))))
+        def by_prompt(x: mx.array) -> mx.array:
+            return x.reshape(*tokens.shape, *x.shape[1:])
 
-        cells = model.cells(np.arange(len(prompts)), active, positions)
-        h = model.forward(mx.array(tokens, mx.int32), cells, keep)
-        last = model.logits(h[:, -1])
+        def keep(i: int, k: mx.array, v: mx.array) -> None:
+            k, v = (mx.contiguous(by_prompt(x).swapaxes(1, 2)) for x in (k, v))
+            prefix.append((k, v))
+
+        cells = model.cells(tokens, np.arange(len(prompts)), active, positions)
+        last = model.head(by_prompt(model.forward(cells, keep))[:, -1])
         mx.eval(last, prefix)
         return last, prefix
 
@@ -173,21 +176,20 @@ class Decoder:
         self, tokens: Int[mx.array, " R"], alive: Bool[mx.array, " R"] | None = None
     ) -> Float[mx.array, "R V"]:
         """One timestep of the rows left: logits for the next. Those not `alive` influence none."""
-        model, cache, eps = self.model, self.cache, self.model.config.rms_norm_eps
+        model, cache = self.model, self.cache
         reads = {window: cache.reads(window) for window in self.windows}
         active = None if alive is None else cache.computed(alive)[:, None]
         sharing = Sharing.of(cache.grid, active, 1)
         rope = model.rope(cache.positions)
         h = embed(model.embed, cache.computed(tokens))
         for i, layer in enumerate(model.layers):
-            q, k, v = model.project(layer, rms_norm(h, layer.input_norm, eps), rope)
+            q, k, v = layer.project(h, rope)
             cache.write(i, k, v)
-            h = h + layer.o(self._attend(i, q, reads[layer.window]))
-            h = h + feed_forward(layer, rms_norm(h, layer.post_norm, eps))
+            h = layer.finish(h, self._attend(i, q, reads[layer.window]))
             if layer.block is not None:
-                h = layer.block(h[:, None], sharing)[:, 0]
+                h = layer.block(h, sharing)
         cache.fed()
-        return model.logits(cache.left(h))
+        return model.head(cache.left(h))
 
     def _attend(
         self, i: int, q: Float[mx.array, "C heads d"], reads: Reads

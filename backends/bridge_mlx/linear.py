@@ -99,12 +99,15 @@ class Linear:
             mx.concatenate(biases) if biases else None,
         )
 
-    def __call__(self, x: Float[mx.array, "... in"]) -> Float[mx.array, "... out"]:
+    def __call__(self, x: Float[mx.array, "... in"], first: int = 0) -> mx.array:
+        """`[..., out]`; without the first so many of the outputs, which are not computed."""
         outputs, start = [], 0
         for weight in self.weights:
-            end = start + len(weight)
-            bias = None if self.bias is None else self.bias[start:end]
-            outputs.append(_product(x, weight, bias))
+            end, begin = start + len(weight), max(start, first)
+            if begin < end:
+                bias = None if self.bias is None else self.bias[begin:end]
+                own = weight[begin - start :] if begin > start else weight
+                outputs.append(_product(x, own, bias))
             start = end
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-1)
 

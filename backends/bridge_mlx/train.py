@@ -25,10 +25,9 @@ from bridge.decoding.inputs import (
     micro_batches,
     positions_of,
 )
-from bridge.decoding.rows import only_active
 from bridge.decoding.targets import TargetCells
 from bridge_mlx.block import compiled_on_gpu
-from bridge_mlx.linear import trained
+from bridge_mlx.linear import embed, trained
 from bridge_mlx.model import Transformer
 
 Metrics = dict[str, float]
@@ -86,10 +85,10 @@ def target_logits(
 ) -> Float[mx.array, "tokens V"]:
     """Logits of the cells with a target. The head reads no other cell: a vocabulary is wide, and
     prompts have none."""
-    ids = mx.array(only_active(batch.tokens, batch.active), mx.int32)
-    cells = model.cells(batch.groups, batch.active, positions_of(batch))
-    h = model.forward(ids, cells, recompute=recompute)
-    return model.logits(mx.flatten(h, 0, 1)[mx.array(targets.flat(h.shape[1]))])
+    cells = model.cells(batch.tokens, batch.groups, batch.active, positions_of(batch))
+    h = model.forward(cells, recompute=recompute)
+    places = cells.places[targets.rows, targets.timesteps]
+    return model.head(embed(h, mx.array(places.astype(np.int32))))
 
 
 def at_targets(

@@ -50,9 +50,9 @@ FAULTS = (
         "What is longer than the first text stands still at its end.",
         "5.6",
         READ,
-        Edit("model", "if length > self.tables.shape[1]:", "if self.tables.shape[1] == 0:"),
+        Edit("attention", "if length > self.tables.shape[1]:", "if self.tables.shape[1] == 0:"),
         Edit(
-            "model",
+            "attention",
             "mx.take(self.tables, mx.array(positions.astype(np.int32)), axis=1)",
             "mx.take(self.tables, mx.array(\n"
             "            np.minimum(positions, self.tables.shape[1] - 1).astype(np.int32)\n"
@@ -66,9 +66,10 @@ FAULTS = (
         "5.4",
         READ,
         Edit(
-            "model",
-            "mask = mx.tri(S, dtype=mx.bool_)[None]",
-            "mask = (mx.tri(S, dtype=mx.bool_) & ~mx.tri(S, k=-256, dtype=mx.bool_))[None]",
+            "cells",
+            "mask = mx.tri(S, K, K - S, dtype=mx.bool_) &",
+            "mask = mx.tri(S, K, K - S, dtype=mx.bool_)\n"
+            "    mask = mask & ~mx.tri(S, K, K - S - 256, dtype=mx.bool_) &",
         ),
         package="bridge_mlx",
     ),
@@ -166,7 +167,9 @@ FAULTS = (
         "7.9",
         LIFE,
         Edit(
-            "model", "new.head = replace(self.head, weights=(new.embed,))", "new.head = self.head"
+            "model",
+            "linear = replace(linear, weights=(tensors[EMBEDDING],))",
+            "pass",
         ),
         package="bridge_mlx",
     ),

@@ -182,7 +182,7 @@ MLX = (
         "7.9",
         UPDATED,
         Edit(
-            "model",
+            "layer",
             'return tensors.get(f"{self.prefix}.{name}.weight", own)',
             "return own",
         ),
@@ -193,7 +193,7 @@ MLX = (
         "The embedding learns from its input side alone.",
         "7.9",
         UPDATED,
-        Edit("model", "weights=(new.embed,)", "weights=(self.embed,)"),
+        Edit("model", "weights=(tensors[EMBEDDING],)", "weights=self.linear.weights"),
         package="bridge_mlx",
     ),
     Fault(
