@@ -14,11 +14,11 @@ import numpy as np
 from bridge.checkpoints.packing import take_packed
 from bridge.config import ModelConfig, tensor_shapes
 from bridge.contract import AdamW, Batch, Objective
-from bridge.decoding.inputs import check_block, check_device_and_dtype, take_tensor
+from bridge.decoding.inputs import check_block, check_device_and_dtype, check_swap, take_tensor
 from bridge.decoding.targets import by_cell
 from bridge_mlx.block import Grid, Sharing
 from bridge_mlx.decode import Decoder
-from bridge_mlx.linear import Quantised, floats
+from bridge_mlx.linear import Quantised, chosen, floats
 from bridge_mlx.model import Transformer
 from bridge_mlx.train import Trainer, choose, logprobs, loss_and_grads
 
@@ -145,9 +145,24 @@ class MlxModel:
         trainable: Sequence[str],
         *,
         checkpoint_activations: bool = False,
+        loss_chunk: int | None = None,
     ) -> Trainer:
         """A trainer that updates this model's `trainable` tensors in place."""
-        return Trainer(self.transformer, objective, optimizer, trainable, checkpoint_activations)
+        return Trainer(
+            self.transformer, objective, optimizer, trainable, checkpoint_activations, loss_chunk
+        )
+
+    def swap(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Compute with these in the place of the model's own, and give those that were there
+        (clause 7.16). Raises BridgeError, and changes nothing, as `check_swap` says, and for a
+        tensor that is packed."""
+        taken = check_swap(self.config, tensors, self.dtype)
+        with mx.stream(self.transformer.device):
+            own = chosen(self.transformer.parts(), taken, "swap")
+            before = {name: to_numpy(tensor) for name, tensor in own.items()}
+            dtype = self.transformer.dtype
+            self.transformer.update({n: from_numpy(x, dtype) for n, x in taken.items()})
+        return before
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor by its Hugging Face name, in canonical order, in the model's dtype."""

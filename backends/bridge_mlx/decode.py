@@ -17,12 +17,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from bridge.contract import Sampling
-from bridge.decoding.inputs import check_advance, check_prompts
+from bridge.decoding.inputs import check_advance, check_next_tokens, check_prompts
 from bridge.decoding.rows import Rows, left_padded
 from bridge.decoding.uniforms import Uniforms, seeds_of
 from bridge_mlx.block import Sharing
 from bridge_mlx.cache import Cache, KeysValues, Reads
 from bridge_mlx.linear import embed
+from bridge_mlx.losses import log_probability
 from bridge_mlx.model import Transformer
 from bridge_mlx.sampling import drawing
 
@@ -41,9 +42,9 @@ class Decoder:
         """Prefill: the first groups come to a decoder that has none. Raises BridgeError for a
         prompt that is empty or, with `max_new_tokens`, goes past the context (clause 4.4), and for
         a width below 1."""
-        self.model = model
         self.windows = {layer.window for layer in model.layers}
         with mx.stream(model.device):
+            self.model = model.merged()
             self.cache = Cache(model)
             self.next_logits = mx.zeros((0, model.config.vocab_size))
         self.admit(prompts, widths, max_new_tokens, prompt_ids)
@@ -97,6 +98,14 @@ class Decoder:
     def logits(self) -> np.ndarray:
         """Next-token logits `[R, V]` of the rows left, float32."""
         return np.array(self.next_logits)
+
+    def logprobs(self, tokens: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+        """The log-probability of one token for each row left, as its next: `[R]` float32 (clause
+        6.10). Raises BridgeError as `check_next_tokens` says."""
+        rows = len(self.cache.rows)
+        ids = check_next_tokens(self.model.config.vocab_size, rows, tokens, temperature)
+        with mx.stream(self.model.device):
+            return np.array(log_probability(self.next_logits, ids, temperature)[-1])
 
     def sample(self, sampling: Sampling | Sequence[Sampling]) -> np.ndarray:
         """Draw the next token of each row left: `[R]` int64. Does not advance."""

@@ -41,7 +41,9 @@ class Layer:
         prefix = f"model.layers.{i}"
 
         def linear(part: str, *names: str, bias: bool) -> Linear:
-            return Linear.stack(tuple(f"{prefix}.{part}.{n}_proj" for n in names), get, bias)
+            stacked = tuple(f"{prefix}.{part}.{n}_proj" for n in names)
+            lora = None if part == "bridge" else config.lora
+            return Linear.stack(stacked, get, bias, lora)
 
         def norm(name: str) -> mx.array:
             return get(f"{prefix}.{name}.weight")
@@ -116,6 +118,11 @@ class Layer:
             f"{self.prefix}.post_attention_layernorm.weight": self.post_norm,
         }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def merged(self) -> "Layer":
+        """This layer with its low-rank updates in its matrices (clause 5.10)."""
+        linear = {name: getattr(self, name).merged() for name in ("qkv", "o", "gate_up", "down")}
+        return replace(self, **linear)
 
     def substitute(self, tensors: Mapping[str, mx.array]) -> "Layer":
         """This layer with some tensors replaced, differentiably."""

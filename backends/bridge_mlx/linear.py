@@ -7,13 +7,14 @@ multiplied and looked up is known here alone.
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
 from jaxtyping import Float, Int, UInt
 
+from bridge.config import LoraConfig
 from bridge.errors import BridgeError
 
 # MLX's wheels for Linux bring reference BLAS, twice as fast where no factor is transposed.
@@ -79,28 +80,59 @@ Weight = mx.array | Quantised  # [out, in]
 
 
 @dataclass(frozen=True)
+class Update:
+    """A low-rank update of one matrix: `scale * up @ down` (clause 5.10)."""
+
+    down: Float[mx.array, "r in"]  # lora_A
+    up: Float[mx.array, "out r"]  # lora_B
+    scale: float
+
+    def added(self, weight: Float[mx.array, "out in"]) -> Float[mx.array, "out in"]:
+        """The matrix with it, in float32, rounded once."""
+        up, down = self.up.astype(mx.float32), self.down.astype(mx.float32)
+        return (weight.astype(mx.float32) + self.scale * (up @ down)).astype(weight.dtype)
+
+
+@dataclass(frozen=True)
 class Linear:
-    """`x @ weight.T + bias` (clause 2.1: weights are `[out, in]`)."""
+    """`x @ weight.T + bias` (clause 2.1: weights are `[out, in]`), with low-rank updates."""
 
     names: tuple[str, ...]  # checkpoint names without `.weight` and `.bias`, in stacking order
     sizes: tuple[int, ...]  # outputs of each
     weights: tuple[Weight, ...]  # one; several where neighbours are not stored in the same way
     bias: Float[mx.array, " out"] | None = None
+    updates: tuple[Update | None, ...] = ()  # one a name, or none at all
 
     @classmethod
-    def stack(cls, names: tuple[str, ...], get: Callable[[str], Any], bias: bool) -> "Linear":
-        """The matrices `names`, read through `get` and stacked along their outputs."""
+    def stack(
+        cls,
+        names: tuple[str, ...],
+        get: Callable[[str], Any],
+        bias: bool,
+        lora: LoraConfig | None = None,
+    ) -> "Linear":
+        """The matrices `names`, read through `get` and stacked along their outputs; those that are
+        targets of `lora` have updates."""
         weights: list[Weight] = [get(f"{name}.weight") for name in names]
         biases = [get(f"{name}.bias") for name in names] if bias else []
+        updates = []
+        for name in names:
+            if lora is None or name.rpartition(".")[2] not in lora.targets:
+                updates.append(None)
+                continue
+            down, up = (get(f"{name}.lora_{matrix}.weight") for matrix in "AB")
+            updates.append(Update(down, up, lora.scale))
         return cls(
             names,
             tuple(len(w) for w in weights),
             tuple(_concatenate(list(alike)) for _, alike in groupby(weights, _storage)),
             mx.concatenate(biases) if biases else None,
+            tuple(updates) if any(updates) else (),
         )
 
     def __call__(self, x: Float[mx.array, "... in"], first: int = 0) -> mx.array:
-        """`[..., out]`; without the first so many of the outputs, which are not computed."""
+        """`[..., out]`; without the first so many of the outputs, which are not computed (where
+        there are no updates)."""
         outputs, start = [], 0
         for weight in self.weights:
             end, begin = start + len(weight), max(start, first)
@@ -109,10 +141,24 @@ class Linear:
                 own = weight[begin - start :] if begin > start else weight
                 outputs.append(_product(x, own, bias))
             start = end
-        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-1)
+        y = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-1)
+        return y + self._added(x) if self.updates else y
+
+    def _added(self, x: Float[mx.array, "... in"]) -> Float[mx.array, "... out"]:
+        """What the updates add, scale * up (down x); all of `down x` in one product."""
+        updates = [update for update in self.updates if update is not None]
+        low = _product(x, _concatenate([update.down for update in updates]), None)
+        lows = iter(mx.split(low * updates[0].scale, len(updates), axis=-1))
+        parts = [
+            mx.zeros((*x.shape[:-1], size), x.dtype)
+            if update is None
+            else _product(next(lows), update.up, None)
+            for update, size in zip(self.updates, self.sizes, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
     def parts(self) -> Iterator[tuple[str, Weight]]:
-        """Each stacked tensor by its checkpoint name."""
+        """Each stacked tensor by its checkpoint name, and those of updates."""
         for kind, stacks in (("weight", self.weights), ("bias", (self.bias,))):
             named = zip(self.names, self.sizes, strict=True)
             for stack in stacks:
@@ -121,15 +167,53 @@ class Linear:
                     name, size = next(named)
                     yield f"{name}.{kind}", stack[start : start + size]
                     start += size
+        yield from self._of_updates().items()
+
+    def _of_updates(self) -> dict[str, mx.array]:
+        tensors = {}
+        for name, update in zip(self.names, self.updates, strict=False):
+            if update is not None:
+                tensors[f"{name}.lora_A.weight"] = update.down
+                tensors[f"{name}.lora_B.weight"] = update.up
+        return tensors
 
     def substitute(self, tensors: Mapping[str, mx.array]) -> "Linear":
         """This layer with the tensors in `tensors` in place of its own, differentiably."""
+        if self._of_updates().keys() & tensors.keys():
+            updates = [
+                update
+                and replace(
+                    update,
+                    down=tensors.get(f"{name}.lora_A.weight", update.down),
+                    up=tensors.get(f"{name}.lora_B.weight", update.up),
+                )
+                for name, update in zip(self.names, self.updates, strict=True)
+            ]
+            return replace(self, updates=tuple(updates)).substitute(
+                {name: x for name, x in tensors.items() if ".lora_" not in name}
+            )
         mine = dict(self.parts())
         if not mine.keys() & tensors.keys():
             return self
-        return Linear.stack(
+        stacked = Linear.stack(
             self.names, lambda name: tensors.get(name, mine[name]), self.bias is not None
         )
+        return replace(stacked, updates=self.updates)
+
+    def merged(self) -> "Linear":
+        """This layer with its updates in the matrices; a packed one keeps its own beside it."""
+        if not self.updates:
+            return self
+        matrices = {name: part for name, part in self.parts() if name.endswith("_proj.weight")}
+        updates = list(self.updates)
+        for i, (name, update) in enumerate(zip(matrices, self.updates, strict=True)):
+            weight = matrices[name]
+            if update is not None and not isinstance(weight, Quantised):
+                matrices[name], updates[i] = update.added(weight), None
+        if updates == list(self.updates):
+            return self
+        stacked = Linear.stack(self.names, matrices.__getitem__, False)
+        return replace(stacked, bias=self.bias, updates=tuple(updates) if any(updates) else ())
 
 
 def _storage(weight: Weight) -> tuple[int, ...]:
@@ -195,17 +279,18 @@ def floats(part: Weight) -> mx.array:
     return part.floats() if isinstance(part, Quantised) else part
 
 
-def trained(parts: Iterable[tuple[str, Weight]], names: Iterable[str]) -> dict[str, mx.array]:
-    """The tensors `names`, to be differentiated. Raises BridgeError for one that is packed, which
-    has no gradient."""
-    named = dict(parts)
-    chosen = {}
+def chosen(
+    parts: Iterable[tuple[str, Weight]], names: Iterable[str], purpose: str
+) -> dict[str, mx.array]:
+    """The tensors `names`, for what they were named for. Raises BridgeError for one that is packed:
+    it has no gradient, and no place for floats."""
+    named, found = dict(parts), {}
     for name in names:
         part = named[name]
         if isinstance(part, Quantised):
             raise BridgeError(
-                f"trainable: {name} is quantised, which cannot be trained; train the blocks alone, "
+                f"{purpose}: {name} is quantised, which cannot be trained; train the blocks alone, "
                 "or convert the model without quantisation"
             )
-        chosen[name] = part
-    return chosen
+        found[name] = part
+    return found

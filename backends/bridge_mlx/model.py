@@ -5,6 +5,7 @@ same forward with keys and values kept. Weights are in plain dataclasses, in the
 flows. Nothing here evaluates: graphs are built, and whoever asked evaluates what it needs.
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,6 +74,7 @@ class Transformer:
         self.head = Head(get(NORM), linear, config.rms_norm_eps, tied)
         self.dtype = self.embed.dtype
         self.rope = Rope(config)
+        self._merged: Callable[[], Transformer | None] = lambda: None
 
     def parts(self) -> Iterator[tuple[str, Weight]]:
         """Every tensor by checkpoint name."""
@@ -88,7 +90,23 @@ class Transformer:
         new.embed = tensors.get(EMBEDDING, self.embed)
         new.layers = [layer.substitute(tensors) for layer in self.layers]
         new.head = self.head.substitute(tensors)
+        new._merged = lambda: None
         return new
+
+    def merged(self) -> "Transformer":
+        """What decoders compute with: this model with low-rank updates in its matrices (clause
+        5.10), for as long as somebody holds it and nothing is changed."""
+        if self.config.lora is None:
+            return self
+        merged = self._merged()
+        if merged is None:
+            merged = self.substitute({})
+            merged.layers = []
+            for layer in self.layers:
+                merged.layers.append(layer.merged())
+                evaluate(merged.layers[-1].parts())  # one by one, for what is made on the way
+            self._merged = weakref.ref(merged)
+        return merged
 
     def update(self, tensors: Mapping[str, mx.array]) -> None:
         """Take `tensors` as its own from now on."""

@@ -1,4 +1,4 @@
-"""Losses and a whole training step (chapter 7), with `mx.value_and_grad` and `mlx.optimizers`.
+"""Gradients and a whole training step (chapter 7), by `mx.value_and_grad` and `mlx.optimizers`.
 
 The trained tensors are leaves that stand in for the model's own; whatever else the model holds is
 frozen, shared, and not differentiated. Master weights and moments are float32, whatever the model's
@@ -19,16 +19,18 @@ from bridge.contract import SFT, AdamW, Batch, Objective
 from bridge.decoding.inputs import (
     add_metrics,
     check_batch,
+    check_loss_chunk,
     check_state,
     check_temperature,
     check_trainable,
     micro_batches,
     positions_of,
 )
-from bridge.decoding.targets import TargetCells
+from bridge.decoding.targets import LOSS_CHUNK, TargetCells
 from bridge_mlx.block import compiled_on_gpu
-from bridge_mlx.linear import embed, trained
-from bridge_mlx.model import Transformer
+from bridge_mlx.linear import chosen, embed
+from bridge_mlx.losses import log_probability, loss_in_parts, parts
+from bridge_mlx.model import EMBEDDING, Transformer
 
 Metrics = dict[str, float]
 Leaves = dict[str, mx.array]
@@ -38,7 +40,7 @@ def choose(model: Transformer, trainable: Sequence[str]) -> dict[str, mx.array]:
     """The model's tensors of these names. Raises BridgeError for a name that it lacks, and for a
     tensor that it keeps packed."""
     check_trainable(tensor_shapes(model.config), trainable)
-    return trained(model.parts(), trainable)
+    return chosen(model.parts(), trainable, "trainable")
 
 
 def loss_and_grads(
@@ -48,23 +50,37 @@ def loss_and_grads(
     objective: Objective,
     count: int | None = None,
     checkpoint_activations: bool = False,
+    loss_chunk: int = LOSS_CHUNK,
 ) -> tuple[Metrics, dict[str, mx.array]]:
     """Clauses 7.1 to 7.5: metrics, and the gradient of the loss at each leaf, in float32.
 
-    `leaves` stand in for the model's tensors of these names. `count`: see `loss`. Raises
-    BridgeError for a batch whose shapes disagree, that has no target, or lacks what the objective
-    reads.
+    `leaves` stand in for the model's tensors of these names. `count`: see `losses.loss`; None: the
+    targets of this batch. Raises BridgeError for a batch whose shapes disagree, that has no target,
+    or lacks what the objective reads.
     """
     check_batch(batch, objective, model.config.vocab_size)
     targets = TargetCells.of(batch)
+    count = len(targets.rows) if count is None else count
+    at_head = {name: leaf for name, leaf in leaves.items() if name in model.head.names()}
+    trunk = {
+        name: leaf for name, leaf in leaves.items() if name == EMBEDDING or name not in at_head
+    }
 
-    def run(leaves: dict[str, mx.array]) -> tuple[mx.array, dict[str, mx.array]]:
-        recompute = leaves if checkpoint_activations else None
-        logits = target_logits(model.substitute(leaves), batch, targets, recompute)
-        return loss(logits, targets, objective, count)
+    def run(trunk: Leaves) -> tuple[mx.array, Any]:
+        recompute = trunk if checkpoint_activations else None
+        h = at_target_cells(model.substitute(trunk), batch, targets, recompute)
+        metrics, at_h, grads = loss_in_parts(
+            model.head, at_head, mx.stop_gradient(h), targets, objective, count, loss_chunk
+        )
+        # Its gradient at h is the loss's, which is known by now.
+        return mx.sum(h.astype(mx.float32) * at_h.astype(mx.float32)), (metrics, grads)
 
-    (_, metrics), grads = mx.value_and_grad(run)(dict(leaves))
-    grads = {name: grad.astype(mx.float32) for name, grad in grads.items()}
+    if trunk:
+        (_, (metrics, grads)), of_trunk = mx.value_and_grad(run)(trunk)
+    else:
+        (_, (metrics, grads)), of_trunk = run({}), {}
+    for name, grad in of_trunk.items():  # a tied embedding has both
+        grads[name] = grad.astype(mx.float32) + grads.get(name, 0)
     mx.eval(metrics, grads)
     return {name: float(x) for name, x in metrics.items()}, grads
 
@@ -74,82 +90,26 @@ def logprobs(model: Transformer, batch: Batch, temperature: float) -> Float[mx.a
     check_batch(batch, SFT(), model.config.vocab_size)
     check_temperature(temperature)
     targets = TargetCells.of(batch)
-    return at_targets(target_logits(model, batch, targets), targets, temperature)[1]
+    h = at_target_cells(model, batch, targets)
+    found = []
+    for some, own in parts(targets, LOSS_CHUNK):
+        found.append(log_probability(model.head(h[some]), own.targets, temperature)[-1])
+        mx.eval(found[-1])
+    return mx.concatenate(found)
 
 
-def target_logits(
+def at_target_cells(
     model: Transformer,
     batch: Batch,
     targets: TargetCells,
-    recompute: dict[str, mx.array] | None = None,
-) -> Float[mx.array, "tokens V"]:
-    """Logits of the cells with a target. The head reads no other cell: a vocabulary is wide, and
-    prompts have none."""
+    recompute: Mapping[str, mx.array] | None = None,
+) -> Float[mx.array, "tokens D"]:
+    """Hidden states of the cells with a target. The head reads no other cell: a vocabulary is wide,
+    and prompts have none."""
     cells = model.cells(batch.tokens, batch.groups, batch.active, positions_of(batch))
-    h = model.forward(cells, recompute=recompute)
     places = cells.places[targets.rows, targets.timesteps]
-    return model.head(embed(h, mx.array(places.astype(np.int32))))
-
-
-def at_targets(
-    logits: Float[mx.array, "tokens V"], targets: TargetCells, temperature: float
-) -> tuple[Float[mx.array, "tokens V"], Float[mx.array, " tokens"]]:
-    """log p of every token, and of the target (clause 7.1)."""
-    logits = logits if temperature == 1 else logits / temperature
-    z = logits - mx.stop_gradient(mx.max(logits, axis=-1, keepdims=True))
-    logp = z - mx.log(mx.sum(mx.exp(z), axis=-1, keepdims=True))
-    ids = mx.array(targets.targets, mx.int32)
-    return logp, mx.take_along_axis(logp, ids[:, None], axis=-1)[:, 0]
-
-
-def loss(
-    logits: Float[mx.array, "tokens V"],
-    targets: TargetCells,
-    objective: Objective,
-    count: int | None,
-) -> tuple[mx.array, dict[str, mx.array]]:
-    """The loss over target tokens, and its metrics, `loss` and `tokens` among them.
-
-    `logits` are those of the cells with a target. `count` is the number of targets that sums are
-    divided by: of the whole update, where the batch is one of several (clause 7.10); None: of this
-    batch. SFT is clause 7.4: `loss = -sum(lp) / count` with lp = log p(target). GRPO is clause 7.5,
-    with advantage A by row:
-
-        rho  = exp(lp - old)
-        gain = min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)
-        kl   = exp(ref - lp) - (ref - lp) - 1
-        loss = -sum(gain - beta kl) / count
-    """
-    temperature = 1.0 if isinstance(objective, SFT) else objective.temperature
-    logp, lp = at_targets(logits, targets, temperature)
-    count = len(lp) if count is None else count
-    tokens = mx.array(float(len(lp)))
-    if isinstance(objective, SFT):
-        value = -mx.sum(lp) / count
-        return value, {"loss": value, "tokens": tokens}
-    assert targets.advantages is not None
-    A, old = _floats(targets.advantages), mx.stop_gradient(lp)
-    if targets.old_logprobs is not None:
-        old = _floats(targets.old_logprobs)
-    rho = mx.exp(lp - old)
-    clipped = mx.stop_gradient(mx.clip(rho, 1 - objective.eps_low, 1 + objective.eps_high))
-    gain = mx.where(rho * A <= clipped * A, rho * A, clipped * A)
-    metrics = {
-        "tokens": tokens,
-        "clip_fraction": mx.sum(rho * A > clipped * A) / count,
-        "entropy": -mx.sum(mx.exp(logp) * logp) / count,
-    }
-    if targets.ref_logprobs is not None:
-        difference = _floats(targets.ref_logprobs) - lp
-        kl = mx.expm1(difference) - difference  # of a small difference, exp is 1 and no more
-        gain = gain - objective.beta * kl
-        metrics["kl"] = mx.sum(kl) / count
-    value = -mx.sum(gain) / count
-    return value, {"loss": value, **metrics}
-
-
-def _floats(values: Float[np.ndarray, " tokens"]) -> Float[mx.array, " tokens"]:
-    return mx.array(values.astype(np.float32))
+    h = model.forward(cells, recompute=recompute)
+    return embed(h, mx.array(places.astype(np.int32)))
 
 
 def updating(
@@ -180,10 +140,12 @@ class Trainer:
         optimizer: AdamW,
         trainable: Sequence[str],
         checkpoint_activations: bool = False,
+        loss_chunk: int | None = None,
     ) -> None:
         """Masters start at the model's own values, moments at 0 (clause 7.9)."""
         self.model, self.objective, self.options = model, objective, optimizer
         self.checkpoint_activations = checkpoint_activations
+        self.loss_chunk = check_loss_chunk(loss_chunk)
         with mx.stream(model.device):
             leaves = choose(model, trainable)
             self.master = {name: leaf.astype(mx.float32) for name, leaf in leaves.items()}
@@ -207,7 +169,13 @@ class Trainer:
             parts, grads = [], {}
             for part in batches:
                 metrics, added = loss_and_grads(
-                    self.model, leaves, part, self.objective, count, self.checkpoint_activations
+                    self.model,
+                    leaves,
+                    part,
+                    self.objective,
+                    count,
+                    self.checkpoint_activations,
+                    self.loss_chunk,
                 )
                 parts.append(metrics)
                 grads = {name: g + grads[name] if grads else g for name, g in added.items()}
