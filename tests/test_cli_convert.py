@@ -80,6 +80,8 @@ def test_its_json(root):
         "quantization": None,
         "dequantised": False,
         "adapter": False,
+        "lora_rank": None,
+        "merged": False,
     }
 
 

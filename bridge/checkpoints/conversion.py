@@ -15,18 +15,19 @@ from typing import Any
 import numpy as np
 
 from bridge import remote_code as code
-from bridge.checkpoints.forms import BLOCK, FORMS, Entry, PackedPlace, arrange, plain_config
+from bridge.checkpoints.conversion_checks import check_options, check_updates, keep_apart
+from bridge.checkpoints.forms import BLOCK, FORMS, LORA, Entry, PackedPlace, arrange, plain_config
 from bridge.checkpoints.gguf import as_directory
 from bridge.checkpoints.older_rope import with_older_rope
 from bridge.checkpoints.packing import SCALES
 from bridge.checkpoints.reading import (
     Checkpoint,
     host_hash,
-    is_adapter,
     open_blocks,
     open_checkpoint,
     read_adapter,
 )
+from bridge.checkpoints.shards import is_adapter
 from bridge.checkpoints.tensor_specs import TensorSpec, float_dtype
 from bridge.checkpoints.tensors import entry_pieces
 from bridge.checkpoints.writing import (
@@ -35,13 +36,14 @@ from bridge.checkpoints.writing import (
     write_base,
     write_entries,
     write_json,
+    write_lora,
 )
-from bridge.config.quantization import GROUP_SIZES, Quantization
+from bridge.config.quantization import Quantization
 from bridge.errors import BridgeError, show
 from bridge.files.atomic import new_directory, refuse_existing
 from bridge.numbers.ranges import take
+from bridge.numbers.rounding import rounded
 
-BITS = (4, 8)  # to quantise to; more are read
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -58,6 +60,8 @@ class Converted:
     quantization: dict[str, Any] | None  # as in config.json
     dequantised: bool  # whether SRC was quantised and this is not
     adapter: bool
+    lora_rank: int | None  # of the updates that are kept; None: there are none
+    merged: bool  # whether updates were added to the matrices
 
     def to_json(self) -> dict[str, Any]:
         """For machines."""
@@ -78,6 +82,8 @@ def convert(
     any_base: bool = False,
     remote_code: bool = False,
     quantize_blocks: bool = False,
+    lora: str | Path | None = None,
+    merge_lora: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Converted:
@@ -89,26 +95,31 @@ def convert(
     `quantize_blocks`. `shard_size`: bytes, or a text such as 5GB. `adapter`: write the blocks
     alone; without it an adapter is written whole, on the base that it names or on `merge`.
     `any_base`: whatever the hash of that base. `remote_code`: add the code with which transformers
-    (torch) or mlx-lm (mlx) runs the blocks. `overwrite`: a checkpoint at `dst` is replaced.
+    (torch) or mlx-lm (mlx) runs the blocks. `lora`: take the low-rank updates in this directory,
+    which PEFT saved (clause 9.13). `merge_lora`: add updates, these or SRC's own, to the matrices,
+    rounded once; without it they are kept. `overwrite`: a checkpoint at `dst` is replaced.
     `progress(done, total)` hears of bytes. Raises BridgeError in one line; `dst` is then as it was.
     """
     src, dst = Path(src), Path(dst)
     refuse_existing(dst, overwrite)
     if to not in FORMS:
         raise BridgeError(f"to: {to!r} is no form; use one of {', '.join(FORMS)}")
-    _check_options(to, quantize, group_size, adapter, merge, remote_code, quantize_blocks)
+    check_options(to, quantize, group_size, adapter, merge, remote_code, quantize_blocks)
     largest = parse_size(shard_size)
-    for other in (src, *([] if merge is None else [Path(merge)])):
-        _keep_apart(dst, other)
-    with _opened(src, dst, adapter, merge, any_base) as opened:
+    for other in (src, *(Path(read) for read in (merge, lora) if read is not None)):
+        keep_apart(dst, other)
+    with _opened(src, dst, adapter, merge, any_base, lora) as opened:
+        check_updates(opened, to, quantize, adapter, remote_code, merge_lora)
         if opened.base is not None:
-            _keep_apart(dst, opened.base.path)
+            keep_apart(dst, opened.base.path)
         stored, wanted = float_dtype(dtype or opened.dtype)
-        specs = {
+        of_all = {
             name: TensorSpec(spec.dtype if dtype is None else wanted, spec.shape)
             for name, spec in opened.specs.items()
-            if BLOCK in name or not adapter
+            if BLOCK in name or LORA in name or not adapter
         }
+        specs = {name: spec for name, spec in of_all.items() if LORA not in name}
+        updates = {n: spec for n, spec in of_all.items() if LORA in n and not merge_lora}
         packed = _packing(opened, specs, to, quantize, group_size, quantize_blocks)
         if packed and dtype is not None and quantize is None:
             raise BridgeError(
@@ -122,8 +133,9 @@ def convert(
                 raw[key] = stored
         entries = arrange(to, specs, packed)
         total = sum(entry.nbytes for entry in entries)
+        kept, added = (None, opened.config.lora) if merge_lora else (opened.config.lora, None)
         pieces = _reported(
-            lambda e: entry_pieces(e, opened.tensors, specs, packed), total, progress
+            lambda e: entry_pieces(e, opened.tensors, specs, packed, added), total, progress
         )
         said = _base(src, opened) if adapter else None
         if to == "mlx":
@@ -133,6 +145,9 @@ def convert(
                 raw = code.add(directory, raw, to)
             write_json(directory / "config.json", raw)
             write_entries(directory, to, entries, pieces, largest)
+            if kept is not None:
+                numbers = ((n, rounded(opened.tensors[n], s.dtype, n)) for n, s in updates.items())
+                write_lora(directory, kept, updates, numbers)
             if said:
                 write_base(directory, *said)
             else:
@@ -142,11 +157,13 @@ def convert(
         path=str(dst),
         form=to,
         dtype=stored,
-        bytes=total,
-        tensors=sum(len(entry.stored) for entry in entries),
+        bytes=total + sum(spec.nbytes for spec in updates.values()),
+        tensors=sum(len(entry.stored) for entry in entries) + len(updates),
         quantization=raw.get("quantization"),
         dequantised=was_packed and not packed,
         adapter=adapter,
+        lora_rank=kept.rank if kept else None,
+        merged=added is not None,
     )
 
 
@@ -160,63 +177,28 @@ def parse_size(size: int | str) -> int:
     return take("shard_size", int(number) if isfinite(number) else number)
 
 
-def _check_options(
-    to: str,
-    quantize: int | None,
-    group_size: int,
-    adapter: bool,
-    merge: str | Path | None,
-    remote_code: bool,
-    quantize_blocks: bool,
-) -> None:
-    """Refuse what does not go together, before anything is read."""
-    if adapter and merge is not None:
-        raise BridgeError("adapter and merge exclude each other: blocks alone, or with their host")
-    if adapter and remote_code:
-        raise BridgeError("remote_code: an adapter carries no code; leave one of the two out")
-    if remote_code and to not in code.FILES:
-        raise BridgeError(f"remote_code: there is none for the form {to!r}; use --to torch or mlx")
-    if quantize is None:
-        if quantize_blocks:
-            raise BridgeError("quantize_blocks needs quantize; give its bits")
-        return
-    if to != "mlx":
-        raise BridgeError(f"quantize: the form {to!r} stores no quantised weights; use --to mlx")
-    if quantize not in BITS or type(quantize) is not int:
-        raise BridgeError(f"quantize: bits must be 4 or 8, not {show(quantize)}")
-    if group_size not in GROUP_SIZES:
-        known = ", ".join(map(str, GROUP_SIZES))
-        raise BridgeError(f"group_size must be one of {known}, not {show(group_size)}")
-    if adapter and not quantize_blocks:
-        raise BridgeError("quantize: blocks are left as they are; add --quantize-blocks")
-
-
-def _keep_apart(dst: Path, other: Path) -> None:
-    """Refuse to write into, or over, what is read."""
-    target, source = dst.resolve(), other.resolve()
-    if target == source:
-        raise BridgeError(f"{dst}: is what is converted; choose another name")
-    if source in target.parents:
-        raise BridgeError(f"{dst}: lies inside of {other}, which is read; choose a place beside it")
-    if target in source.parents:
-        raise BridgeError(f"{dst}: holds {other}, which is read; choose another name")
-
-
 @contextmanager
 def _opened(
-    src: Path, dst: Path, adapter: bool, merge: str | Path | None, any_base: bool
+    src: Path,
+    dst: Path,
+    adapter: bool,
+    merge: str | Path | None,
+    any_base: bool,
+    lora: str | Path | None,
 ) -> Iterator[Checkpoint]:
-    """SRC, opened: of an adapter that stays one, the blocks alone."""
+    """SRC, opened: of an adapter that stays one, the blocks and updates alone."""
+    updates = None if lora is None else Path(lora)
     if src.suffix == ".gguf":
         if adapter or merge is not None:
             raise BridgeError(f"{src}: a GGUF file holds a plain host, so there are no blocks")
         with as_directory(src, dst) as directory:
-            yield open_checkpoint(directory)
+            yield open_checkpoint(directory, lora=updates)
     elif adapter and src.is_dir() and is_adapter(src):
-        yield open_blocks(src)
+        yield open_blocks(src, updates)
     else:
-        opened = open_checkpoint(src, None if merge is None else Path(merge), any_base=any_base)
-        if adapter and opened.config.bridge is None:
+        base = None if merge is None else Path(merge)
+        opened = open_checkpoint(src, base, any_base=any_base, lora=updates)
+        if adapter and opened.config.bridge is None and opened.config.lora is None:
             raise BridgeError(
                 f"{src}: has no blocks, so there is no adapter; bridge init adds some"
             )

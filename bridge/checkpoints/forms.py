@@ -31,6 +31,7 @@ METADATA = {"torch": {"format": "pt"}, "jax": {"format": "jax"}, "mlx": {"format
 LAYER = re.compile(r"model\.layers\.(0|[1-9]\d*)\.(.+)")
 STACK = "model.layers.*."
 BLOCK = ".bridge."  # in the name of every tensor of a block, and of no other
+LORA = ".lora_"  # and of every tensor of a low-rank update
 
 
 class Place(NamedTuple):

@@ -17,7 +17,7 @@ from bridge.checkpoints.forms import plain_config
 from bridge.checkpoints.gguf import as_directory
 from bridge.checkpoints.reading import Checkpoint, open_checkpoint
 from bridge.checkpoints.tensor_specs import TensorSpec, float_dtype
-from bridge.checkpoints.writing import write_adapter, write_checkpoint
+from bridge.checkpoints.writing import write_adapter, write_checkpoint, write_lora
 from bridge.config import (
     TARGETS,
     BridgeConfig,
@@ -72,13 +72,16 @@ def init(
     norm_eps: float | None = None,
     dtype: str | None = None,
     adapter: bool = False,
+    lora: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Initialised:
     """Write `host` with fresh blocks as the checkpoint `out`.
 
     `host`: a Hugging Face directory, or a GGUF file (extra `gguf`). `layers`: `all`, numbers, or
     a text such as `0-14,20`. `norm_eps`: None is the host's. `dtype`: None keeps the host's.
-    `adapter`: write the blocks alone, for a host that stays where it is. `progress(done, total)`
+    `adapter`: write the blocks alone, for a host that stays where it is. `lora`: a directory of
+    low-rank updates of the host, as PEFT saves it (clause 9.13); they stay beside it, as those that
+    the host may have of its own do. `progress(done, total)`
     hears of bytes. Raises BridgeError before anything is written where `out` exists or something
     does not fit.
     """
@@ -86,7 +89,7 @@ def init(
     refuse_existing(out)
     seed, heads, head_dim = take("seed", seed), take("heads", heads), take("head_dim", head_dim)
     norm_eps = None if norm_eps is None else take("norm_eps", norm_eps)
-    with _opened(host, out, adapter) as opened:
+    with _opened(host, out, adapter, None if lora is None else Path(lora)) as opened:
         chosen = BridgeConfig(
             kind=kind,
             num_heads=heads,
@@ -109,10 +112,11 @@ def init(
             specs[name] = TensorSpec(opened.specs[name].dtype if kept else numpy_dtype, shape)
         _check_fits(out, config, fresh, specs)
         tensors = _with_blocks(opened, config, specs, seed, progress)
+        also = _updates(opened, None if dtype is None else numpy_dtype)
         if adapter:
-            write_adapter(out, opened, raw, specs, tensors)
+            write_adapter(out, opened, raw, specs, tensors, also)
         else:
-            write_checkpoint(out, raw, specs, tensors, assets=opened.assets)
+            write_checkpoint(out, raw, specs, tensors, assets=opened.assets, also=also)
     return Initialised(
         path=str(out),
         kind=kind,
@@ -138,11 +142,22 @@ def _check_fits(
     check_disk(out.parent, sum(spec.nbytes for spec in specs.values()), what, mend)
 
 
+def _updates(opened: Checkpoint, dtype: np.dtype | None) -> Callable[[Path], None] | None:
+    """What writes the host's updates, in another dtype if one is given; None where it has none."""
+    lora = opened.config.lora
+    if lora is None:
+        return None
+    of_host = {name: opened.specs[name] for name in lora_names(opened.config)}
+    specs = {name: TensorSpec(dtype or spec.dtype, spec.shape) for name, spec in of_host.items()}
+    tensors = ((n, rounded(opened.tensors[n], spec.dtype, n)) for n, spec in specs.items())
+    return lambda directory: write_lora(directory, lora, specs, tensors)
+
+
 @contextmanager
-def _opened(host: Path, out: Path, adapter: bool) -> Iterator[Checkpoint]:
+def _opened(host: Path, out: Path, adapter: bool, lora: Path | None) -> Iterator[Checkpoint]:
     """The host, opened; that of a GGUF file lies beside `out` for as long as it is needed."""
     if host.suffix != ".gguf":
-        opened = open_checkpoint(host)
+        opened = open_checkpoint(host, lora=lora)
         if opened.config.bridge is not None:
             raise BridgeError(f"{host}: has Bridge blocks already; start from the plain host")
         yield opened
@@ -150,7 +165,7 @@ def _opened(host: Path, out: Path, adapter: bool) -> Iterator[Checkpoint]:
     if adapter:
         raise BridgeError(f"{host}: an adapter needs a host directory to refer to, not a GGUF file")
     with as_directory(host, out) as directory:
-        yield open_checkpoint(directory)
+        yield open_checkpoint(directory, lora=lora)
 
 
 def _with_blocks(

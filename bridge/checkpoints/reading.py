@@ -9,24 +9,21 @@ checkpoint can make us read outside its directory or run code.
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bridge.checkpoints.forms import BLOCK, Place, Source, find_packed, form_of, locate
+from bridge.checkpoints.forms import BLOCK, LORA, Place, Source, find_packed, form_of, locate
+from bridge.checkpoints.lora import DIRECTORY, find_lora, read_lora
 from bridge.checkpoints.packing import side_names
 from bridge.checkpoints.safetensors_io import DAMAGED, SafetensorsFile
+from bridge.checkpoints.shards import ADAPTER, BLOCKS, find_tensors, is_adapter
 from bridge.checkpoints.tensor_specs import CODES, FLOATS, TensorSpec
 from bridge.checkpoints.tensors import CheckpointTensors, content_hash, same_bytes
 from bridge.config import ModelConfig, read_config, tensor_shapes
 from bridge.config.quantization import Quantization, parse_quantization
 from bridge.errors import BridgeError, show
-from bridge.files.opening import exists
 from bridge.files.strict_json import read_object
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-BLOCKS = "bridge.safetensors"  # beside a host in the mlx form; alone in an adapter
-ADAPTER = "bridge_adapter.json"
 
 
 @dataclass(frozen=True)
@@ -58,13 +55,19 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: Path, base: Path | None = None, *, headers_only: bool = False, any_base: bool = False
+    path: Path,
+    base: Path | None = None,
+    *,
+    headers_only: bool = False,
+    any_base: bool = False,
+    lora: Path | None = None,
 ) -> Checkpoint:
     """Open a checkpoint directory of any form, or an adapter on its base (clause 9.5).
 
     `base`: the host of an adapter; None takes the one that the adapter names. `headers_only`: do
     not compare contents either (the hash of an adapter's base, a tied head stored twice), which is
     for looking at a checkpoint and not for running it. `any_base`: take a base of another hash.
+    `lora`: a directory of updates as PEFT saves it, for a checkpoint without (clause 9.13).
     Raises BridgeError, naming file, tensor and mend, for whatever does not fit.
     """
     if not os.path.isdir(path):  # also of a name that no file can have
@@ -76,73 +79,18 @@ def open_checkpoint(
         raise BridgeError(f"{path}: no such checkpoint directory; {mend}")
     config, raw = read_config(path / "config.json")
     if is_adapter(path):
-        return _open_adapter(path, config, raw, base, headers_only, any_base)
-    if base is not None:
+        opened = _open_adapter(path, raw, base, headers_only, any_base)
+    elif base is not None:
         raise BridgeError(f"{path}: is no adapter (no {ADAPTER}), so it takes no base")
-    return _opened(path, config, raw, tensor_shapes(config), headers_only)
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether a checkpoint directory holds blocks alone (clause 9.5)."""
-    return exists(path / ADAPTER)
+    else:
+        opened = _with_updates(_opened(path, config, raw, tensor_shapes(config), headers_only))
+    return opened if lora is None else _with_updates(opened, lora)
 
 
 def host_hash(checkpoint: Checkpoint) -> str:
     """What an adapter says of its base: the content hash of its host's tensors (clause 9.5)."""
-    return content_hash(checkpoint.tensors, tensor_shapes(checkpoint.config.without_bridge()))
-
-
-def find_tensors(path: Path) -> dict[str, SafetensorsFile]:
-    """The file of every tensor in a directory, by its stored name (clauses 9.4 and 9.10).
-
-    The files are those of the index, or else `model.safetensors`; and `bridge.safetensors`.
-    """
-    single, index, blocks = path / SINGLE, path / INDEX, path / BLOCKS
-    weight_map = _read_index(index) if exists(index) else {}
-    shards = sorted(set(weight_map.values()))
-    if exists(single) and SINGLE not in shards:
-        if exists(index):
-            raise BridgeError(f"{path}: has both {SINGLE} and {INDEX}; remove one of the two")
-        shards.append(SINGLE)
-    if exists(blocks) and BLOCKS not in shards:
-        shards.append(BLOCKS)
-    if not shards:
-        lacking = f"no {BLOCKS}" if is_adapter(path) else f"neither {SINGLE} nor {INDEX}"
-        raise BridgeError(f"{path}: has {lacking}; copy the weights there")
-    indexed = set(weight_map.values())
-    found: dict[str, SafetensorsFile] = {}
-    for shard in shards:
-        file = SafetensorsFile(path / shard)
-        for name in file:
-            if name in found:
-                other = found[name].path.name
-                raise BridgeError(f"{path}: tensor {show(name)} is in {other} and in {shard}")
-            if shard in indexed and weight_map.get(name) != shard:
-                raise BridgeError(f"{path / shard}: tensor {show(name)} is not where {INDEX} says")
-            found[name] = file
-    for name, shard in weight_map.items():
-        if name not in found:
-            raise BridgeError(
-                f"{path / shard}: lacks tensor {show(name)}, which {INDEX} puts there"
-            )
-    return found
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    try:
-        weight_map = read_object(index)["weight_map"]
-        shards = set(weight_map.values())
-    except (OSError, KeyError, TypeError, AttributeError):
-        raise BridgeError(f"{index}: must be JSON with a weight_map; {DAMAGED}") from None
-    for shard in shards:
-        plain = isinstance(shard, str) and shard == Path(shard).name and "\\" not in shard
-        plain = plain and len(shard) < 256  # as long as a file's name may be
-        if not plain or not shard.isprintable() or not shard.endswith(".safetensors"):
-            raise BridgeError(
-                f"{index}: weight_map names {show(shard)}; it must be a .safetensors file in the "
-                "same directory"
-            )
-    return weight_map
+    host = checkpoint.config.without_bridge().without_lora()
+    return content_hash(checkpoint.tensors, tensor_shapes(host))
 
 
 def _opened(
@@ -160,6 +108,25 @@ def _opened(
     form = "mlx" if apart else form_of(tensors.sources.values())
     quantization = parse_quantization(raw, str(path / "config.json"))
     return Checkpoint(path, path, config, raw, tensors, form, quantization)
+
+
+def _with_updates(opened: Checkpoint, directory: Path | None = None) -> Checkpoint:
+    """A checkpoint with the updates that are beside its tensors, if any (clause 9.13); or with
+    those of a directory that the user named."""
+    if directory is None:
+        found = find_lora(opened.path, opened.config)
+    elif opened.config.lora is not None:
+        raise BridgeError(
+            f"{opened.path}: has updates of its own (in {DIRECTORY}); take one of them"
+        )
+    else:
+        found = read_lora(directory, opened.config)
+    if found is None:
+        return opened
+    config = replace(opened.config, lora=found.config)
+    sources = {**opened.tensors.sources, **found.places}
+    ordered = {name: sources[name] for name in tensor_shapes(config) if name in sources}
+    return replace(opened, config=config, tensors=CheckpointTensors(ordered))
 
 
 def _match(
@@ -237,7 +204,6 @@ def _take_tied(places: dict[str, Place], headers_only: bool) -> None:
 
 def _open_adapter(
     path: Path,
-    config: ModelConfig,
     raw: dict[str, Any],
     base: Path | None,
     headers_only: bool,
@@ -253,7 +219,15 @@ def _open_adapter(
     if is_adapter(directory):
         raise BridgeError(f"{directory}: is an adapter itself, so it cannot be the base of {path}")
     host = open_checkpoint(directory, headers_only=headers_only)
-    if host.config.without_bridge() != config.without_bridge():
+    config = blocks.config
+    if host.config.lora is not None and config.lora is None:
+        raise BridgeError(
+            f"{directory}: has updates (in {DIRECTORY}), and its adapter {path} has none, which "
+            "leaves open what it is of; copy them to the adapter, or merge them: bridge convert "
+            "--merge-lora"
+        )
+    plain = [of.without_bridge().without_lora() for of in (host.config, config)]
+    if plain[0] != plain[1]:
         raise BridgeError(f"{directory}: its config.json differs from that of the adapter {path}")
     if not (headers_only or any_base) and host_hash(host) != digest:
         raise BridgeError(
@@ -261,20 +235,28 @@ def _open_adapter(
             "was made for, or take this one with bridge convert --any-base"
         )
     sources = blocks.tensors.sources | {
-        n: s for n, s in host.tensors.sources.items() if BLOCK not in n
+        n: s for n, s in host.tensors.sources.items() if BLOCK not in n and LORA not in n
     }
     tensors = CheckpointTensors({name: sources[name] for name in tensor_shapes(config)})
     quantization = host.quantization or blocks.quantization
     return Checkpoint(path, host.assets, config, raw, tensors, blocks.form, quantization, host)
 
 
-def open_blocks(path: Path) -> Checkpoint:
-    """The blocks of an adapter alone, without its base."""
+def open_blocks(path: Path, lora: Path | None = None) -> Checkpoint:
+    """The blocks and updates of an adapter alone, without its base; `lora` as above."""
     config, raw = read_config(path / "config.json")
-    if config.bridge is None:
-        raise BridgeError(f"{path / 'config.json'}: bridge is missing; an adapter holds blocks")
     shapes = {name: shape for name, shape in tensor_shapes(config).items() if BLOCK in name}
-    return _opened(path, config, raw, shapes)
+    if shapes:
+        blocks = _opened(path, config, raw, shapes)
+    else:
+        blocks = Checkpoint(path, path, config, raw, CheckpointTensors({}), "torch")
+    found = _with_updates(blocks)
+    if not found.specs:
+        raise BridgeError(
+            f"{path / 'config.json'}: bridge is missing; an adapter holds blocks, or updates (in "
+            f"{DIRECTORY})"
+        )
+    return found if lora is None else _with_updates(found, lora)
 
 
 def read_adapter(path: Path) -> tuple[str, str]:

@@ -10,11 +10,19 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from bridge.checkpoints.forms import PackedPlace, parts_of
+from bridge.checkpoints.forms import BLOCK, LORA, PackedPlace, parts_of
 from bridge.checkpoints.initialise import parse_layers
-from bridge.checkpoints.reading import ADAPTER, Checkpoint, open_checkpoint
+from bridge.checkpoints.reading import Checkpoint, open_checkpoint
+from bridge.checkpoints.shards import ADAPTER
 from bridge.checkpoints.tensor_specs import CODES, FLOATS
-from bridge.config import BridgeConfig, ModelConfig, parse_config, read_config, tensor_shapes
+from bridge.config import (
+    BridgeConfig,
+    ModelConfig,
+    lora_names,
+    parse_config,
+    read_config,
+    tensor_shapes,
+)
 from bridge.config.sizes import WIDTHS, token_bytes
 from bridge.errors import BridgeError
 from bridge.registry import ALIASES
@@ -56,9 +64,10 @@ class Summary:
     dtype: str  # of most of what is stored; of a config alone what it says, or else float32
     host_parameters: int
     bridge_parameters: int
+    lora_parameters: int  # of low-rank updates (clause 5.10)
     bytes: int  # of all tensors, an adapter's base included
     disk_bytes: int  # of the weight files in the checkpoint's own directory
-    groups: dict[str, TensorGroup]  # embedding, attention, FFN, norms, Bridge, head; those there
+    groups: dict[str, TensorGroup]  # embedding, attention, FFN, norms, Bridge, LoRA, head: if any
     tensors: dict[str, dict[str, Any]]  # dtype and shape by name; bits and group_size if packed
     checkpoint: Checkpoint | None = None  # None: a config alone
     planned: bool = False  # whether the blocks are such as could be added
@@ -75,7 +84,7 @@ class Summary:
         None is as stored, packed weights as they are. Bridge blocks keep nothing of past timesteps,
         so they add nothing to the caches.
         """
-        parameters = self.host_parameters + self.bridge_parameters
+        parameters = self.host_parameters + self.bridge_parameters + self.lora_parameters
         weights = self.bytes if dtype is None else parameters * WIDTHS[dtype]
         token = token_bytes(self.config, dtype or self.dtype)
         return Memory(weights, token * prompt, token * width * new_tokens)
@@ -98,8 +107,10 @@ class Summary:
             "rope_type": config.rope.rope_type,
             "tie_word_embeddings": config.tie_word_embeddings,
             "bridge": config.bridge.to_json() if config.bridge else None,
+            "lora": asdict(config.lora) if config.lora else None,
             "host_parameters": self.host_parameters,
             "bridge_parameters": self.bridge_parameters,
+            "lora_parameters": self.lora_parameters,
             "share": self.share,
             "paper_shares": list(PAPER_SHARES),
             "config_alone": opened is None,
@@ -169,7 +180,7 @@ def summarise(checkpoint: Checkpoint) -> Summary:
             dtype = f"{source.how.bits}-bit"
         stored.append((name, nbytes, dtype))
     places = (place for source in checkpoint.tensors.sources.values() for place in parts_of(source))
-    own = {place.file.path for place in places if place.file.path.parent == checkpoint.path}
+    own = {place.file.path for place in places if checkpoint.path in place.file.path.parents}
     disk_bytes = sum(file.stat().st_size for file in own)
     summary = _config_alone(checkpoint.path, checkpoint.config, checkpoint.dtype)
     return replace(
@@ -186,8 +197,10 @@ def _config_alone(path: Path, config: ModelConfig, dtype: str) -> Summary:
     """What a config calls for, stored in `dtype`; nothing is on disk."""
     shapes = tensor_shapes(config)
     size = WIDTHS[dtype]
-    host = sum(prod(shape) for shape in tensor_shapes(config.without_bridge()).values())
-    both = sum(prod(shape) for shape in shapes.values())
+    plain = config.without_lora()
+    host = sum(prod(shape) for shape in tensor_shapes(plain.without_bridge()).values())
+    both = sum(prod(shape) for shape in tensor_shapes(plain).values())
+    updates = sum(prod(shapes[name]) for name in lora_names(config))
     code = next(code for code, name in FLOATS.items() if name == dtype)
     return Summary(
         path,
@@ -195,7 +208,8 @@ def _config_alone(path: Path, config: ModelConfig, dtype: str) -> Summary:
         dtype,
         host_parameters=host,
         bridge_parameters=both - host,
-        bytes=both * size,
+        lora_parameters=updates,
+        bytes=(both + updates) * size,
         disk_bytes=0,
         groups=_groups(config, ((name, prod(s) * size, dtype) for name, s in shapes.items())),
         tensors={name: {"dtype": code, "shape": list(shape)} for name, shape in shapes.items()},
@@ -227,7 +241,8 @@ def _is_config_alone(path: Path) -> bool:
 
 def _part(name: str) -> str:
     """The part of the model that a tensor belongs to."""
-    for part, mark in (("Bridge", ".bridge."), ("attention", ".self_attn."), ("FFN", ".mlp.")):
+    marks = {"Bridge": BLOCK, "LoRA": LORA, "attention": ".self_attn.", "FFN": ".mlp."}
+    for part, mark in marks.items():
         if mark in name:
             return part
     if name == "model.embed_tokens.weight":

@@ -12,9 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 
 from bridge.checkpoints.forms import Entry, PackedPlace, Place, Source, parts_of
+from bridge.checkpoints.lora import Update, update_of
 from bridge.checkpoints.packing import Packed, quantise, side_names
 from bridge.checkpoints.safetensors_io import SafetensorsFile
 from bridge.checkpoints.tensor_specs import CODES, TensorSpec
+from bridge.config import LoraConfig
 from bridge.config.quantization import Quantization
 from bridge.errors import BridgeError
 from bridge.numbers.rounding import first_not_finite, rounded
@@ -99,20 +101,21 @@ def entry_pieces(
     tensors: CheckpointTensors,
     specs: Mapping[str, TensorSpec],
     packed: Mapping[str, Quantization],
+    merge: LoraConfig | None = None,
 ) -> Iterator[np.ndarray]:
     """The bytes of what a writer stores, in order: numbers in the dtypes of `specs`, and the
     matrices in `packed` quantised, or as they are where they are quantised already.
 
-    Raises BridgeError for a number that is not finite, or not in the dtype.
+    `merge`: add the updates among `tensors` to their matrices (clause 9.13), none of which is to
+    stay quantised. Raises BridgeError for a number that is not finite, or not in the dtype.
     """
     for name in entry.names:
         source, spec = tensors.sources[name], specs[name]
-        if name not in packed:
-            yield from _float_pieces(name, source, spec.dtype)
-        elif isinstance(source, PackedPlace):
+        if name in packed and isinstance(source, PackedPlace):
             yield from _checked_parts(source)
-        else:
-            yield from _quantised(_float_pieces(name, source, spec.dtype), spec, packed[name])
+            continue
+        pieces = _float_pieces(name, source, spec, update_of(tensors, name, merge))
+        yield from _quantised(pieces, spec, packed[name]) if name in packed else pieces
 
 
 def _quantised(
@@ -129,19 +132,40 @@ def _quantised(
     yield from biases
 
 
-def _float_pieces(name: str, source: Source, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """A tensor's numbers in `dtype`, whole rows of it at a time and flat, all of them finite.
+def merged(tensors: Mapping[str, np.ndarray], name: str, lora: LoraConfig | None) -> np.ndarray:
+    """A tensor with its update, if it has one, added and rounded once to its dtype (9.13)."""
+    array, update = tensors[name], update_of(tensors, name, lora)
+    if update is None:
+        return array
+    out = np.empty_like(array)
+    rows = max(1, PIECE // (8 * array.shape[1]))
+    for first in range(0, len(array), rows):
+        part = update.added(array[first : first + rows], first)
+        out[first : first + rows] = rounded(part, array.dtype, name)
+    return out
 
-    Raises BridgeError for one that is not finite, or not in `dtype`.
+
+def _float_pieces(
+    name: str, source: Source, spec: TensorSpec, update: Update | None
+) -> Iterator[np.ndarray]:
+    """A tensor's numbers as `spec` has them, whole rows of it at a time and flat, all of them
+    finite, and with its update added if one is given.
+
+    Raises BridgeError for one that is not finite, or not in the dtype.
     """
     if isinstance(source, PackedPlace):
         pieces = _dequantised(source)
     else:
-        spec = source.spec
-        row = spec.shape[-1] * spec.dtype.itemsize if len(spec.shape) > 1 else spec.dtype.itemsize
+        dtype, shape = source.spec
+        row = shape[-1] * dtype.itemsize if len(shape) > 1 else dtype.itemsize
         pieces = _numbers(source, max(1, PIECE // row) * row)
+    first = 0
     for piece in pieces:
-        yield rounded(piece, dtype, name)
+        if update is not None:
+            rows = piece.reshape(-1, spec.shape[1])
+            piece = update.added(rows, first).reshape(-1)
+            first += len(rows)
+        yield rounded(piece, spec.dtype, name)
 
 
 def _checked_parts(source: PackedPlace) -> Iterator[np.ndarray]:

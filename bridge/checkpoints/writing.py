@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from bridge.checkpoints.forms import BLOCK, METADATA, Entry, arrange
-from bridge.checkpoints.reading import ADAPTER, BLOCKS, INDEX, SINGLE, Checkpoint, host_hash
+from bridge.checkpoints.lora import DIRECTORY, PREFIX, SETTINGS, TENSORS, peft_config
+from bridge.checkpoints.reading import Checkpoint, host_hash
 from bridge.checkpoints.safetensors_io import write_pieces, write_safetensors
+from bridge.checkpoints.shards import ADAPTER, BLOCKS, INDEX, SINGLE
 from bridge.checkpoints.tensor_specs import TensorSpec
-from bridge.config import SPEC_VERSION
+from bridge.config import SPEC_VERSION, LoraConfig
 from bridge.errors import BridgeError
 from bridge.files.atomic import new_directory, new_file
 from bridge.files.opening import exists, open_file
@@ -46,10 +48,12 @@ def write_checkpoint(
     assets: Path | None = None,
     shard_size: int = SHARD_SIZE,
     overwrite: bool = False,
+    also: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a checkpoint directory; `tensors` come in the order of `specs`, the canonical one.
 
-    `assets`: a directory whose tokenizer files are copied. `shard_size`: at most so many bytes of
+    `assets`: a directory whose tokenizer files are copied. `also`: fills in what else belongs into
+    the directory, such as its updates (`write_lora`). `shard_size`: at most so many bytes of
     tensors a file, where more than one fits. Refuses a target that exists, before any work;
     `overwrite` allows for a checkpoint in its place, which is exchanged in one step.
     """
@@ -68,6 +72,8 @@ def write_checkpoint(
         _write_index(directory, files)
         if assets is not None:
             copy_assets(assets, directory)
+        if also is not None:
+            also(directory)
 
 
 def write_entries(
@@ -91,12 +97,31 @@ def write_adapter(
     raw_config: Mapping[str, Any],
     specs: Mapping[str, TensorSpec],
     tensors: Iterable[tuple[str, np.ndarray]],
+    also: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write the blocks alone, with their base's place and hash (clause 9.5)."""
+    """Write the blocks alone, with their base's place and hash (clause 9.5); `also` as above."""
     with new_directory(path) as directory:
         write_json(directory / "config.json", raw_config)
         write_safetensors(directory / BLOCKS, specs, tensors, METADATA["torch"])
         write_base(directory, base.path, host_hash(base))
+        if also is not None:
+            also(directory)
+
+
+def write_lora(
+    directory: Path,
+    lora: LoraConfig,
+    specs: Mapping[str, TensorSpec],
+    tensors: Iterable[tuple[str, np.ndarray]],
+) -> None:
+    """Write updates as PEFT does (clause 9.13), into a checkpoint directory that is being filled;
+    `tensors` come in the order of `specs`, by the names of 9.3."""
+    place = directory / DIRECTORY
+    place.mkdir()
+    write_json(place / SETTINGS, peft_config(lora))
+    stored = {PREFIX + name: spec for name, spec in specs.items()}
+    named = ((PREFIX + name, array) for name, array in tensors)
+    write_safetensors(place / TENSORS, stored, named, METADATA["torch"])
 
 
 def write_base(directory: Path, base: Path, digest: str) -> None:

@@ -79,6 +79,10 @@ class ModelConfig:
         """The plain host."""
         return replace(self, bridge=None)
 
+    def without_lora(self) -> "ModelConfig":
+        """The same with its matrices as they are, or with their updates added to them."""
+        return replace(self, lora=None)
+
 
 def read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """Parse a `config.json`; also gives its raw object, whose own keys a writer keeps."""

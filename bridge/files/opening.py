@@ -82,7 +82,10 @@ def _refuse_special(path: Path, mode: int) -> None:
 
 
 def _in_cache(directory: str, real: str) -> bool:
-    """Whether `directory` is a snapshot in Hugging Face's cache, and `real` a file of its blobs."""
-    snapshots = os.path.dirname(directory)
-    blobs = os.path.join(os.path.dirname(snapshots), "blobs")
-    return os.path.basename(snapshots) == "snapshots" and os.path.dirname(real) == blobs
+    """Whether `directory` is a snapshot in Hugging Face's cache, or a folder of one, and `real` a
+    file of its blobs."""
+    for snapshots in (os.path.dirname(directory), os.path.dirname(os.path.dirname(directory))):
+        blobs = os.path.join(os.path.dirname(snapshots), "blobs")
+        if os.path.basename(snapshots) == "snapshots" and os.path.dirname(real) == blobs:
+            return True
+    return False

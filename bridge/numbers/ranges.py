@@ -174,6 +174,8 @@ RANGES = {
     "group_size": whole(1, 2**16),
     "shard_size": whole(1, 2**60),
     "fill_blocks": _up_to(1e6),
+    "lora_rank": whole(1, 2**16),
+    "lora_alpha": _above(SMALL, LARGE),
     # Work
     "rounds": whole(1, 10**6),
     "bench.new": whole(2, SIZE),  # the first token is the prompt's

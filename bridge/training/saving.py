@@ -14,8 +14,9 @@ from typing import Annotated, TypedDict
 import numpy as np
 
 from bridge.checkpoints.forms import BLOCK, METADATA, Entry, arrange, plain_config
-from bridge.checkpoints.reading import BLOCKS, Checkpoint, host_hash
+from bridge.checkpoints.reading import Checkpoint, host_hash
 from bridge.checkpoints.safetensors_io import SafetensorsFile, specs_of, write_safetensors
+from bridge.checkpoints.shards import BLOCKS
 from bridge.checkpoints.tensor_specs import TensorSpec
 from bridge.checkpoints.writing import (
     SHARD_SIZE,

@@ -50,6 +50,17 @@ def convert(
             "--remote-code", help="Add the code with which transformers or mlx-lm runs the blocks."
         ),
     ] = False,
+    lora: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Take low-rank updates of the host, as PEFT saved them."),
+    ] = None,
+    merge_lora: Annotated[
+        bool,
+        typer.Option(
+            "--merge-lora",
+            help="Add low-rank updates (LoRA) to the matrices; else they stay beside them.",
+        ),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
 ) -> None:
     """Write a checkpoint in the form of another framework.
@@ -59,6 +70,8 @@ def convert(
     Example: bridge convert ./smol-bridge ./smol-mlx --to mlx --quantize 4
 
     Example: bridge convert ./smol-bridge ./smol-adapter --to torch --adapter
+
+    Example: bridge convert ./run/final ./merged --to torch --merge-lora
     """
     from bridge.checkpoints.conversion import convert as make
     from bridge.config.quantization import parse_quantization
@@ -77,6 +90,8 @@ def convert(
             any_base=any_base,
             remote_code=remote_code,
             quantize_blocks=quantize_blocks,
+            lora=lora,
+            merge_lora=merge_lora,
             progress=progress,
         )
     if json:
@@ -89,6 +104,10 @@ def convert(
         how = f"{most.bits} bits in groups of {most.group_size}, the rest in {made.dtype}"
     tensors = f"{made.tensors} tensors, {size(made.bytes)}; {how}"
     print(f"{harmless_line(str(dst))}: {made.form} {what}, {tensors}")
+    if made.lora_rank:
+        print(f"Updates of rank {made.lora_rank} are beside it, in lora; PEFT reads them too.")
+    if made.merged:
+        print("Updates are added to the matrices, rounded once.")
     if made.dequantised:
         print(f"Dequantised to {made.dtype}: the form {made.form} stores no quantised weights.")
     print(f"Try: bridge generate {shlex.quote(str(dst))} 'What is 17 + 25?' --width 8")

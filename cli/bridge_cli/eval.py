@@ -224,7 +224,7 @@ def _load(
 
 
 def _fingerprint(opened: "Checkpoint") -> str:
-    """A hash of the config and every tensor."""
+    """A hash of the config, the updates' settings and every tensor."""
     from hashlib import sha256
 
     from bridge.checkpoints.tensors import content_hash
@@ -232,6 +232,7 @@ def _fingerprint(opened: "Checkpoint") -> str:
 
     weights = content_hash(opened.tensors, tensor_shapes(opened.config))
     config = jsonlib.dumps(opened.raw_config, sort_keys=True)
+    config += "" if opened.config.lora is None else str(opened.config.lora)
     return sha256((weights + config).encode()).hexdigest()
 
 

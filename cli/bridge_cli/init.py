@@ -35,6 +35,10 @@ def init(
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Write the blocks alone; the host stays where it is.")
     ] = False,
+    lora: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Take low-rank updates of HOST, as PEFT saved them."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
 ) -> None:
     """Add fresh Bridge blocks to a host.
@@ -59,6 +63,7 @@ def init(
             seed=seed,
             dtype=dtype,
             adapter=adapter,
+            lora=lora,
             progress=progress,
         )
     if json:

@@ -218,6 +218,12 @@ def _describe(summary: "Summary") -> dict[str, str]:
     else:
         lines["Bridge"] = "no blocks; bridge init adds them"
         lines["parameters"] = f"{count(summary.host_parameters)} host"
+    if lora := config.lora:
+        of_host = summary.lora_parameters / summary.host_parameters
+        lines["LoRA"] = (
+            f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)} of every layer: "
+            f"{count(summary.lora_parameters)} parameters ({of_host:.1%} of the host)"
+        )
     if opened is None:
         lines["on disk"] = f"no weights; counted as {summary.dtype}"
         return lines

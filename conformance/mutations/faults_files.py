@@ -21,7 +21,7 @@ FAULTS = (
         "9.4",
         SAME,
         Edit(
-            "checkpoints.reading",
+            "checkpoints.shards",
             "shards = sorted(set(weight_map.values()))",
             "shards = sorted(set(weight_map.values()))[:-1]",
         ),

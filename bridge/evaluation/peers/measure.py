@@ -43,7 +43,7 @@ def run(
     Raises BridgeError, before any work, for sizes out of their range or the machine's memory.
     """
     workload.check(opened.config.max_position_embeddings)
-    parameters = step_parameters(opened.config.without_bridge())
+    parameters = step_parameters(opened.config.without_bridge().without_lora())
     _check_fits(plan, parameters)
     results = Results(workload, parameters, plan.absent)
     with tempfile.TemporaryDirectory(prefix="bridge-peers-") as scratch, ExitStack() as stack:
