@@ -11,6 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from lora_toys import SOME, add_lora
 from safetensors.numpy import load_file, save_file
 from tiny_host import write_host
 from transformers import AutoModelForCausalLM
@@ -19,9 +20,7 @@ from bridge.checkpoints.conversion import convert
 from bridge.checkpoints.initialise import fresh_lora, init
 from bridge.checkpoints.lora import DIRECTORY, PREFIX, SETTINGS, TENSORS
 from bridge.checkpoints.reading import Checkpoint, open_checkpoint
-from bridge.checkpoints.safetensors_io import specs_of
 from bridge.checkpoints.tensors import merged
-from bridge.checkpoints.writing import write_lora
 from bridge.config import TARGETS, LoraConfig, lora_names, tensor_shapes
 from bridge.errors import BridgeError
 from bridge_ref.model import forward
@@ -32,17 +31,6 @@ FAMILIES = {
     "qwen3": {"head_dim": 8},
 }
 TOKENS = np.array([[3, 250, 7, 7, 90], [4, 1, 200, 8, 5]])
-SOME = LoraConfig(2, 5.0, ("q_proj", "o_proj", "down_proj"))
-
-
-def add_lora(path: Path, lora: LoraConfig = SOME, seed: int = 1) -> Path:
-    """Put updates that do something beside a checkpoint."""
-    config = replace(open_checkpoint(path).config, lora=lora)
-    rng = np.random.default_rng(seed)
-    shapes = tensor_shapes(config)
-    tensors = {n: rng.normal(scale=0.3, size=shapes[n]).astype("f4") for n in lora_names(config)}
-    write_lora(path, lora, specs_of(tensors), iter(tensors.items()))
-    return path
 
 
 def our_logits(opened: Checkpoint) -> np.ndarray:
