@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bridge.checkpoints.reading import Checkpoint, open_checkpoint
-from bridge.config import ModelConfig, bridge_shapes, tensor_shapes
+from bridge.config import ModelConfig, bridge_shapes, lora_names, tensor_shapes
 from bridge.contract import AdamW, BackendModel, Batch, Objective, Trainer
 from bridge.decoding.budget import MAX_ROWS, Budget
 from bridge.decoding.engine import AHEAD, Engine
@@ -137,9 +137,10 @@ class Model:
 
     def __repr__(self) -> str:
         kind = self.config.bridge.kind if self.config.bridge else "no"
+        lora = f"updates of rank {self.config.lora.rank}, " if self.config.lora else ""
         narrow = f" with {self.weights} weights" if self.weights else ""
         return (
-            f"<bridge.Model {self.config.model_type}, {kind} Bridge blocks, "
+            f"<bridge.Model {self.config.model_type}, {kind} Bridge blocks, {lora}"
             f"{self.backend} on {self.device} in {self.dtype}{narrow}>"
         )
 
@@ -310,7 +311,8 @@ class Model:
         *,
         checkpoint_activations: bool = False,
     ) -> Trainer:
-        """A trainer of this model. `trainable`: `bridge`, `all`, or names of tensors.
+        """A trainer of this model. `trainable`: `bridge` (the blocks, and low-rank updates if there
+        are any), `all`, or names of tensors.
 
         `checkpoint_activations`: less memory for more time, by computing each layer again in the
         backward pass (clause 7.11). Raises BridgeError for an optimizer's number out of its range.
@@ -338,10 +340,14 @@ def trainable_names(config: ModelConfig, trainable: str | Sequence[str]) -> list
     if trainable == "all":
         return names
     if trainable == "bridge":
-        chosen = [n for i in range(config.num_hidden_layers) for n in bridge_shapes(config, i)]
+        layers = range(config.num_hidden_layers)
+        chosen = {n for i in layers for n in bridge_shapes(config, i)} | set(lora_names(config))
         if not chosen:
-            raise BridgeError("trainable 'bridge': the model has no Bridge blocks; run bridge init")
-        return chosen
+            raise BridgeError(
+                "trainable 'bridge': the model has no Bridge blocks, and no low-rank updates; run "
+                "bridge init, or train with --lora-rank"
+            )
+        return [name for name in names if name in chosen]
     listed = isinstance(trainable, Collection) and all(isinstance(n, str) for n in trainable)
     if isinstance(trainable, str) or not listed:
         raise BridgeError(f"trainable must be 'bridge', 'all' or names, not {show(trainable)}")

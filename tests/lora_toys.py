@@ -1,4 +1,4 @@
-"""Low-rank updates that do something, beside a checkpoint, for tests of who reads and keeps them."""
+"""Low-rank updates that do something, beside a checkpoint: for tests of what reads or keeps any."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -114,6 +114,20 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
         return len(self.specs)
 
 
+class InMemory(SafetensorsFile):
+    """Tensors that are in no file yet, as if one at `path` held them."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+        self.path, self.specs, self.metadata = path, specs_of(tensors), {}
+        self._arrays = dict(tensors)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._arrays[name]
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        buffer[:] = tensor_bytes(self._arrays[name])[start : start + len(buffer)]
+
+
 def specs_of(tensors: Mapping[str, np.ndarray]) -> dict[str, TensorSpec]:
     """What a header will say of tensors in memory."""
     return {name: TensorSpec(array.dtype, array.shape) for name, array in tensors.items()}

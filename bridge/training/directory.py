@@ -225,8 +225,11 @@ def check_same(old: Settings, new: Settings, where: Path) -> None:
     A run at a constant learning rate may also get more steps, or fewer.
     """
     free = {*FREE, *(("steps",) if new.schedule == "constant" else ())}
-    # An older run's 256 was the default, and is what none means wherever that run could go on.
-    before, now = ({"max_new_tokens": 256, **s.to_json()} for s in (old, new))
+    # An older run's 256 and `all` were defaults, and are what none means wherever it could go on.
+    before, now = (
+        {"max_new_tokens": 256, **s.to_json(), "trainable": list(s.trainable) or ["all"]}
+        for s in (old, new)
+    )
     for name in dict.fromkeys([*now, *before]):
         if name not in free and before.get(name) != now.get(name):
             raise BridgeError(

@@ -13,7 +13,7 @@ from typing import Annotated, TypedDict
 
 import numpy as np
 
-from bridge.checkpoints.forms import BLOCK, METADATA, Entry, arrange, plain_config
+from bridge.checkpoints.forms import BLOCK, LORA, METADATA, Entry, arrange, plain_config
 from bridge.checkpoints.reading import Checkpoint, host_hash
 from bridge.checkpoints.safetensors_io import SafetensorsFile, specs_of, write_safetensors
 from bridge.checkpoints.shards import BLOCKS
@@ -24,6 +24,7 @@ from bridge.checkpoints.writing import (
     write_base,
     write_entries,
     write_json,
+    write_lora,
 )
 from bridge.errors import BridgeError
 from bridge.files.fields import Count, Number, read_as
@@ -44,17 +45,21 @@ class ModelWriter:
         Raises BridgeError for an adapter with host tensors trained, and for a whole checkpoint of
         a quantised host.
         """
-        host = [name for name in trained if BLOCK not in name]
+        host = [name for name in trained if BLOCK not in name and LORA not in name]
         if adapter and host:
-            raise BridgeError(f"adapter: {host[0]} is trained too; an adapter holds blocks alone")
+            raise BridgeError(
+                f"adapter: {host[0]} is trained too; an adapter holds blocks and low-rank updates "
+                "alone"
+            )
         if source.quantization and not adapter:
             raise BridgeError(
                 f"{source.path}: is quantised, so train its blocks alone, with --adapter and "
                 "--trainable bridge"
             )
         self.source, self.adapter = source, adapter
-        names = [n for n in source.specs if BLOCK in n or not adapter]
-        self.specs = {name: source.specs[name] for name in names}
+        specs = {n: s for n, s in source.specs.items() if BLOCK in n or LORA in n or not adapter}
+        self.specs = {name: spec for name, spec in specs.items() if LORA not in name}
+        self.updates = {name: spec for name, spec in specs.items() if LORA in name}
         base = source.base or source
         self.base = base.path
         self.digest = host_hash(base) if adapter else ""
@@ -62,9 +67,13 @@ class ModelWriter:
     def write(self, directory: Path, state: Mapping[str, np.ndarray]) -> None:
         """Fill an empty directory. Raises BridgeError where the disk refuses."""
         write_json(directory / "config.json", plain_config(self.source.raw_config))
+        if lora := self.source.config.lora:
+            tensors = ((name, self._tensor(name, state)) for name in self.updates)
+            write_lora(directory, lora, self.updates, tensors)
         if self.adapter:
             tensors = ((name, self._tensor(name, state)) for name in self.specs)
-            write_safetensors(directory / BLOCKS, self.specs, tensors, METADATA["torch"])
+            if self.specs:  # a host may have updates alone
+                write_safetensors(directory / BLOCKS, self.specs, tensors, METADATA["torch"])
             write_base(directory, self.base, self.digest)
             return
 
@@ -79,7 +88,7 @@ class ModelWriter:
         master = state.get(f"master.{name}")
         if master is None:
             return self.source.tensors[name]
-        return rounded(master, self.specs[name].dtype, name)
+        return rounded(master, self.source.specs[name].dtype, name)
 
 
 def write_state(directory: Path, state: Mapping[str, np.ndarray]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import Field, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
+from bridge.config import TARGETS
 from bridge.errors import BridgeError, show
 from bridge.files.fields import NAMES
 from bridge.files.strict_json import MAX_DEPTH
@@ -34,9 +35,11 @@ BETA = RANGES["betas"]
 CHOICES: dict[str, Callable[[Any], bool]] = {
     f"one of {', '.join(SCHEDULES)}": lambda x: x in SCHEDULES,
     f"of {', '.join(LOGS)}": lambda x: set(x) <= set(LOGS),
+    f"of {', '.join(TARGETS)}": lambda x: set(x) <= set(TARGETS),
     f"two numbers {BETA.says}": lambda x: len(x) == 2 and all(map(BETA.has, x)),
 }
-SCHEDULE, LOG, BETAS = CHOICES
+SCHEDULE, LOG, TARGET, BETAS = CHOICES
+TRAINABLE = "bridge (the blocks, and low-rank updates if there are any), all, or names of tensors."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +66,27 @@ class Settings:
     backend: str | None = setting(None, "See bridge backends; else the best.", "Model")
     device: str | None = setting(None, "Such as cpu or cuda:0; else the best.", "Model")
     dtype: str | None = setting(None, "float32, bfloat16, float16, float64.", "Model")
-    trainable: tuple[str, ...] = setting((), "bridge, all, or names of tensors.", "Model")
-    adapter: bool = setting(False, "Save the blocks alone; only where they alone train.", "Model")
+    trainable: tuple[str, ...] = setting((), TRAINABLE, "Model")
+    lora_rank: int | None = setting(
+        None,
+        "Train the host through low-rank updates of its matrices (LoRA), of this rank, such as 16; "
+        "else it is trained whole or not at all. It takes the memory of its weights, and no more.",
+        "Model",
+    )
+    lora_alpha: float | None = setting(
+        None, "Updates count alpha / rank times; else alpha is twice the rank.", "Model"
+    )
+    lora_targets: tuple[str, ...] = setting(
+        (),
+        f"The matrices that get updates: some of {', '.join(TARGETS)}; else all.",
+        "Model",
+        TARGET,
+    )
+    adapter: bool = setting(
+        False,
+        "Save the blocks and low-rank updates alone; only where they alone train.",
+        "Model",
+    )
     checkpoint_activations: bool = setting(
         False, "Compute layers again in the backward pass: less memory, more time.", "Model"
     )
@@ -134,10 +156,17 @@ class Settings:
         for name in ("checkpoint", "out", "task", "base", "data"):
             if "\0" in (path := getattr(self, name, None) or ""):
                 raise BridgeError(f"{name} must be a name without NUL, not {_shown(path)}")
+        if self.lora_rank is None and (self.lora_alpha is not None or self.lora_targets):
+            raise BridgeError("lora_alpha and lora_targets are of updates; give lora_rank too")
+        if self.lora_rank is not None and self.trainable == ("all",):
+            raise BridgeError(
+                "lora_rank spares the host's own matrices, which trainable all would train; give "
+                "one of the two"
+            )
 
     @property
     def trained(self) -> str | tuple[str, ...]:
-        """As `Model.trainer` takes it."""
+        """As `Model.trainer` takes it; empty where nothing says it."""
         return self.trainable[0] if self.trainable in (("bridge",), ("all",)) else self.trainable
 
     def to_json(self) -> dict[str, Any]:
@@ -167,7 +196,7 @@ class SFTSettings(Settings):
     groups: int = setting(16, "Groups of an update.", "Optimizer")
     lr: float = setting(1e-3, "Peak learning rate.", "Optimizer")
     warmup: int = setting(10, "Steps of linear warm-up.", "Optimizer")
-    trainable: tuple[str, ...] = setting(("bridge",), "bridge, all, or names of tensors.", "Model")
+    trainable: tuple[str, ...] = setting(("bridge",), TRAINABLE, "Model")
     eval_every: int = setting(0, "Steps between evaluations; 0: none.", "Run")
 
     def __post_init__(self) -> None:
@@ -216,7 +245,9 @@ class GRPOSettings(Settings):
     gap_every: int = setting(
         10, "Steps between measurements of the log-probability gap; 0: none.", "Run"
     )
-    trainable: tuple[str, ...] = setting(("all",), "bridge, all, or names of tensors.", "Model")
+    trainable: tuple[str, ...] = setting(
+        (), f"{TRAINABLE} Default: all, and bridge where there are updates.", "Model"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,7 +23,7 @@ from bridge.decoding.memory import check_decoding, check_kept, check_training
 from bridge.decoding.requests import row_length
 from bridge.decoding.stops import read_stops
 from bridge.errors import BridgeError
-from bridge.model import Model, build, trainable_names
+from bridge.model import Model, build
 from bridge.tasks import Scorer, Scores, Task, find_task
 from bridge.tasks.user_code import take_problems
 from bridge.training import grpo
@@ -37,6 +37,7 @@ from bridge.training.saving import Best, ModelWriter, Progress
 from bridge.training.schedule import problem_number
 from bridge.training.settings import GRPOSettings, Settings, SFTSettings
 from bridge.training.sft import Correct, WarmUp, deal, read_samples, sampled_at_once
+from bridge.training.trained import trained_names, with_updates
 from bridge.training.watch import Interrupt, Silent, Watcher
 
 FIRST = 64  # prompts that are looked at: those beyond are seen when their turn comes
@@ -116,8 +117,8 @@ class Source:
         say."""
         base = None if settings.base is None else Path(settings.base)
         self.settings = settings
-        self.opened = open_checkpoint(Path(settings.checkpoint), base)
-        self.names = trainable_names(self.opened.config, settings.trained)  # of what is trained
+        self.opened = with_updates(open_checkpoint(Path(settings.checkpoint), base), settings)
+        self.names = trained_names(self.opened.config, settings)
         self.writer = ModelWriter(self.opened, self.names, settings.adapter)
 
     def load(self) -> Model:
