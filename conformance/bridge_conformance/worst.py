@@ -166,16 +166,18 @@ TRAINABLE = (
 )
 
 # A prompt behind padding, longer than a window, that four rows share and end when they like; one of
-# which three rows go on at once, one with gaps; two rows that are equal to the end, gaps and all;
-# and a row alone.
-_RANDOM = ["full", "right", "full", "right", "right", "full", "full", "gaps", "right", "right"]
+# which three rows go on at once, one with gaps; two rows that are equal to the end, gaps and all; a
+# row alone; and two of one text that share nothing, since one stands elsewhere.
+_ENDS = ["full", "right", "full", "right", "right", "full", "full", "gaps", "right", "right"]
 SHARED_ROWS = share(
-    rows_of(MODEL, [4, 2, 1, 3], 12, _RANDOM, False, 3),
-    [12, 1, 7, 4],
-    ["gaps", "full", "left", "full"],
+    rows_of(MODEL, [4, 2, 1, 3, 2], 12, [*_ENDS, "full", "full"], False, 0),
+    [1, 4, 12, 7, 6],
+    ["full", "full", "gaps", "left", "full"],
     "group",
     2,
 )
+_LAST_OF_TWO = np.flatnonzero(SHARED_ROWS.groups == 847)[1]
+SHARED_ROWS.positions[_LAST_OF_TWO] += 1
 SHARED = (TrainCase(SHARED_ROWS, GRPO(0.2, 0.28, 0.1), tuple(tensor_shapes(MODEL.config)), 1),)
 # Updates of some of what a backend keeps as one matrix and not of the rest, beside biases, a tied
 # embedding and trained blocks.
