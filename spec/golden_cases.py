@@ -13,6 +13,7 @@ import numpy as np
 from bridge.config import bridge_shapes, parse_config, tensor_shapes
 from bridge.decoding.inputs import default_positions
 from bridge.philox import philox4x32
+from bridge_conformance.golden import config_of
 
 Case = tuple[dict[str, Any], dict[str, np.ndarray]]
 BRIDGE = {
@@ -127,10 +128,21 @@ def block(attempt: int, kind: str, groups: np.ndarray, active: np.ndarray) -> Ca
     return {"bridge": bridge}, {"hidden": hidden, "groups": groups, "active": active, **weights}
 
 
-def model(attempt: int, **changes: Any) -> tuple[dict[str, Any], dict[str, np.ndarray], Numbers]:
+# Updates of some modules, whose matrices are beside others that have none.
+LORA: dict[str, Any] = {
+    "rank": 2,
+    "alpha": 3.0,
+    "targets": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
+}
+
+
+def model(
+    attempt: int, lora: dict[str, Any] | None = None, **changes: Any
+) -> tuple[dict[str, Any], dict[str, np.ndarray], Numbers]:
     raw, numbers = {**HOST, **changes}, Numbers(attempt)
-    tensors = numbers.tensors(tensor_shapes(parse_config(raw)))
-    return {"config": raw}, {f"weights.{n}": a for n, a in tensors.items()}, numbers
+    settings = {"config": raw} if lora is None else {"config": raw, "lora": lora}
+    tensors = numbers.tensors(tensor_shapes(config_of(settings)))
+    return settings, {f"weights.{n}": a for n, a in tensors.items()}, numbers
 
 
 def logits(attempt: int, **changes: Any) -> Case:
@@ -149,12 +161,12 @@ def ratios(attempt: int, kind: str) -> Case:
     return logits(attempt, num_hidden_layers=2, bridge=bridge)
 
 
-def decode(attempt: int) -> Case:
-    settings, weights, numbers = model(attempt, model_type="mistral", sliding_window=3)
+def decode(attempt: int, lora: dict[str, Any] | None = None, **more: Any) -> Case:
+    settings, weights, numbers = model(attempt, lora, model_type="mistral", sliding_window=3)
     prompts = {"prompt.0": numbers.below(11, 4), "prompt.1": numbers.below(11, 2)}
     # Rows by columns, steps by rows: a column of ones ends where its row does.
     alive = bools("11111", "11101", "10101", "00101")
-    settings |= {"widths": [3, 2], "max_new_tokens": 5}
+    settings |= {"widths": [3, 2], "max_new_tokens": 5, **more}
     return settings, {
         **prompts,
         "tokens": numbers.below(11, *alive.shape),
@@ -304,6 +316,28 @@ def training(attempt: int, **more: Any) -> Case:
     return settings, {**train_batch(numbers, BATCH_ACTIVE, BATCH_GROUPS), **weights}
 
 
+def updates(attempt: int) -> Case:
+    settings, weights, numbers = model(attempt, LORA, model_type="qwen2")
+    ends = (".lora_A.weight", ".lora_B.weight", ".q_proj.bias", ".bridge.v_proj.weight")
+    trainable = [n for n in tensor_shapes(config_of(settings)) if n.endswith(ends)]
+    settings |= {"objective": None, "trainable": trainable}
+    return settings, {**train_batch(numbers, BATCH_ACTIVE, BATCH_GROUPS), **weights}
+
+
+def shared(attempt: int) -> Case:
+    settings, weights, numbers = model(attempt, model_type="mistral", sliding_window=3)
+    batch = train_batch(numbers, BATCH_ACTIVE, BATCH_GROUPS)
+    batch["tokens"][1, :2] = batch["tokens"][0, :2]  # two timesteps of the first group's rows
+    batch["tokens"][1, 2] = (batch["tokens"][0, 2] + 1) % 11  # at the third they part
+    trainable = list(tensor_shapes(config_of(settings)))
+    settings |= {"objective": {"beta": 0.05}, "trainable": trainable}
+    return settings, {**batch, **weights}
+
+
+def fresh_updates(attempt: int) -> Case:
+    return {"config": {**HOST, "num_hidden_layers": 2}, "lora": LORA, "seed": 2**33 + 1}, {}
+
+
 def fresh(attempt: int, kind: str) -> Case:
     bridge = {**BRIDGE, "kind": kind, "layers": [0, 1]}
     return {"config": {**HOST, "num_hidden_layers": 2, "bridge": bridge}, "seed": 2**33 + 1}, {}
@@ -327,10 +361,13 @@ CASES: dict[str, Callable[[int], Case]] = {
     **{f"5.1-logits-{f}": partial(logits, model_type=f, **c) for f, c in FAMILIES.items()},
     **{f"5.6-rope-{kind}": partial(rope, kind=kind) for kind in ROPES},
     "5.8-swiglu": swiglu,
+    "5.10-decode": partial(decode, lora=LORA),
+    "5.10-gradients": updates,
     "6.1-philox": philox,
     "6.2-uniform": uniform,
     "6.7-sampling": sampling,
     "6.7-generate": generate,
+    "6.10-logprobs": partial(decode, temperature=0.7),
     "7.3-gradients": training,
     "7.4-loss-sft": partial(loss, objective=None),
     "7.5-loss-grpo": partial(
@@ -340,7 +377,9 @@ CASES: dict[str, Callable[[int], Case]] = {
     "7.7-clip": clip,
     "7.8-adamw": adamw,
     "7.9-training": partial(training, updates=2, optimizer={**OPTIMIZER, "eps": 0.01}),
+    "7.14-gradients": shared,
     "8.1-block-mlp": partial(block, kind="mlp", groups=GROUPS, active=ACTIVE),
     "8.2-fresh-attention": partial(fresh, kind="attention"),
     "8.2-fresh-mlp": partial(fresh, kind="mlp"),
+    "8.3-fresh": fresh_updates,
 }

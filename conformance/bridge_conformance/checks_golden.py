@@ -29,6 +29,7 @@ LEVELS = {
     "logits": 2,
     "ratios": 2,
     "decode": 3,
+    "logprobs": 3,
     "generate": 3,
     "say": 3,
     "gradients": 4,
@@ -72,7 +73,7 @@ class GoldenCase:
         """The vector's own, or a small host around its block."""
         settings = self.vector.settings
         if "config" in settings:
-            return parse_config(settings["config"])
+            return golden.config_of(settings)
         width = self.vector.inputs["hidden"].shape[-1]
         return parse_config({**HOST, "hidden_size": width, "bridge": settings["bridge"]})
 

@@ -7,15 +7,15 @@ clauses that the contract reaches.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bridge.checkpoints.initialise import fresh_bridge_tensors
+from bridge.checkpoints.initialise import fresh_bridge_tensors, fresh_lora
 from bridge.checkpoints.safetensors_io import SafetensorsFile
-from bridge.config import ModelConfig, parse_bridge, parse_config
+from bridge.config import LoraConfig, ModelConfig, parse_bridge, parse_config
 from bridge.contract import GRPO, SFT, AdamW, BackendModel, Batch, Sampling
 from bridge.decoding.inputs import default_positions
 from bridge.philox import philox4x32, uniforms
@@ -78,8 +78,12 @@ def reachable(vector: Vector) -> bool:
     return vector.name.partition("-")[2].partition("-")[0] in THROUGH_THE_CONTRACT
 
 
-def _config(settings: Settings) -> ModelConfig:
-    return parse_config(settings["config"])
+def config_of(settings: Settings) -> ModelConfig:
+    """The model that a vector is of; `lora`: the updates that it has (clause 5.10)."""
+    config, lora = parse_config(settings["config"]), settings.get("lora")
+    if lora is None:
+        return config
+    return replace(config, lora=LoraConfig(lora["rank"], lora["alpha"], tuple(lora["targets"])))
 
 
 def _weights(inputs: Given) -> Arrays:
@@ -87,7 +91,7 @@ def _weights(inputs: Given) -> Arrays:
 
 
 def _reference(settings: Settings, x: Given) -> BackendModel:
-    return Reference().load(_config(settings), _weights(x), device="cpu", dtype="float64")
+    return Reference().load(config_of(settings), _weights(x), device="cpu", dtype="float64")
 
 
 def _logits(settings: Settings, x: Given, model: BackendModel) -> Arrays:
@@ -114,6 +118,18 @@ def _decode(settings: Settings, x: Given, model: BackendModel) -> Arrays:
         if step + 1 < len(alive):
             left = alive[step]
             decoder.advance(x["tokens"][step][left], alive[step + 1][left])
+    return outputs
+
+
+def _logprobs(settings: Settings, x: Given, model: BackendModel) -> Arrays:
+    """Of the tokens that each row is then fed, at a temperature (clause 6.10)."""
+    widths, alive, outputs = settings["widths"], x["alive"], {}
+    decoder = model.prefill(_prompts(settings, x), widths, settings["max_new_tokens"])
+    for step, left in enumerate(alive):
+        tokens = x["tokens"][step][left]
+        outputs[f"step{step}"] = decoder.logprobs(tokens, settings["temperature"])
+        if step + 1 < len(alive):
+            decoder.advance(tokens, alive[step + 1][left])
     return outputs
 
 
@@ -179,7 +195,7 @@ def _block(settings: Settings, x: Given) -> Arrays:
 
 
 def _rope(settings: Settings, x: Given) -> Arrays:
-    config = _config(settings)
+    config = config_of(settings)
     frequencies, factor = inverse_frequencies(config.rope, config.head_dim)
     cos, sin = rope_tables(config, x["positions"], np.dtype(np.float64))
     rotated = ops.rotate(x["heads"], cos, sin)
@@ -210,6 +226,16 @@ def _clip(settings: Settings, x: Given) -> Arrays:
     return {**clipped, "norm": np.array(norm)}
 
 
+def _fresh(settings: Settings, x: Given) -> Arrays:
+    """Blocks (clause 8.2), or the updates of a model that has some (clause 8.3)."""
+    config, seed = config_of(settings), settings["seed"]
+    return (
+        dict(fresh_bridge_tensors(config, seed))
+        if config.lora is None
+        else fresh_lora(config, seed)
+    )
+
+
 def _objective(settings: Settings) -> SFT | GRPO:
     given = settings["objective"]
     return SFT() if given is None else GRPO(**given)
@@ -229,6 +255,7 @@ THROUGH_THE_CONTRACT: dict[str, Callable[..., Arrays]] = {
     "logits": _logits,
     "ratios": _ratios,
     "decode": _decode,
+    "logprobs": _logprobs,
     "generate": _generate,
     "say": _say,
     "gradients": _gradients,
@@ -253,5 +280,5 @@ BY_THE_REFERENCE: dict[str, Callable[[Settings, Given], Arrays]] = {
     },
     "clip": _clip,
     "adamw": _adamw,
-    "fresh": lambda settings, x: dict(fresh_bridge_tensors(_config(settings), settings["seed"])),
+    "fresh": _fresh,
 }
