@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bridge.config import ModelConfig
 from bridge.decoding.rows import GridPlan
+from bridge_torch import pointwise
 from bridge_torch.linear import Whole
 
 # Timesteps of groups that attend in one call. CUDA's kernels take fewer than 2**16 of them, and
@@ -33,8 +34,10 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def rms_norm(x: Float[Tensor, "... D"], weight: Float[Tensor, " D"], eps: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight`, in float32 or wider (clause 3.2)."""
-    if x.device.type != "cpu" or torch.is_grad_enabled():
+    if x.device.type != "cpu":
         return F.rms_norm(x, weight.shape, weight, eps)
+    if torch.is_grad_enabled():
+        return pointwise.rms_norm(x, weight, eps)
     # torch has no fused norm for CPUs. This is half as many kernels as what it does instead.
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x.dtype))
     square = torch.addcmul(_scalar(eps, norm.dtype), norm, norm, value=1 / x.shape[-1])

@@ -82,31 +82,40 @@ def head_and_loss(
 ) -> tuple[dict[str, Tensor], Float[Tensor, "n D"] | None]:
     """Metrics, `loss` and `entropy` among them, and the gradient of `h` if it `learns`. That of the
     head is added to `total`, if there is one, in its dtype."""
-    temperature = 1.0 if isinstance(objective, SFT) else objective.temperature
     gradient = torch.empty_like(h) if learns else None
     sums: dict[str, Tensor] = {}
     for number, some in enumerate(told.split(chunk)):
-        x = h[number * chunk : (number + 1) * chunk]
-        logp, lp = at_targets(F.linear(x, head), some.targets, temperature)
-        with torch.enable_grad():
-            lp.requires_grad_()
-            value, metrics = loss(lp, some, objective, count)
-            (dlp,) = torch.autograd.grad(value, lp)
-        p = logp.exp()
-        if not isinstance(objective, SFT):
-            metrics["entropy"] = -logp.mul_(p).sum() / count
+        cells = slice(number * chunk, (number + 1) * chunk)
+        metrics, dz = _of_some(F.linear(h[cells], head), some, objective, count)
         for name, part in metrics.items():
             sums[name] = sums[name] + part if name in sums else part
-        # Of logits: dlp (1 where the target is - p), divided by the temperature.
-        dlp = dlp / temperature
-        dz = p.mul_(-dlp[:, None])
-        dz.scatter_add_(1, some.targets[:, None], dlp[:, None])
-        dz = dz.to(h.dtype)
         if gradient is not None:
-            torch.mm(dz, head, out=gradient[number * chunk : (number + 1) * chunk])
+            torch.mm(dz, head, out=gradient[cells])
         if total is not None:
-            add_product(total, dz, x)
+            add_product(total, dz, h[cells])
+        del dz  # or it stays beside the next one's
     return sums, gradient
+
+
+def _of_some(
+    logits: Float[Tensor, "n V"], told: Told, objective: Objective, count: int
+) -> tuple[dict[str, Tensor], Float[Tensor, "n V"]]:
+    """Of a few targets: the metrics, and the gradient of their logits, in the dtype of those."""
+    temperature = 1.0 if isinstance(objective, SFT) else objective.temperature
+    dtype = logits.dtype
+    logp, lp = at_targets(logits, told.targets, temperature)
+    del logits
+    with torch.enable_grad():
+        value, metrics = loss(lp.requires_grad_(), told, objective, count)
+        (dlp,) = torch.autograd.grad(value, lp)
+    if isinstance(objective, SFT):
+        p = logp.exp_()
+    else:
+        p = logp.exp()
+        metrics["entropy"] = -logp.mul_(p).sum() / count
+    # Of logits: dlp (1 where the target is - p), divided by the temperature.
+    dlp = (dlp / temperature)[:, None]
+    return metrics, p.mul_(-dlp).scatter_add_(1, told.targets[:, None], dlp).to(dtype)
 
 
 def add_product(

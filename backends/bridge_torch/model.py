@@ -21,6 +21,7 @@ from bridge.config import LoraConfig, ModelConfig, tensor_shapes
 from bridge_torch.block import Block, Mixing, Norm, wide
 from bridge_torch.cells import Cells, Rope, rotate
 from bridge_torch.linear import Embedding, stack_parameters
+from bridge_torch.pointwise import swiglu
 
 
 class Reading(Mixing, Protocol):
@@ -119,7 +120,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """What a normed stream adds to itself."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):

@@ -201,6 +201,7 @@ class Trainer:
             betas=optimizer.betas,
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
+            fused=True,
         )
 
     def step(self, batch: Batch | Sequence[Batch], *, lr: float | None = None) -> Metrics:
@@ -241,7 +242,7 @@ class Trainer:
         for name, master in self.master.items():
             master.copy_(given[f"master.{name}"])
             moments = {key: given[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq")}
-            self.adamw.state[master] = {"step": step.clone(), **moments}
+            self.adamw.state[master] = {"step": step.to(master.device, copy=True), **moments}
         self._publish()
 
     def _steps(self) -> int:

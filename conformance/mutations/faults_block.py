@@ -251,7 +251,7 @@ FAULTS = (
         "the norm ratio counts what rows share once",
         "The wider a group, the less its prompt speaks for it.",
         "7.14",
-        RATIOS,
+        "shared_timesteps_change_no_forward_pass",
         packed("(ratio * rows).sum() / rows.sum().clamp(min=1)", "ratio.mean()"),
     ),
     Fault(

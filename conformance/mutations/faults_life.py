@@ -95,7 +95,7 @@ FAULTS = (
         LIFE,
         Edit(
             "train",
-            'self.adamw.state[master] = {"step": step.clone(), **moments}',
+            'self.adamw.state[master] = {"step": step.to(master.device, copy=True), **moments}',
             'self.adamw.state.setdefault(master, {"step": step.clone(), **moments})',
         ),
     ),

@@ -9,6 +9,7 @@ ACCUMULATED = "accumulated_batches_are_one_update"
 RECOMPUTED = "computing_layers_again_changes_no_update"
 LEARNT = "a_model_computes_with_what_it_learnt"
 RESTORED = "a_restored_trainer_goes_on_as_if_never_stopped"
+SHARED = "shared_timesteps_change_no_gradient"
 GAIN = "gain = torch.where(rho * A <= clipped * A, rho * A, clipped.detach() * A)"
 CLIP = "            torch.nn.utils.clip_grads_with_norm_(self.master.values(), limit, norm)\n"
 
@@ -361,5 +362,44 @@ FAULTS = (
         "7.9",
         RESTORED,
         train("**moments}\n        self._publish()", "**moments}"),
+    ),
+    Fault(
+        "what rows share learns from its own cells alone",
+        "A prompt's keys and values never learn what its answers read in them.",
+        "7.14",
+        SHARED,
+        Edit("flash", "for read in (*reads.within, *reads.across):", "for read in reads.within:"),
+    ),
+    Fault(
+        "what rows share is read by one softmax, and what they have alone by another",
+        "A row's own words count as much as its prompt, however short they are.",
+        "7.14",
+        SHARED,
+        Edit("flash", "for part in (lse, other_lse))", "for part in (both - 0.7, both - 0.7))"),
+    ),
+    Fault(
+        "rows that have nothing alone move the others up",
+        "Rows of a group that end early have the others learn from another row's tokens.",
+        "7.14",
+        SHARED,
+        Edit("pieces", "numbers[order] = _numbers(", "numbers[order[::-1]] = _numbers("),
+    ),
+    Fault(
+        "rows read each other where cells lie, and not where timesteps are",
+        "After a gap a row reads what the others say one timestep later.",
+        "7.14",
+        SHARED,
+        Edit(
+            "pieces",
+            "_timesteps(line[row] * plan.alone + timestep,",
+            "_timesteps(line[row] * plan.alone + (np.cumsum(in_alone, 1) - 1)[row, timestep],",
+        ),
+    ),
+    Fault(
+        "windows are not looked at where nothing is padded",
+        "Mistral learns by tokens that it cannot read when it decodes.",
+        "5.5",
+        GRADIENTS,
+        Edit("pieces", "if not inside_window(active, positions, w)", "if False"),
     ),
 )
