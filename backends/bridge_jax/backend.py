@@ -17,13 +17,19 @@ import numpy as np
 
 from bridge.config import BridgeConfig, ModelConfig, tensor_shapes
 from bridge.contract import AdamW, Batch, Objective
-from bridge.decoding.inputs import check_block, check_device_and_dtype, take_tensor
-from bridge.decoding.targets import LOSS_CHUNK, by_cell
+from bridge.decoding.inputs import (
+    check_block,
+    check_device_and_dtype,
+    check_loss_chunk,
+    check_swap,
+    take_tensor,
+)
+from bridge.decoding.targets import by_cell
 from bridge_jax.adamw import start
 from bridge_jax.block import Cells, Grid, Layout, block
 from bridge_jax.compiled import bucket, compiled, keep, make_room
 from bridge_jax.decode import Decoder
-from bridge_jax.leaves import by_name, choose
+from bridge_jax.leaves import by_name, choose, swap
 from bridge_jax.linear import LAYERS
 from bridge_jax.model import Params, Transformer, logits, norm_ratios
 from bridge_jax.pieces import STEPS
@@ -160,9 +166,13 @@ class JaxModel:
         loss_chunk: int | None = None,
     ) -> Trainer:
         """A trainer that updates this model's `trainable` tensors in place."""
-        most = LOSS_CHUNK if loss_chunk is None else loss_chunk
-        model = self.transformer
-        return Trainer(model, objective, optimizer, trainable, checkpoint_activations, most)
+        some, model = check_loss_chunk(loss_chunk), self.transformer
+        return Trainer(model, objective, optimizer, trainable, checkpoint_activations, some)
+
+    def swap(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Compute with these, and give those that were there (clause 7.16)."""
+        given = check_swap(self.config, tensors, self.dtype)
+        return swap(self.transformer.params, self.config, given)
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor by its Hugging Face name, in canonical order, in the model's dtype."""

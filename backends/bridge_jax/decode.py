@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from bridge.contract import Sampling
-from bridge.decoding.inputs import check_advance, check_prompts
+from bridge.decoding.inputs import check_advance, check_next_tokens, check_prompts
 from bridge.decoding.rows import Rows, left_padded
 from bridge.decoding.uniforms import Uniforms, seeds_of
 from bridge_jax import by_layer, steps
@@ -27,7 +27,7 @@ from bridge_jax.compiled import bucket
 from bridge_jax.model import Transformer
 from bridge_jax.pieces import STEPS, Piece, Pieces
 from bridge_jax.sampling import LANES, Settings, sample
-from bridge_jax.steps import AHEAD, Draws, Places, first_logits, rows_of
+from bridge_jax.steps import AHEAD, Draws, Places, first_logits, of_tokens, rows_of
 
 REACH = 64  # own timesteps that a cache has room for at first
 PROMPTS = 8  # that are read at once
@@ -165,6 +165,13 @@ class Decoder:
         """Next-token logits of the rows left, float32."""
         return jax.device_get(self.next_logits)[self.layout.places, : self.model.config.vocab_size]
 
+    def logprobs(self, tokens: np.ndarray, temperature: float = 1.0) -> Float[np.ndarray, " R"]:
+        """lp of a token for each row left, as its next, float32 (clause 6.10)."""
+        given = check_next_tokens(self.model.config.vocab_size, len(self.rows), tokens, temperature)
+        fed = self.layout.put(given.astype(np.int32))
+        lp = of_tokens(self.next_logits, fed, temperature, quick=self.model.quick)
+        return jax.device_get(lp)[self.layout.places]
+
     def sample(self, sampling: Sampling | Sequence[Sampling]) -> Int[np.ndarray, " R"]:
         """Draw the next token of each row left: int64. Does not advance."""
         return self.sample_ahead(sampling, 1, ())[:, 0]
@@ -253,7 +260,8 @@ class Decoder:
     @property
     def _weights(self) -> Any:
         """As they are now, in the form that `compute` reads."""
-        return self.model.weights.layers if self.model.by_layer else self.model.params
+        weights = self.model.weights
+        return weights.layers if self.model.by_layer else weights.merged(quick=self.model.quick)
 
     def _now(self) -> tuple[Any, Caches, Caches, jax.Array]:
         """What every step reads: weights, both caches, and the table of positions."""

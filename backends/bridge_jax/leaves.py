@@ -67,3 +67,33 @@ def by_name(
         for row, layer in zip(leaf, range(len(leaf)) if layers is None else layers, strict=True):
             tensors[key.replace("*", str(layer), 1)] = row
     return tensors
+
+
+def from_names(
+    tensors: Mapping[str, np.ndarray], config: ModelConfig, chosen: Chosen
+) -> dict[str, np.ndarray]:
+    """What `by_name` gave, as leaves."""
+    leaves, names = {}, stacked_names(config)
+    for key, layers in chosen:
+        arrays = [
+            tensors[name] for name in names[key] if layers is None or stacked(name)[1] in layers
+        ]
+        leaves[key] = arrays[0] if stacked(names[key][0])[1] is None else np.stack(arrays)
+    return leaves
+
+
+def swap(
+    params: dict[str, Array], config: ModelConfig, tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Put tensors into the parameters, and give those that were there (clause 7.16), each in the
+    dtype of the parameters."""
+    chosen = choose(config, list(tensors)) if tensors else ()
+    new, before = from_names(tensors, config, chosen), {}
+    for key, layers in chosen:
+        old = params[key]
+        before[key] = old if layers is None else take(old, np.array(layers))
+        leaf = new[key].astype(old.dtype)
+        stack = leaf if layers is None else old.at[np.array(layers)].set(leaf)
+        params[key] = jax.device_put(stack, old.sharding, may_alias=False)
+    found = by_name(before, config, chosen)
+    return {name: np.array(found[name]) for name in tensors}

@@ -15,12 +15,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Float
 
-from bridge.config import ModelConfig, tensor_shapes
+from bridge.config import LoraConfig, ModelConfig, tensor_shapes
 
 Array = jax.Array
 LAYERS = "model.layers.*."
 FEW = 64  # rows up to which a product is bound by reading the weight
 WEIGHT, TURNED = ".weight", ".turned"  # of a matrix that is `[out, in]`, or `[in, out]`
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # of its low-rank update
 KEPT = "kept"  # by its name, what a training step's backward pass reads rather than computes again
 
 
@@ -71,27 +72,28 @@ def _contract_backward(
 _contract.defvjp(_contract_forward, _contract_backward)
 
 
-def named(weights: Mapping[str, Array], name: str, x: Array) -> Array:
-    """The linear layer of that name, with its bias where it has one."""
-    bias = weights.get(f"{name}.bias")
-    if (turned := weights.get(name + TURNED)) is None:
-        return linear(x, weights[name + WEIGHT], bias)
-    return _rounded(contract("ni,io->no", x.reshape(-1, x.shape[-1]), turned), x, bias)
-
-
-def linear(
-    x: Float[Array, "... in"], weight: Float[Array, "out in"], bias: Array | None = None
+def named(
+    weights: Mapping[str, Array],
+    name: str,
+    x: Float[Array, "... in"],
+    lora: LoraConfig | None = None,
 ) -> Float[Array, "... out"]:
-    """`x @ weight.T + bias` (clause 2.1), rounded once to the dtype of x."""
+    """The linear layer of that name, with its bias and its low-rank update where it has them
+    (clauses 2.1 and 5.10), rounded once to the dtype of x."""
     rows = x.reshape(-1, x.shape[-1])
-    # With the weight on the left XLA streams it through the CPU's cores as it lies, once.
-    few = len(rows) <= FEW
-    y = contract("oi,ni->on", weight, rows).T if few else contract("ni,oi->no", rows, weight)
-    return _rounded(y, x, bias)
-
-
-def _rounded(y: Float[Array, "n out"], x: Array, bias: Array | None) -> Float[Array, "... out"]:
-    y = y if bias is None else y + bias.astype(y.dtype)
+    if (turned := weights.get(name + TURNED)) is not None:
+        y = contract("ni,io->no", rows, turned)
+    elif len(rows) <= FEW:
+        # With the weight on the left XLA streams it through the CPU's cores as it lies, once.
+        y = contract("oi,ni->on", weights[name + WEIGHT], rows).T
+    else:
+        y = contract("ni,oi->no", rows, weights[name + WEIGHT])
+    if lora is not None and name + DOWN in weights:
+        low = contract("ni,ri->nr", rows, weights[name + DOWN]).astype(x.dtype)
+        low = checkpoint_name(low, KEPT)
+        y = y + lora.scale * contract("nr,or->no", low, weights[name + UP])
+    if (bias := weights.get(f"{name}.bias")) is not None:
+        y = y + bias.astype(y.dtype)
     return checkpoint_name(y.astype(x.dtype).reshape(*x.shape[:-1], -1), KEPT)
 
 
@@ -116,7 +118,8 @@ def partition_specs(
 
     What reads the residual stream is split by its outputs, whole heads together, and what writes to
     it by its inputs, so that a layer adds up across devices three times: after attention, FFN and
-    block. Embedding and head are split by tokens. What does not divide evenly is on every device.
+    block. Embedding and head are split by tokens. A low-rank update has the half on that side split
+    as its matrix. What does not divide evenly is on every device.
     """
     bridge = config.bridge
     of_block = 0 if bridge is None else bridge.num_heads if bridge.kind == "attention" else 1
@@ -133,9 +136,10 @@ def partition_specs(
         name, _, kind = key.removeprefix(LAYERS).rpartition(".")
         if name in ("model.embed_tokens", "lm_head") and config.vocab_size % devices == 0:
             return PartitionSpec(axis, None)
-        if name in outward and outward[name] % devices == 0:
+        module, _, half = name.partition(".lora_")
+        if module in outward and outward[module] % devices == 0 and half != "A":
             return PartitionSpec(None, axis, *([None] if kind == "weight" else []))
-        if name in inward and inward[name] % devices == 0 and kind == "weight":
+        if module in inward and inward[module] % devices == 0 and half != "B" and kind == "weight":
             return PartitionSpec(None, None, axis)
         return PartitionSpec()
 

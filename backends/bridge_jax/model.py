@@ -21,7 +21,7 @@ from jax.sharding import (
 )
 from jaxtyping import Bool, Float, Int
 
-from bridge.config import ModelConfig
+from bridge.config import LoraConfig, ModelConfig
 from bridge.rope import rotation_tables
 from bridge_jax.attention import Attend, text_attention
 from bridge_jax.block import Cells, block, norm_ratio, rms_norm, silu, take
@@ -223,9 +223,9 @@ def decoder_layer(
     eps = config.rms_norm_eps
     x = rms_norm(h, weights["input_layernorm.weight"], eps)
     y, kept = attend(*project(weights, x, rope, config))
-    h = h + named(weights, "self_attn.o_proj", y.reshape(len(h), -1))
+    h = h + named(weights, "self_attn.o_proj", y.reshape(len(h), -1), config.lora)
     x = rms_norm(h, weights["post_attention_layernorm.weight"], eps)
-    h = h + feed_forward(weights, x)
+    h = h + feed_forward(weights, x, config.lora)
     kept = kept if look is None else look(h)
     bridge = config.bridge
     if bridge is None or not bridge.layers:
@@ -249,7 +249,10 @@ def project(
 ) -> tuple[Array, Array, Array]:
     """q `[C, kv, M, d]`, k and v `[C, kv, d]`, with norms and rope applied (clause 5.4)."""
     K, d = config.num_key_value_heads, config.head_dim
-    q, k, v = (named(weights, f"self_attn.{part}_proj", x).reshape(len(x), -1, d) for part in "qkv")
+    q, k, v = (
+        named(weights, f"self_attn.{part}_proj", x, config.lora).reshape(len(x), -1, d)
+        for part in "qkv"
+    )
     if config.qk_norm:
         q = rms_norm(q, weights["self_attn.q_norm.weight"], config.rms_norm_eps)
         k = rms_norm(k, weights["self_attn.k_norm.weight"], config.rms_norm_eps)
@@ -264,10 +267,12 @@ def rotate(x: Float[Array, "C heads d"], rope: Float[Array, "two C d"]) -> Array
     return (wide * cos + jnp.roll(wide, x.shape[-1] // 2, -1) * sin).astype(x.dtype)
 
 
-def feed_forward(weights: Params, x: Float[Array, "C D"]) -> Float[Array, "C D"]:
+def feed_forward(
+    weights: Params, x: Float[Array, "C D"], lora: LoraConfig | None
+) -> Float[Array, "C D"]:
     """SwiGLU (clause 5.8)."""
-    gate, up = (named(weights, f"mlp.{part}_proj", x) for part in ("gate", "up"))
-    return named(weights, "mlp.down_proj", silu(gate) * up)
+    gate, up = (named(weights, f"mlp.{part}_proj", x, lora) for part in ("gate", "up"))
+    return named(weights, "mlp.down_proj", silu(gate) * up, lora)
 
 
 def head(params: Params, h: Float[Array, "... D"], config: ModelConfig) -> Float[Array, "... V"]:

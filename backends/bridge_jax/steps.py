@@ -79,6 +79,15 @@ def rows_of(logits: Float[Array, "R V"], source: Int[Array, " S"]) -> Float[Arra
     return take(logits, source)
 
 
+@compiled()
+def of_tokens(
+    logits: Float[Array, "R V"], tokens: Int[Array, " R"], temperature: float
+) -> Float[Array, " R"]:
+    """The log-probability of a token for each row, as its next (clause 6.10)."""
+    logp = jax.nn.log_softmax(logits / temperature, -1)
+    return jnp.take_along_axis(logp, tokens[:, None], -1, mode="clip")[:, 0]
+
+
 @compiled(static_argnames="config", donate_argnames="own")
 def step(
     params: Params,

@@ -24,8 +24,7 @@ from bridge.decoding.inputs import (
 from bridge.decoding.targets import LOSS_CHUNK
 from bridge_jax.adamw import State, add, publish, start, update
 from bridge_jax.compiled import compiled
-from bridge_jax.leaves import Chosen, Leaves, by_name, choose, substitute
-from bridge_jax.linear import stacked, stacked_names
+from bridge_jax.leaves import Chosen, Leaves, by_name, choose, from_names, substitute
 from bridge_jax.losses import Targets, in_parts, logprobs_in_parts
 from bridge_jax.model import Transformer, forward
 from bridge_jax.pieces import Pieces
@@ -198,23 +197,20 @@ class Trainer:
         """Take over what `state` gave. Raises BridgeError, and changes nothing, where an array is
         missing, left over or has another shape."""
         check_state(self.model.config, self.trainable, state)
-        names = stacked_names(self.model.config)
 
-        def given(kind: str, key: str, layers: tuple[int, ...] | None) -> Array:
-            same = names[key]
-            if layers is not None:
-                same = [name for name in same if stacked(name)[1] in layers]
-            arrays = [np.asarray(state[f"{kind}.{name}"], np.float32) for name in same]
-            like = getattr(self.tensors, kind)[key]
-            array = np.stack(arrays).reshape(like.shape)
-            return jax.device_put(array, like.sharding, may_alias=False)
+        def given(kind: str) -> Leaves:
+            prefix, likes = f"{kind}.", getattr(self.tensors, kind)
+            arrays = {
+                key.removeprefix(prefix): np.asarray(array, np.float32)
+                for key, array in state.items()
+                if key.startswith(prefix)
+            }
+            return {
+                key: jax.device_put(array, likes[key].sharding, may_alias=False)
+                for key, array in from_names(arrays, self.model.config, self.chosen).items()
+            }
 
-        self.tensors = State(
-            *(
-                {key: given(kind, key, layers) for key, layers in self.chosen}
-                for kind in State._fields
-            )
-        )
+        self.tensors = State(*(given(kind) for kind in State._fields))
         self.steps = int(state["step"])
         own = publish(self._own(), self.tensors.master, chosen=self.chosen, quick=self.model.quick)
         self.model.params.update(own)

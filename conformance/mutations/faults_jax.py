@@ -229,13 +229,13 @@ FAULTS = (
         LIFE,
         Edit(
             "train",
-            "{key: given(kind, key, layers) for key, layers in self.chosen}",
-            "{\n"
-            "                    key: getattr(self.tensors, kind)[key]\n"
-            '                    if self.steps and kind != "master"\n'
-            "                    else given(kind, key, layers)\n"
-            "                    for key, layers in self.chosen\n"
-            "                }",
+            "State(*(given(kind) for kind in State._fields))",
+            'State(given("master"), *self.tensors[1:] if self.steps else map(given, KINDS[1:]))',
+        ),
+        Edit(
+            "train",
+            "Metrics = dict[str, float]",
+            "Metrics = dict[str, float]\nKINDS = State._fields",
         ),
         package="bridge_jax",
     ),
