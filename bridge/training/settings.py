@@ -69,8 +69,8 @@ class Settings:
     trainable: tuple[str, ...] = setting((), TRAINABLE, "Model")
     lora_rank: int | None = setting(
         None,
-        "Train the host through low-rank updates of its matrices (LoRA), of this rank, such as 16; "
-        "else it is trained whole or not at all. It takes the memory of its weights, and no more.",
+        "Train the host through low-rank updates of its matrices (LoRA) of this rank, such as 16: "
+        "its own weights stay, and need no gradients and moments. Else it trains whole or not.",
         "Model",
     )
     lora_alpha: float | None = setting(

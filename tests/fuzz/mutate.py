@@ -36,6 +36,7 @@ TEXTS = (
     *("CON", "~", "~root", "file:///etc/passwd", "http://127.0.0.1/", "%s%n{0}", "{{ 1 }}"),
     *("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I64", "U32", "BOOL"),
     *("f32", "float32", "attention", "mlp", "1.0", "llama", "qwen2", "qwen3", "mistral", "gpt2"),
+    *("LORA", "all-linear", "q_proj", "lm_head", "none", "gaussian", "pissa"),
     *("default", "linear", "llama3", "yarn", "dynamic", "longrope", "full_attention"),
     *("sliding_attention", "<eos>", "</s>", "__metadata__", "format", "pt", "jax", "mlx"),
     *("BPE", "Unigram", "WordPiece", "WordLevel", "Sequence", "Replace", "Prepend", "Split"),
@@ -61,6 +62,7 @@ KEYS = (
     *("weight_map", "metadata", "dtype", "shape", "data_offsets", "__metadata__", "factor"),
     *("rms_norm_eps", "eos_token_id", "partial_rotary_factor", "bits", "group_size", "mode"),
     *("chat_template", "eos_token", "truncation", "padding", "added_tokens", "model", "content"),
+    *("peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "use_dora", "bias"),
 )
 JINJA = (
     "{% for a in range(99999) %}",

@@ -15,6 +15,7 @@ from safetensors import deserialize
 from bridge.checkpoints.reading import Checkpoint
 
 Arrays = dict[str, np.ndarray]
+PEFT = "base_model.model."  # before the names of updates
 DTYPES: dict[str, Any] = {
     "F64": np.float64,
     "F32": np.float32,
@@ -33,6 +34,8 @@ def disagreement(checkpoint: Checkpoint) -> str | None:
         return "names of tensors and of specs differ"
     if missing := wanted.keys() - set(checkpoint.tensors):
         return f"config.json wants {sorted(missing)[0]}, which was not given"
+    if wrong := _lora_differs(checkpoint, stored):
+        return wrong
     for name in checkpoint.tensors:
         array, spec = checkpoint.tensors[name], checkpoint.specs[name]
         if (array.dtype, array.shape) != (spec.dtype, spec.shape):
@@ -55,6 +58,7 @@ def _stored(checkpoint: Checkpoint) -> Arrays:
     """Every array of the directory, and of the base's, as the safetensors library reads it."""
     found: Arrays = {}
     directories = [checkpoint.path] + ([checkpoint.base.path] if checkpoint.base else [])
+    directories += [path / "lora" for path in directories]
     for path in sorted({file.path for file in checkpoint.tensors.files.values()}):
         assert path.parent in directories, f"{path} is outside of {directories}"
         for name, entry in deserialize(path.read_bytes()):
@@ -64,8 +68,33 @@ def _stored(checkpoint: Checkpoint) -> Arrays:
     return found
 
 
+def _lora_differs(checkpoint: Checkpoint, stored: Arrays) -> str | None:
+    """What of the updates is not as PEFT's two files say, by what PEFT does with them."""
+    names = {PEFT + name for name in checkpoint.tensors if ".lora_" in name}
+    where, lora = checkpoint.path / "lora" / "adapter_config.json", checkpoint.config.lora
+    if not where.exists():
+        return "there are updates, and no lora" if names or lora else None
+    raw = json.loads(where.read_text())
+    if lora is None or names != {name for name in stored if name.startswith(PEFT)}:
+        return "updates that were given are not those of the file"
+    if (lora.rank, lora.alpha) != (raw.get("r", 8), raw.get("lora_alpha", 8)):
+        return f"adapter_config.json says r {raw.get('r')} and {raw.get('lora_alpha')}, not {lora}"
+    for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        if raw.get(key):
+            return f"adapter_config.json has {key}, which is not what was opened"
+    found = [n.rsplit(".lora_A", 1)[0].removeprefix(PEFT) for n in names if ".lora_A." in n]
+    wanted = raw["target_modules"]
+    if isinstance(wanted, list) and not all(
+        any(f".{module}".endswith(f".{name}") for name in wanted) for module in found
+    ):
+        return f"target_modules {wanted} does not find all of {found}"
+    return None
+
+
 def _logical(name: str, raw: dict[str, Any], stored: Arrays) -> np.ndarray | None:
     """A tensor by its Hugging Face name, wherever it lies: by itself, in a stack, or packed."""
+    if ".lora_" in name:
+        return stored.get(PEFT + name)
     if (array := _place(name, raw, stored)) is None or array.dtype != np.uint32:
         return array
     path = name.removesuffix(".weight")

@@ -219,12 +219,48 @@ def _mlx() -> Tree:
     }
 
 
+def _lora() -> Tree:
+    """A host whose updates are as PEFT saves them."""
+    config = {"model_type": "qwen2", **HOST, "tie_word_embeddings": True, "bridge": BLOCK}
+    tensors = _tensors(config, np.float32)
+    targets = {"self_attn.k_proj": (4, 8), "mlp.down_proj": (8, 12)}
+    rng = np.random.default_rng(2)
+    updates: Tensors = {}
+    for layer in range(2):
+        for target, (outward, inward) in targets.items():
+            stem = f"base_model.model.model.layers.{layer}.{target}.lora_"
+            updates[f"{stem}A.weight"] = rng.normal(size=(3, inward)).astype(np.float32)
+            updates[f"{stem}B.weight"] = rng.normal(size=(outward, 3)).astype(np.float32)
+    said = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 3,
+        "lora_alpha": 6,
+        "lora_dropout": 0.05,
+        "target_modules": ["k_proj", "mlp.down_proj"],
+        "exclude_modules": ["bridge.k_proj"],
+        "bias": "none",
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    return {
+        "model/config.json": _json(config),
+        "model/model.safetensors": save(tensors, {"format": "pt"}),
+        "model/lora/adapter_config.json": _json(said),
+        "model/lora/adapter_model.safetensors": save(updates, {"format": "pt"}),
+    }
+
+
 OUTSIDE: Tree = {
     "outside/secret.txt": b"a secret\n",
     "outside/model.safetensors": save({"secret": np.ones(4, np.float32)}),
     "outside/tokenizer_config.json": b'{"eos_token": "secret"}',
 }
-MAKERS: tuple[Callable[[], Tree], ...] = (_torch, _sharded, _adapter, _jax, _mlx)
+MAKERS: tuple[Callable[[], Tree], ...] = (_torch, _sharded, _adapter, _jax, _mlx, _lora)
 
 
 def _tensors(config: Mapping[str, Any], dtype: Any) -> Tensors:

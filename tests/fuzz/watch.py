@@ -75,8 +75,10 @@ def watched() -> Iterator[list[str]]:
 
 
 def misdeeds(seen: list[str], allowed: tuple[Path, ...]) -> list[str]:
-    """Events that are more than reading a file of an allowed directory, or listing it."""
+    """Events that are more than reading a file of an allowed directory, or of its updates, or
+    listing it."""
     inside = [os.path.realpath(directory) for directory in allowed]
+    inside += [os.path.join(directory, "lora") for directory in inside]
     bad = []
     for event in seen:
         kind, _, path = event.partition(" ")
