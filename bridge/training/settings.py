@@ -156,8 +156,6 @@ class Settings:
         for name in ("checkpoint", "out", "task", "base", "data"):
             if "\0" in (path := getattr(self, name, None) or ""):
                 raise BridgeError(f"{name} must be a name without NUL, not {_shown(path)}")
-        if self.lora_rank is None and (self.lora_alpha is not None or self.lora_targets):
-            raise BridgeError("lora_alpha and lora_targets are of updates; give lora_rank too")
         if self.lora_rank is not None and self.trainable == ("all",):
             raise BridgeError(
                 "lora_rank spares the host's own matrices, which trainable all would train; give "

@@ -28,14 +28,16 @@ def with_updates(opened: Checkpoint, settings: Settings) -> Checkpoint:
     Raises BridgeError where it has others already.
     """
     rank, alpha, there = settings.lora_rank, settings.lora_alpha, opened.config.lora
-    if rank is None:
-        return opened
     targets = tuple(name for name in TARGETS if name in (settings.lora_targets or TARGETS))
     if there is None:
-        lora = LoraConfig(rank, 2.0 * rank if alpha is None else alpha, targets)
-        return _with_fresh(opened, lora, settings.seed)
+        if rank is not None:
+            lora = LoraConfig(rank, 2.0 * rank if alpha is None else alpha, targets)
+            return _with_fresh(opened, lora, settings.seed)
+        if alpha is not None or settings.lora_targets:
+            raise BridgeError("lora_alpha and lora_targets are of updates; give lora_rank too")
+        return opened
     asked = {
-        "rank": rank,
+        "rank": there.rank if rank is None else rank,
         "alpha": there.alpha if alpha is None else alpha,
         "targets": targets if settings.lora_targets else there.targets,
     }
