@@ -172,7 +172,12 @@ class Trainer(Protocol):
 
     def state(self) -> dict[str, np.ndarray]:
         """All that resuming needs: `step` (int64), and for each trained tensor `master.NAME`,
-        `exp_avg.NAME` and `exp_avg_sq.NAME` (clause 7.9)."""
+        `exp_avg.NAME` and `exp_avg_sq.NAME` (clause 7.9), in one dtype a kind."""
+        ...
+
+    def array(self, key: str) -> np.ndarray:
+        """One array of `state`, alone: so that a state can be written without a second one of it in
+        memory."""
         ...
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:

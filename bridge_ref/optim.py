@@ -58,9 +58,14 @@ class AdamWState:
             self.exp_avg[name], self.exp_avg_sq[name] = m, v
 
     def state(self) -> dict[str, np.ndarray]:
-        """`step`, and `master.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` of each trained tensor."""
-        named = {f"{kind}.{name}": a.copy() for kind, name, a in self._arrays()}
-        return {"step": np.array(self.step, np.int64), **named}
+        """All of its arrays, by the names that `array` knows them by."""
+        keys = [f"{kind}.{name}" for kind, name, _ in self._arrays()]
+        return {key: self.array(key) for key in ("step", *keys)}
+
+    def array(self, key: str) -> np.ndarray:
+        """`step`, or `master.NAME`, `exp_avg.NAME` or `exp_avg_sq.NAME` of a trained tensor."""
+        kind, _, name = key.partition(".")
+        return getattr(self, kind)[name].copy() if name else np.array(self.step, np.int64)
 
     def restore(self, state: Tensors) -> None:
         """Take over what `state` gave: the same names and shapes."""

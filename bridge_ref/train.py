@@ -101,6 +101,10 @@ class ReferenceTrainer:
         """Step count, master weights and moments, by name."""
         return self.adamw.state()
 
+    def array(self, key: str) -> np.ndarray:
+        """One array of the state."""
+        return self.adamw.array(key)
+
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Go on from what `state` gave; the model takes the master weights' values. Raises
         BridgeError, and changes nothing, where an array is missing, left over or has another shape.

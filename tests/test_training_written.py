@@ -4,6 +4,7 @@ trackers, each once whatever stopped it."""
 import json
 import os
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,12 @@ import torch
 from training_stops import Watch, die, run, toy_run
 
 import bridge
+from bridge.contract import SFT
 from bridge.errors import BridgeError
+from bridge.model import trainable_names
+from bridge.training.batches import Group, make_batch
 from bridge.training.log import read_log
+from bridge.training.saving import StateReader, read_state, write_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,6 +72,29 @@ def test_masters_are_saved_whole_whatever_the_model_computes_in(settings):
         assert tensor.tobytes() == state[f"master.{name}"].tobytes()
     some = saved["model.layers.0.mlp.up_proj.weight"]
     assert (torch.from_numpy(some).bfloat16().float().numpy() != some).any()
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+def test_a_state_is_written_an_array_at_a_time(toy_model, tmp_path, backend):
+    """It is what `state` gives, and of the arrays before one at most the last is alive yet."""
+    model, alive = bridge.load(toy_model, backend=backend, dtype="float32"), []
+    trainer = model.trainer(SFT(), trainable="bridge")
+    trainer.step(make_batch([Group([1, 2], [[3, 4], [5]])]))
+    state, original = trainer.state(), trainer.array
+
+    def array(key):
+        assert all(earlier() is None for earlier in alive[:-1])
+        given = original(key)
+        alive.append(weakref.ref(given))
+        return given
+
+    trainer.array = array
+    names = trainable_names(model.config, "bridge")
+    write_state(tmp_path, StateReader(trainer, model.config, names))
+    found = read_state(tmp_path)
+    assert found.keys() == state.keys() and len(alive) >= len(state)
+    for key, given in state.items():
+        assert found[key].dtype == given.dtype and np.array_equal(found[key], given)
 
 
 def test_checkpoints_are_pruned_to_a_number(settings):

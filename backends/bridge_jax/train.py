@@ -20,11 +20,13 @@ from bridge.decoding.inputs import (
     check_temperature,
     micro_batches,
     positions_of,
+    state_shapes,
 )
 from bridge.decoding.targets import LOSS_CHUNK
 from bridge_jax.adamw import State, add, publish, start, update
 from bridge_jax.compiled import compiled
-from bridge_jax.leaves import Chosen, Leaves, by_name, choose, from_names, substitute
+from bridge_jax.leaves import Chosen, Leaves, choose, from_names, substitute
+from bridge_jax.linear import stacked
 from bridge_jax.losses import Targets, in_parts, logprobs_in_parts
 from bridge_jax.model import Transformer, forward
 from bridge_jax.pieces import Pieces
@@ -186,31 +188,33 @@ class Trainer:
 
     def state(self) -> dict[str, np.ndarray]:
         """`step`, and `master.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` of each trained tensor."""
-        arrays = {
-            f"{kind}.{name}": np.array(array)
-            for kind, leaves in self.tensors._asdict().items()
-            for name, array in by_name(leaves, self.model.config, self.chosen).items()
-        }
-        return {"step": np.array(self.steps, np.int64), **arrays}
+        return {key: self.array(key) for key in state_shapes(self.model.config, self.trainable)}
+
+    def array(self, key: str) -> np.ndarray:
+        """One array of `state`, alone."""
+        kind, _, name = key.partition(".")
+        if not name:
+            return np.array(self.steps, np.int64)
+        leaf, layer = stacked(name)
+        array, layers = getattr(self.tensors, kind)[leaf], dict(self.chosen)[leaf]
+        if layer is not None:
+            array = array[layer if layers is None else layers.index(layer)]
+        return np.array(array)
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over what `state` gave. Raises BridgeError, and changes nothing, where an array is
         missing, left over or has another shape."""
         check_state(self.model.config, self.trainable, state)
-
-        def given(kind: str) -> Leaves:
-            prefix, likes = f"{kind}.", getattr(self.tensors, kind)
+        for kind in State._fields:
+            mine, prefix = getattr(self.tensors, kind), f"{kind}."
             arrays = {
                 key.removeprefix(prefix): np.asarray(array, np.float32)
                 for key, array in state.items()
                 if key.startswith(prefix)
             }
-            return {
-                key: jax.device_put(array, likes[key].sharding, may_alias=False)
-                for key, array in from_names(arrays, self.model.config, self.chosen).items()
-            }
-
-        self.tensors = State(*(given(kind) for kind in State._fields))
+            for leaf in self.chosen:  # in turn: a second state may not fit
+                for key, array in from_names(arrays, self.model.config, (leaf,)).items():
+                    mine[key] = jax.device_put(array, mine[key].sharding, may_alias=False)
         self.steps = int(state["step"])
         own = publish(self._own(), self.tensors.master, chosen=self.chosen, quick=self.model.quick)
         self.model.params.update(own)

@@ -25,6 +25,7 @@ from bridge.decoding.inputs import (
     check_trainable,
     micro_batches,
     positions_of,
+    state_shapes,
 )
 from bridge.decoding.targets import LOSS_CHUNK, TargetCells
 from bridge_mlx.block import compiled_on_gpu
@@ -189,31 +190,30 @@ class Trainer:
 
     def state(self) -> dict[str, np.ndarray]:
         """`step`, and `master.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` of each trained tensor."""
-        arrays = {key: np.array(array) for key, array in self._arrays().items()}
-        return {"step": np.array(self.adamw.step.item(), np.int64), **arrays}
+        return {key: self.array(key) for key in state_shapes(self.model.config, self.master)}
+
+    def array(self, key: str) -> np.ndarray:
+        """One array of `state`, alone."""
+        kind, _, name = key.partition(".")
+        if not name:
+            return np.array(self.adamw.step.item(), np.int64)
+        moment = self.adamw.state[name]["m" if kind == "exp_avg" else "v"]
+        return np.array(self.master[name] if kind == "master" else moment)
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over what `state` gave. Raises BridgeError, and changes nothing, where an array is
         missing, left over or has another shape."""
         check_state(self.model.config, self.master, state)
         with mx.stream(self.model.device):
-            given = {key: mx.array(np.asarray(state[key], np.float32)) for key in self._arrays()}
             moments: dict[str, Any] = self.adamw.state
             moments["step"] = mx.array(int(state["step"]), mx.uint64)
-            for name in self.master:
-                self.master[name] = given[f"master.{name}"]
-                moments[name] = {
-                    "m": given[f"exp_avg.{name}"],
-                    "v": given[f"exp_avg_sq.{name}"],
-                }
+            for name in self.master:  # one after another: a second state may not fit
+                self.master[name], m, v = (
+                    mx.array(np.asarray(state[f"{kind}.{name}"], np.float32))
+                    for kind in ("master", "exp_avg", "exp_avg_sq")
+                )
+                moments[name] = {"m": m, "v": v}
             self._publish()
-
-    def _arrays(self) -> dict[str, mx.array]:
-        """What a state holds beside its step."""
-        arrays = {f"master.{name}": master for name, master in self.master.items()}
-        for kind, short in (("exp_avg", "m"), ("exp_avg_sq", "v")):
-            arrays |= {f"{kind}.{name}": self.adamw.state[name][short] for name in self.master}
-        return arrays
 
     def _rounded(self) -> dict[str, mx.array]:
         return {name: master.astype(self.model.dtype) for name, master in self.master.items()}

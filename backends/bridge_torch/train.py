@@ -27,6 +27,7 @@ from bridge.decoding.inputs import (
     check_trainable,
     micro_batches,
     positions_of,
+    state_shapes,
 )
 from bridge.decoding.targets import LOSS_CHUNK, TargetCells
 from bridge.errors import BridgeError
@@ -228,35 +229,36 @@ class Trainer:
 
     def state(self) -> dict[str, np.ndarray]:
         """`step`, and `master.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` of each trained tensor."""
-        mine = self._tensors().items()
-        arrays = {key: tensor.to("cpu", copy=True).numpy() for key, tensor in mine}
-        return {"step": np.array(self._steps(), np.int64), **arrays}
+        return {key: self.array(key) for key in state_shapes(self.weights.config, self.master)}
+
+    def array(self, key: str) -> np.ndarray:
+        """One array of `state`, alone; moments are 0 before the first step."""
+        kind, _, name = key.partition(".")
+        if not name:
+            return np.array(self._steps(), np.int64)
+        master = self.master[name]
+        moments = self.adamw.state.get(master, {})
+        tensor = master if kind == "master" else moments.get(kind)
+        given = torch.zeros_like(master, device="cpu") if tensor is None else tensor
+        return given.to("cpu", copy=True).numpy()
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over what `state` gave. Raises BridgeError, and changes nothing, where an array is
         missing, left over or has another shape."""
         check_state(self.weights.config, self.master, state)
         step = torch.tensor(float(state["step"]))
-        mine = self._tensors().items()
-        given = {key: torch.from_numpy(np.array(state[key])).to(t) for key, t in mine}
-        for name, master in self.master.items():
-            master.copy_(given[f"master.{name}"])
-            moments = {key: given[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq")}
-            self.adamw.state[master] = {"step": step.to(master.device, copy=True), **moments}
+        for name, master in self.master.items():  # one after another: a second state may not fit
+            given = {
+                kind: torch.from_numpy(np.array(state[f"{kind}.{name}"])).to(master)
+                for kind in ("master", "exp_avg", "exp_avg_sq")
+            }
+            master.copy_(given.pop("master"))
+            self.adamw.state[master] = {"step": step.to(master.device, copy=True), **given}
         self._publish()
 
     def _steps(self) -> int:
         first = next(iter(self.master.values()))
         return int(self.adamw.state.get(first, {}).get("step", 0))
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """What a state holds beside its step; moments are 0 before the first."""
-        tensors = {f"master.{name}": master for name, master in self.master.items()}
-        for kind in ("exp_avg", "exp_avg_sq"):
-            for name, master in self.master.items():
-                moments = self.adamw.state.get(master, {})
-                tensors[f"{kind}.{name}"] = moments.get(kind, torch.zeros_like(master))
-        return tensors
 
     @torch.no_grad()
     def _publish(self) -> None:

@@ -230,15 +230,20 @@ def check_trainable(names: Collection[str], trainable: Sequence[str]) -> None:
             raise BridgeError(f"trainable: no tensor is named {name!r}")
 
 
+def state_shapes(config: ModelConfig, trained: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """The arrays of a trainer's state (clause 7.9), by key, in order: the step, and three of each
+    trained tensor, side by side."""
+    shapes, kinds = tensor_shapes(config), ("master", "exp_avg", "exp_avg_sq")
+    arrays = {f"{kind}.{name}": shapes[name] for name in trained for kind in kinds}
+    return {"step": (), **arrays}
+
+
 def check_state(
     config: ModelConfig, trained: Collection[str], state: Mapping[str, np.ndarray]
 ) -> None:
     """Refuse a trainer's state (clause 7.9) that lacks an array of the `trained` tensors, holds one
     more, or has one of another shape."""
-    shapes = tensor_shapes(config)
-    kinds = ("master", "exp_avg", "exp_avg_sq")
-    wanted = {f"{kind}.{name}": shapes[name] for kind in kinds for name in trained}
-    wanted["step"] = ()
+    wanted = state_shapes(config, trained)
     if differing := sorted(wanted.keys() ^ state.keys()):
         raise BridgeError(
             f"trainer state: {differing[0]} is missing or not trained here; "

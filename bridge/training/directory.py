@@ -31,6 +31,7 @@ from bridge.files.toml import read_toml, write_toml
 from bridge.training.saving import (
     ModelWriter,
     Progress,
+    StateReader,
     read_best_step,
     read_progress,
     read_state,
@@ -125,9 +126,7 @@ class RunDirectory:
         place = self.place(steps[-1])
         return read_progress(place / PROGRESS, steps[-1]), read_state(place)
 
-    def save(
-        self, progress: Progress, state: Mapping[str, np.ndarray], writer: ModelWriter, keep: int
-    ) -> Path:
+    def save(self, progress: Progress, state: StateReader, writer: ModelWriter, keep: int) -> Path:
         """A checkpoint that the run can go on from; all but the latest `keep` are removed."""
         place = self.place(progress.step)
         if not place.exists():

@@ -23,7 +23,7 @@ from bridge.training.directory import RunDirectory
 from bridge.training.health import Health
 from bridge.training.log import Log
 from bridge.training.rollouts import evaluate
-from bridge.training.saving import Best, ModelWriter, Progress
+from bridge.training.saving import Best, ModelWriter, Progress, StateReader
 from bridge.training.schedule import VALIDATION, stream_seed
 from bridge.training.settings import Settings
 from bridge.training.watch import Interrupt, Phases, Stopped, Watcher
@@ -98,7 +98,7 @@ class Run:
         self.health.end()
         self.watch.phase("save")
         said = {"kind": settings.kind, **vars(self.progress)}
-        self.directory.save_model("final", self.trainer.state(), self.writer, said)
+        self.directory.save_model("final", self._state(), self.writer, said)
 
     def norms(self, step: int, groups: Sequence[Group]) -> dict[str, Any]:
         """Each `norms_every` steps, how much the blocks add to what they read (clause 3.9), over
@@ -133,9 +133,7 @@ class Run:
         assert self.at_boundary
         self.watch.phase("save")
         self.log.sync()
-        return self.directory.save(
-            self.progress, self.trainer.state(), self.writer, self.settings.keep
-        )
+        return self.directory.save(self.progress, self._state(), self.writer, self.settings.keep)
 
     def _evaluate(self) -> None:
         """An evaluation of this boundary; the best one's checkpoint is kept."""
@@ -151,7 +149,10 @@ class Run:
             kept = cast(Best, {"step": step, **found})
             self.progress = replace(self.progress, best=kept)
             said = {"kind": self.settings.kind, "evaluation": kept}
-            self.directory.save_model("best", self.trainer.state(), self.writer, said)
+            self.directory.save_model("best", self._state(), self.writer, said)
+
+    def _state(self) -> StateReader:
+        return StateReader(self.trainer, self.model.config, self.writer.trained)
 
     def _done(self, problems: int) -> None:
         """The step after `progress` is done, and so are so many problems of the data."""

@@ -6,8 +6,9 @@ here, and made and renamed by who calls. What is read back and is not as it was 
 mended by hand, is a BridgeError of one line that names file and field.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Annotated, TypedDict
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from bridge.checkpoints.forms import BLOCK, LORA, METADATA, Entry, arrange, plain_config
 from bridge.checkpoints.reading import Checkpoint, host_hash
-from bridge.checkpoints.safetensors_io import SafetensorsFile, specs_of, write_safetensors
+from bridge.checkpoints.safetensors_io import SafetensorsFile, write_safetensors
 from bridge.checkpoints.shards import BLOCKS
 from bridge.checkpoints.tensor_specs import TensorSpec
 from bridge.checkpoints.writing import (
@@ -26,6 +27,9 @@ from bridge.checkpoints.writing import (
     write_json,
     write_lora,
 )
+from bridge.config import ModelConfig
+from bridge.contract import Trainer
+from bridge.decoding.inputs import state_shapes
 from bridge.errors import BridgeError
 from bridge.files.fields import Count, Number, read_as
 from bridge.files.opening import read_text
@@ -56,7 +60,7 @@ class ModelWriter:
                 f"{source.path}: is quantised, so train its blocks alone, with --adapter and "
                 "--trainable bridge"
             )
-        self.source, self.adapter = source, adapter
+        self.source, self.trained, self.adapter = source, trained, adapter
         specs = {n: s for n, s in source.specs.items() if BLOCK in n or LORA in n or not adapter}
         self.specs = {name: spec for name, spec in specs.items() if LORA not in name}
         self.updates = {name: spec for name, spec in specs.items() if LORA in name}
@@ -91,10 +95,37 @@ class ModelWriter:
         return rounded(master, self.source.specs[name].dtype, name)
 
 
-def write_state(directory: Path, state: Mapping[str, np.ndarray]) -> None:
-    """A trainer's state as safetensors."""
-    specs: dict[str, TensorSpec] = specs_of(state)
-    write_safetensors(directory / TRAINER, specs, iter(state.items()))
+class StateReader(Mapping[str, np.ndarray]):
+    """A trainer's state (clause 7.9) as it is now, by key. Each array is copied when it is asked
+    for, so that no second state is in memory while one is written."""
+
+    def __init__(self, trainer: Trainer, config: ModelConfig, trained: Sequence[str]) -> None:
+        """`trained`: names of tensors."""
+        self.trainer = trainer
+        shapes = state_shapes(config, trained)
+        smallest: dict[str, str] = {}  # key of each kind, whose arrays have all one dtype
+        for key, shape in shapes.items():
+            kind = key.partition(".")[0]
+            if kind not in smallest or prod(shape) < prod(shapes[smallest[kind]]):
+                smallest[kind] = key
+        dtypes = {kind: trainer.array(key).dtype for kind, key in smallest.items()}
+        self.specs = {k: TensorSpec(dtypes[k.partition(".")[0]], s) for k, s in shapes.items()}
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        if key not in self.specs:
+            raise KeyError(key)
+        return self.trainer.array(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+
+def write_state(directory: Path, state: StateReader) -> None:
+    """A trainer's state as safetensors, one array in memory at a time."""
+    write_safetensors(directory / TRAINER, state.specs, iter(state.items()))
 
 
 def read_state(directory: Path) -> dict[str, np.ndarray]:

@@ -158,6 +158,10 @@ def same_updates(
         # Even where rounding to the dtype is within the allowance, it is not what a state is for.
         if fits({n: got[n] for n in names}, trial.dtype) > fits(own, trial.dtype):
             raise trial.failure(f"{kind}* hold nothing that {trial.dtype} does not", case)
+        if len({got[name].dtype for name in names}) > 1:
+            raise trial.failure(f"{kind}* are of more than one dtype", case)
+    for name, array in got.items():
+        trial.same(trainer.array(name), array, 0, f"{name} read alone", case)
     for name, tensor in model.tensors():
         rounded_master = got.get(f"master.{name}", trial.tensors[name]).astype(tensor.dtype)
         trial.same(tensor, rounded_master, 0, f"{name} of the model", case)

@@ -204,9 +204,8 @@ FAULTS = (
         LIFE,
         Edit(
             "train",
-            '        return {"step": np.array(self.steps, np.int64), **arrays}',
-            f"        {KEPT_STATE}"
-            '        return {"step": np.array(self.steps, np.int64), **kept}',
+            "        return np.array(array)\n",
+            KEPT_STATE,
         ),
         package="bridge_jax",
     ),
@@ -229,13 +228,8 @@ FAULTS = (
         LIFE,
         Edit(
             "train",
-            "State(*(given(kind) for kind in State._fields))",
-            'State(given("master"), *self.tensors[1:] if self.steps else map(given, KINDS[1:]))',
-        ),
-        Edit(
-            "train",
-            "Metrics = dict[str, float]",
-            "Metrics = dict[str, float]\nKINDS = State._fields",
+            "for key, array in from_names(",
+            'for key, array in () if kind != "master" and self.steps else from_names(',
         ),
         package="bridge_jax",
     ),

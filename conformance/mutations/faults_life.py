@@ -9,11 +9,11 @@ KEEPS = (
     "        asked = tuple(prompt.tobytes() for prompt in prompts)\n"
     '        kept = self.weights.rope.__dict__.setdefault("kept", {})\n'
 )
-# Writes a state into the arrays of the last one.
+# Writes an array of a state into that of the last one.
 KEPT_STATE = (
-    'kept = self.__dict__.setdefault("kept", {key: np.array(a) for key, a in arrays.items()})\n'
-    "        for key, array in arrays.items():\n"
-    "            np.copyto(kept[key], array)\n"
+    '        kept = self.__dict__.setdefault("kept", {}).setdefault(key, np.array(array))\n'
+    "        np.copyto(kept, array)\n"
+    "        return kept\n"
 )
 
 
@@ -64,7 +64,7 @@ FAULTS = (
         "A checkpoint that is written while training goes on mixes two updates.",
         "7.9",
         LIFE,
-        Edit("train", 'tensor.to("cpu", copy=True).numpy() for key', "tensor.numpy() for key"),
+        Edit("train", 'given.to("cpu", copy=True)', 'given.to("cpu")'),
     ),
     Fault(
         "moments are kept where they were given",
@@ -73,8 +73,8 @@ FAULTS = (
         LIFE,
         Edit(
             "train",
-            "torch.from_numpy(np.array(state[key])).to(t)",
-            "torch.from_numpy(state[key]).to(t)",
+            'torch.from_numpy(np.array(state[f"{kind}.{name}"])).to(master)',
+            'torch.from_numpy(state[f"{kind}.{name}"]).to(master)',
         ),
     ),
     Fault(
@@ -95,8 +95,8 @@ FAULTS = (
         LIFE,
         Edit(
             "train",
-            'self.adamw.state[master] = {"step": step.to(master.device, copy=True), **moments}',
-            'self.adamw.state.setdefault(master, {"step": step.clone(), **moments})',
+            'self.adamw.state[master] = {"step": step.to(master.device, copy=True), **given}',
+            'self.adamw.state.setdefault(master, {"step": step.clone(), **given})',
         ),
     ),
     Fault(

@@ -123,9 +123,8 @@ FAULTS = (
         LIFE,
         Edit(
             "train",
-            '        return {"step": np.array(self.adamw.step.item(), np.int64), **arrays}',
-            f"        {KEPT_STATE}"
-            '        return {"step": np.array(self.adamw.step.item(), np.int64), **kept}',
+            '        return np.array(self.master[name] if kind == "master" else moment)\n',
+            '        array = self.master[name] if kind == "master" else moment\n' + KEPT_STATE,
         ),
         package="bridge_mlx",
     ),
@@ -146,7 +145,7 @@ FAULTS = (
         "A run that is taken back goes on in the direction that it was taken back from.",
         "7.9",
         LIFE,
-        Edit("train", '"m": given[f"exp_avg.{name}"],', '"m": moments[name]["m"],'),
+        Edit("train", '{"m": m, "v": v}', '{"m": moments[name]["m"], "v": v}'),
         package="bridge_mlx",
     ),
     Fault(

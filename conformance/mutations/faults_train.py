@@ -340,9 +340,9 @@ FAULTS = (
         "7.9",
         RESTORED,
         train(
-            "moments = {key: given",
-            "given[f'exp_avg_sq.{name}'] = torch.zeros_like(master)\n"
-            "            moments = {key: given",
+            'master.copy_(given.pop("master"))',
+            'master.copy_(given.pop("master"))\n'
+            "            given['exp_avg_sq'] = torch.zeros_like(master)",
         ),
     ),
     Fault(
@@ -351,8 +351,8 @@ FAULTS = (
         "7.9",
         RESTORED,
         train(
-            'master.copy_(given[f"master.{name}"])',
-            'master.copy_(given[f"master.{name}"].to(self.weights.dtype))',
+            'master.copy_(given.pop("master"))',
+            'master.copy_(given.pop("master").to(self.weights.dtype))',
         ),
         dtype="bfloat16",
     ),
@@ -361,7 +361,7 @@ FAULTS = (
         "Sampling after a resume, before the first update, is by the weights of the checkpoint.",
         "7.9",
         RESTORED,
-        train("**moments}\n        self._publish()", "**moments}"),
+        train("**given}\n        self._publish()", "**given}"),
     ),
     Fault(
         "what rows share learns from its own cells alone",

@@ -16,6 +16,7 @@ from bridge.decoding.inputs import (
     check_trainable,
     default_positions,
     micro_batches,
+    state_shapes,
 )
 
 from bridge_example.model import Transformer
@@ -175,8 +176,12 @@ class Trainer:
 
     def state(self) -> Arrays:
         """`step`, and `master.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` of each trained tensor."""
-        arrays = {key: array.copy() for key, array in self._arrays().items()}
-        return {"step": np.array(self.steps, np.int64), **arrays}
+        return {key: self.array(key) for key in state_shapes(self.model.config, self.master)}
+
+    def array(self, key: str) -> Array:
+        """One array of `state`, alone."""
+        kind, _, name = key.partition(".")
+        return getattr(self, kind)[name].copy() if name else np.array(self.steps, np.int64)
 
     def restore(self, state: Mapping[str, Array]) -> None:
         """Go on from what `state` gave. Raises BridgeError, and changes nothing, where an array is
@@ -187,7 +192,3 @@ class Trainer:
             given = {name: np.array(state[f"{kind}.{name}"], np.float32) for name in self.master}
             setattr(self, kind, given)
         self._publish()
-
-    def _arrays(self) -> Arrays:
-        kinds = {"master": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        return {f"{kind}.{name}": a for kind, arrays in kinds.items() for name, a in arrays.items()}
