@@ -63,6 +63,7 @@ def stages(backends: tuple[str, ...]) -> list[Stage]:
         "ahead": ("8 tokens ahead, in turns and by graphs, against one", 90, ()),
         "padding": ("attention over rows padded on the right, with a mask and without", 30, ()),
         "decode": ("decoding at 1, 8 and 64 rows, blocks on and off", 120, ()),
+        "update": ("updates of groups: all parameters, the blocks alone, LoRA", 90, ()),
         "train": ("training steps, blocks on and off", 90, ()),
         "peers": ("decoding beside transformers and vLLM", 240, ("transformers",)),
         "ci": ("conformance ci in the same dtypes", 300, ("hypothesis",)),
@@ -71,7 +72,7 @@ def stages(backends: tuple[str, ...]) -> list[Stage]:
     order = [
         (kind, backend)
         for backend in backends
-        for kind in ("quick", *own.get(backend, ()), "decode", "train")
+        for kind in ("quick", *own.get(backend, ()), "decode", "update", "train")
     ]
     order += [("peers", backend) for backend in backends if backend == "torch"]
     for kind, backend in [*order, *(("ci", backend) for backend in backends)]:

@@ -14,6 +14,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+from operations import Work, update
 
 from bridge.config import ModelConfig, parse_config, tensor_shapes
 from bridge.config.sizes import token_bytes
@@ -168,7 +169,7 @@ def train(backend: Backend, device: str, size: str, machine: dict[str, Any]) -> 
         config = configs(size)[blocks]
         trained = trainable_names(config, what)
         model = trainer = None  # what the last one held, even one that ran out of memory
-        _forget_peak(backend.name)
+        forget_peak(backend.name)
         try:
             model = backend.load(config, RandomTensors(config), device=device, dtype=dtype)
             trainer = model.trainer(SFT(), AdamW(lr=1e-6), trained)
@@ -181,24 +182,15 @@ def train(backend: Backend, device: str, size: str, machine: dict[str, Any]) -> 
             step = statistics.median(seconds)
             figures: dict[str, Any] = {"step": step, "steps": seconds}
             figures |= {"tokens_per_second": rows * timesteps / step}
-            if (peak := _peak(backend.name)) is not None:
-                figures["peak_memory"] = peak
+            if (most := peak(backend.name)) is not None:
+                figures["peak_memory"] = most
             if "gemm" in machine:
-                done = _multiplications(config, trained, rows, timesteps)
+                done = update(config, trained, Work(1, rows, 0, timesteps))
                 figures["share_of_gemm"] = done / machine["gemm"] / step
             yield name, figures, _train_line(name, figures)
         except Exception as error:  # out of memory differs by framework; the next may fit
             reason = f"{type(error).__name__}: {error}".partition("\n")[0][:500]
             yield name, {"failed": True, "why": reason}, f"{name}: {reason}"
-
-
-def _multiplications(config: ModelConfig, trained: list[str], rows: int, timesteps: int) -> float:
-    """Operations of an update: forward, back to the activations, and to the trained weights."""
-    shapes, cells = tensor_shapes(config), rows * timesteps
-    own = sum(prod(shapes[name]) for name in trained if name != "model.embed_tokens.weight")
-    heads = config.num_attention_heads * config.head_dim
-    attention = 3 * config.num_hidden_layers * cells * timesteps * 2 * heads  # causal: half of it
-    return 4.0 * parameters(config, embedding=False) * cells + 2.0 * own * cells + attention
 
 
 def _train_line(name: str, figures: dict[str, Any]) -> str:
@@ -211,7 +203,8 @@ def _train_line(name: str, figures: dict[str, Any]) -> str:
     return line
 
 
-def _forget_peak(backend: str) -> None:
+def forget_peak(backend: str) -> None:
+    """Free what nobody holds, and count the peak from here."""
     if backend == "torch":
         import gc
 
@@ -223,7 +216,7 @@ def _forget_peak(backend: str) -> None:
             torch.cuda.reset_peak_memory_stats()
 
 
-def _peak(backend: str) -> int | None:
+def peak(backend: str) -> int | None:
     """Bytes of the device's memory in use at once; of JAX since the process began."""
     if backend == "torch":
         import torch

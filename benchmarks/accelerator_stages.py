@@ -34,6 +34,7 @@ def main() -> None:
         "ci": lambda backend, asked: conformance(backend, "ci", asked, note),
         "decode": lambda backend, asked: speed(backend, asked, "decode"),
         "train": lambda backend, asked: speed(backend, asked, "train"),
+        "update": lambda backend, asked: speed(backend, asked, "update"),
         "peers": lambda backend, asked: speed(backend, asked, "peers"),
         "kernels": lambda backend, asked: speed(backend, asked, "kernels"),
         "ahead": lambda backend, asked: speed(backend, asked, "ahead"),
@@ -195,6 +196,7 @@ def speed(backend: str, asked: dict[str, Any], kind: str) -> Iterator[Found]:
     """Figures of a random host; see accelerator_speed.py."""
     import accelerator_peers
     import accelerator_speed
+    import accelerator_train
 
     from bridge.registry import find_backend, resolve_device
 
@@ -205,6 +207,7 @@ def speed(backend: str, asked: dict[str, Any], kind: str) -> Iterator[Found]:
     measures = {
         "decode": accelerator_speed.decode,
         "train": accelerator_speed.train,
+        "update": accelerator_train.updates,
         "peers": accelerator_peers.peers,
     }
     if backend == "torch":

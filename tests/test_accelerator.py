@@ -22,9 +22,13 @@ sys.path.append(str(SCRIPT.parent))
 
 import accelerator  # noqa: E402
 import accelerator_speed  # noqa: E402
+import accelerator_train  # noqa: E402
+import operations  # noqa: E402
 
-STAGES = "torch-quick,torch-kernels,torch-ahead,torch-padding,torch-decode,torch-train,mlx-decode"
-STAGES += ",torch-peers"
+from bridge.decoding.shared import SharedPlan  # noqa: E402
+
+STAGES = "torch-quick,torch-kernels,torch-ahead,torch-padding,torch-decode,torch-update,torch-train"
+STAGES += ",mlx-decode,torch-peers"
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,9 @@ def test_a_plain_checkout_is_rehearsed_on_a_cpu(bare, tmp_path):
     for stage in ("torch-kernels", "torch-padding"):
         for figures in results["stages"][stage]["figures"].values():
             assert figures is None or all(s > 0 for s in figures["seconds"].values())
+    updates = results["stages"]["torch-update"]["figures"]
+    assert list(updates) == ["all", "blocks alone", "blocks, LoRA of rank 2"]
+    assert all(0 < figures["share_of_gemm"] < 1 for figures in updates.values())
     training = results["stages"]["torch-train"]["figures"]
     assert list(training) == ["blocks alone", "all, blocks on", "all, blocks off"]
     assert all(0 < figures["share_of_gemm"] < 1 for figures in training.values())
@@ -226,10 +233,20 @@ def test_what_a_step_must_read_and_multiply():
     cache = 2 * 2 * 16 * (2 * 10 + 6 * 2)  # k and v, layers, K d, two prompts and six rows' cells
     read = accelerator_speed._bytes(config, [3, 3], work)
     assert read == 2 * (2 * layer + 32 + head + cache)
-    did = accelerator_speed._multiplications(config, ["lm_head.weight"], 4, 8)
+    did = operations.update(config, ["lm_head.weight"], operations.Work(1, 4, 0, 8))
     forward_and_back = 4 * (2 * layer + 32 + head) * 32
     scores = 3 * 2 * 2 * 2 * 32 * 32 * 8 / 2  # thrice, layers, q k and p v, 2 H d, cells, half of S
     assert did == forward_and_back + 2 * head * 32 + scores
+
+
+def test_a_prompt_counts_once_a_group_and_the_head_at_targets():
+    work = operations.Work(2, 3, 6, 4)
+    batch = accelerator_train._batch(work, 128)
+    positions = np.broadcast_to(np.arange(batch.tokens.shape[1]), batch.tokens.shape)
+    plan = SharedPlan.of(batch.tokens, batch.groups, batch.active, positions)
+    assert plan.cells == work.cells == 2 * (6 + 3 * 3)
+    assert batch.target_mask.sum() == work.targets == 2 * 3 * 4
+    assert work.pairs == 2 * (6 * 6 / 2 + 3 * (3 * 6 + 3 * 3 / 2))
 
 
 def test_random_weights_are_of_the_size_of_trained_ones():
