@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from bridge.config import ModelConfig, tensor_shapes
 from bridge.contract import AdamW, Batch, Objective
-from bridge.decoding.inputs import take_tensor
+from bridge.decoding.inputs import check_loss_chunk, check_swap, take_tensor
 from bridge.errors import BridgeError
 
 from bridge_example.block import Grid, block
@@ -96,8 +96,20 @@ class ExampleModel:
         trainable: Sequence[str],
         *,
         checkpoint_activations: bool = False,
+        loss_chunk: int | None = None,
     ) -> Trainer:
+        """All logits of targets are made at once here, and a part may be of any size (clause 7.15):
+        `loss_chunk` is only looked at."""
+        check_loss_chunk(loss_chunk)
         return Trainer(self.transformer, objective, optimizer, trainable, checkpoint_activations)
+
+    def swap(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
+        """Clause 7.16. Arrays are replaced, never written to, so those that were there stay."""
+        given = check_swap(self.config, tensors, self.dtype)
+        weights = self.transformer.weights
+        new = {name: Var(np.array(array, np.float32)) for name, array in given.items()}
+        self.transformer.weights = {**weights, **new}
+        return {name: weights[name].value.copy() for name in given}
 
     def tensors(self) -> Iterator[tuple[str, Array]]:
         for name, weight in self.transformer.weights.items():  # in canonical order, as loaded

@@ -12,14 +12,14 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 from bridge.contract import Sampling
-from bridge.decoding.inputs import check_advance, check_prompts
+from bridge.decoding.inputs import check_advance, check_next_tokens, check_prompts
 from bridge.decoding.rows import Rows
 from bridge.decoding.uniforms import alike, seeds_of
 from bridge.philox import uniforms
 
 from bridge_example.model import Transformer, causal
 from bridge_example.sampling import sample
-from bridge_example.tape import Array, Var, softmax
+from bridge_example.tape import Array, Var, log_softmax, softmax
 
 
 class Decoder:
@@ -93,6 +93,13 @@ class Decoder:
             tokens[own] = sample(self.next_logits[own], uniform[own], settings)
         self.drawn = tokens[:, None]
         return tokens.copy()
+
+    def logprobs(self, tokens: Array, temperature: float = 1.0) -> Array:
+        """The log-probability of one token a row as its next: `[R]` (clause 6.10)."""
+        V = self.model.config.vocab_size
+        tokens = check_next_tokens(V, len(self.rows), tokens, temperature)
+        logp = log_softmax(Var(self.next_logits) * (1 / temperature)).value
+        return logp[np.arange(len(tokens)), tokens]
 
     def sample_ahead(
         self, sampling: Sampling | Sequence[Sampling], steps: int, ends: Collection[int]

@@ -129,8 +129,13 @@ class Transformer:
         return rms_norm(x, self.weights[f"{name}.weight"], self.config.rms_norm_eps)
 
     def linear(self, x: Var, name: str) -> Var:
-        """A linear map, with the bias that it has or has not."""
-        return linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+        """A linear map, with the bias and the low-rank update (clause 5.10) that it has or not."""
+        y = linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+        lora = self.config.lora
+        if lora is None or name.rpartition(".")[2] not in lora.targets:
+            return y
+        a, b = (self.weights[f"{name}.lora_{part}.weight"] for part in "AB")
+        return y + linear(linear(x, a), b) * lora.scale
 
 
 def rotate(x: Var, rope: tuple[Array, Array]) -> Var:
