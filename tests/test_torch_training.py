@@ -2,6 +2,7 @@
 target's logits at once. What conformance cannot see is here too: what is computed, and by what."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bridge.config import LoraConfig, lora_names, parse_config, tensor_shapes
 from bridge.contract import GRPO, SFT, AdamW, Batch
@@ -129,8 +131,10 @@ def test_a_shared_cell_counts_once_a_row(batch):
     reads = []
     module = model.transformer
     hooks = [
-        layer.bridge.register_forward_hook(lambda _, args, out: reads.append((args[0], out)))
-        for layer in module.model.layers
+        module.get_submodule(f"model.layers.{i}.bridge").register_forward_hook(
+            lambda _, args, out: reads.append((args[0], out))
+        )
+        for i in range(2)
     ]
     module(torch.from_numpy(np.where(batch.active, batch.tokens, 0)), module.cells(*where[1:]))
     for hook in hooks:
@@ -140,16 +144,15 @@ def test_a_shared_cell_counts_once_a_row(batch):
     np.testing.assert_allclose(model.norm_ratios(*where), want, rtol=1e-9)
 
 
-def test_what_rows_share_is_computed_once_and_padding_never(monkeypatch):
+def test_what_rows_share_is_computed_once_and_padding_never():
     model = MODELS["tied"]
     tokens = np.tile(np.arange(12), (4, 1))
     tokens[:, 8:] += np.arange(4)[:, None]  # 8 of a prompt, then a row's own
     active = np.arange(12) < np.array([[12], [12], [9], [10]])
     batch = Batch(tokens, np.zeros(4, int), active, tokens, active)
     seen = []
-    hook = model.transformer.model.layers[0].mlp.gate_proj.register_forward_hook(
-        lambda *args: seen.append(args[2].shape[0])
-    )
+    gate = model.transformer.get_submodule("model.layers.0.mlp.gate_proj")
+    hook = gate.register_forward_hook(lambda *args: seen.append(args[2].shape[0]))
     model.loss_and_grads(batch, SFT(), ["model.norm.weight"])
     hook.remove()
     assert seen == [8 + 4 + 4 + 1 + 2]
@@ -203,13 +206,13 @@ def test_merged_attention_is_one_softmax(name, dtype, heads):
     reads, (H, K) = READS[name], heads
     C = reads.shared + (reads.rows * reads.longest if reads.places is None else len(reads.places))
     torch.manual_seed(0)
-    kernel = flash.kernel_for(torch.device("cpu"), dtype, 8)
-    assert kernel is flash.CPU
+    assert flash.kernel_for(torch.device("cpu"), dtype, 8) is flash.CPU
     leaves = [torch.randn(C, n, 8, dtype=torch.float64) for n in (H, K, K)]
     dy = torch.randn(C, H, 8, dtype=torch.float64)
     parts = [x.to(dtype).requires_grad_() for x in leaves]
     exact = [x.detach().double().requires_grad_() for x in parts]
-    y, want = flash.attend(*parts, reads, kernel), plain(*exact, reads)
+    (q, k, v), (q64, k64, v64) = parts, exact
+    y, want = flash.attend(q, k, v, reads, flash.CPU), plain(q64, k64, v64, reads)
     found, grads = (
         torch.autograd.grad(out, of, dy.to(dtype).to(out.dtype))
         for out, of in ((y, parts), (want, exact))
@@ -217,6 +220,26 @@ def test_merged_attention_is_one_softmax(name, dtype, heads):
     near = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
     for one, other in zip((y, *found), (want, *grads), strict=True):
         torch.testing.assert_close(one.double(), other, rtol=near, atol=near)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype"), [(flash.FLASH, torch.bfloat16), (flash.EFFICIENT, torch.float32)]
+)
+@pytest.mark.parametrize("name", READS)
+def test_cudas_kernels_are_called_as_they_are_declared(name, kernel, dtype):
+    """By torch's own account of their shapes: there need be no GPU."""
+    reads, saved = READS[name], SimpleNamespace()
+    C = reads.shared + (reads.rows * reads.longest if reads.places is None else len(reads.places))
+    saved.save_for_backward = lambda *tensors: setattr(saved, "saved_tensors", tensors)
+    with torch.no_grad():
+        if reads.places is not None:
+            places = torch.empty(len(reads.places), dtype=torch.int64, device="meta")
+            reads = replace(reads, places=places)
+        q, k, v = (torch.empty(C, n, 16, dtype=dtype, device="meta") for n in (4, 2, 2))
+        y = flash._Attend.forward(saved, q, k, v, reads, kernel)
+        gradients = flash._Attend.backward(saved, torch.empty_like(y))[:3]
+    for one, like in zip((y, *gradients), (q, q, k, v), strict=True):
+        assert (one.shape, one.dtype, one.device) == (like.shape, dtype, like.device)
 
 
 # Low-rank updates, and what changes of the weights.
@@ -365,7 +388,7 @@ def test_nothing_frozen_has_a_gradient_computed(trainable, monkeypatch):
     made, products = [], []
     add = torch.ops.aten.mm.default
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             if func is add and tuple(out.shape) in {tensors[n].shape for n in tensors}:

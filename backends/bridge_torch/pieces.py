@@ -120,8 +120,8 @@ class Pieces:
         if window in self.masked or self.kernel is None:
             assert self.whole is not None
             cells, shape = self.whole.cells, self.found.shape
-            parts = (x.index_select(0, self.whole.spread).unflatten(0, shape) for x in (q, k, v))
-            y = attend(*parts, cells, window)
+            q, k, v = (x.index_select(0, self.whole.spread).unflatten(0, shape) for x in (q, k, v))
+            y = attend(q, k, v, cells, window)
             return y.flatten(0, 1).index_select(0, self.whole.collect)
         return flash.attend(q, k, v, self.reads, self.kernel).flatten(1)
 
