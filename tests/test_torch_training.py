@@ -21,6 +21,7 @@ from bridge_conformance.cases import random_tensors
 from bridge_torch import flash, loss, train
 from bridge_torch.backend import TorchBackend
 from bridge_torch.flash import Read, Reads
+from bridge_torch.packed import mean_ratio
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -142,6 +143,11 @@ def test_a_shared_cell_counts_once_a_row(batch):
     on = torch.from_numpy(batch.active)
     want = [((y - h).norm(dim=-1) / h.norm(dim=-1))[on].mean().item() for h, y in reads]
     np.testing.assert_allclose(model.norm_ratios(*where), want, rtol=1e-9)
+
+
+def test_of_a_zero_residual_the_ratio_is_0():
+    y, h = torch.tensor([[3.0], [1.0], [2.0]]), torch.tensor([[0.0], [2.0], [1.0]])
+    assert mean_ratio(y, h, torch.tensor([4, 1, 3])) == (0 * 4 + 0.5 * 1 + 2 * 3) / 8
 
 
 def test_what_rows_share_is_computed_once_and_padding_never():

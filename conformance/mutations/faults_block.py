@@ -279,13 +279,6 @@ FAULTS = (
         packed("for z in (y, h))", "for z in (y, h + y))"),
     ),
     Fault(
-        "the norm ratio of a zero residual is not 0",
-        "One padded cell makes a run's figure NaN.",
-        "3.9",
-        RATIOS,
-        packed("(added / before).masked_fill(before == 0, 0)", "added / before"),
-    ),
-    Fault(
         "norm ratios of a stream that lacks the blocks before",
         "Figures of layers that the model does not compute.",
         "3.9",
