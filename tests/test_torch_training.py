@@ -102,7 +102,7 @@ def whole(model, batch, objective):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(batch=batches(), objective=st.sampled_from(OBJECTIVES), chunk=st.sampled_from([1, 3, 256]))
 def test_loss_and_every_gradient_are_those_of_all_rows_one_by_one(name, batch, objective, chunk):
     model = MODELS[name]
@@ -125,7 +125,7 @@ def test_loss_and_every_gradient_are_those_of_all_rows_one_by_one(name, batch, o
 
 
 @given(batches())
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_a_shared_cell_counts_once_a_row(batch):
     model = MODELS["tied"]
     where = (batch.tokens, batch.groups, batch.active, positions_of(batch))
