@@ -37,8 +37,9 @@ def loss_in_parts(
     grads = {name: mx.zeros(leaf.shape) for name, leaf in leaves.items()}
     at_h: list[mx.array] = []
     for some, own in parts(targets, chunk):
-        before = [*at_h[-1:], *grads.values()]
-        given = mx.depends([h[some]], before)[0] if at_h else h[some]  # one part after the other
+        # Of the part before, all that reads its logits comes first; then they are let go.
+        before = [*at_h[-1:], *metrics.values(), *grads.values()]
+        given = mx.depends([h[some]], before)[0] if at_h else h[some]
         (_, added), (of_h, of_leaves) = differentiate(given, dict(leaves), own)
         metrics = {name: metrics.get(name, 0) + x for name, x in added.items()}
         grads = {name: g + of_leaves[name].astype(mx.float32) for name, g in grads.items()}
