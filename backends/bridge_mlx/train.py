@@ -83,7 +83,7 @@ def loss_and_grads(
     for name, grad in of_trunk.items():  # a tied embedding has both
         grads[name] = grad.astype(mx.float32) + grads.get(name, 0)
     mx.eval(metrics, grads)
-    return {name: float(x) for name, x in metrics.items()}, grads
+    return {name: float(x) for name, x in metrics.items()}, {name: grads[name] for name in leaves}
 
 
 def logprobs(model: Transformer, batch: Batch, temperature: float) -> Float[mx.array, " tokens"]:
