@@ -4,13 +4,14 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import pytest
 from lora_toys import SOME, add_lora
 from training_stops import run
-from training_toys import write_model
+from training_toys import Graded, write_model
 
 import bridge
 from bridge.checkpoints.conversion import convert
@@ -21,6 +22,7 @@ from bridge.errors import BridgeError
 from bridge.model import trainable_names
 from bridge.training import GRPOSettings, SFTSettings
 from bridge.training.directory import read_run
+from bridge.training.plan import plan
 from bridge.training.trained import trained_names, with_updates
 
 RANK = LoraConfig(3, 6.0, TARGETS)
@@ -135,6 +137,15 @@ def test_nothing_said_all_is_trained_or_what_is_not_frozen(settings):
     both = trained_names(lora, settings)
     assert both == [n for n in with_updates(opened, settings).tensors if n in set(both)]
     assert {*both} == {*lora_names(lora), *(n for n in opened.tensors if ".bridge." in n)}
+
+
+def test_a_plan_counts_what_is_trained(settings):
+    found = plan(settings, task=Graded())
+    trained = with_updates(open_checkpoint(Path(settings.checkpoint)), settings)
+    names = trained_names(trained.config, settings)
+    assert found.trained_parameters == sum(prod(trained.specs[name].shape) for name in names)
+    assert found.parameters == sum(prod(spec.shape) for spec in trained.specs.values())
+    assert not os.path.exists(settings.out)
 
 
 def refused(settings, said):

@@ -13,6 +13,7 @@ from typing import Any
 from bridge.checkpoints.forms import BLOCK, LORA, PackedPlace, parts_of
 from bridge.checkpoints.initialise import parse_layers
 from bridge.checkpoints.reading import Checkpoint, open_checkpoint
+from bridge.checkpoints.safetensors_io import InMemory
 from bridge.checkpoints.shards import ADAPTER
 from bridge.checkpoints.tensor_specs import CODES, FLOATS
 from bridge.config import (
@@ -179,8 +180,10 @@ def summarise(checkpoint: Checkpoint) -> Summary:
             tensors[name] |= {"bits": source.how.bits, "group_size": source.how.group_size}
             dtype = f"{source.how.bits}-bit"
         stored.append((name, nbytes, dtype))
-    places = (place for source in checkpoint.tensors.sources.values() for place in parts_of(source))
-    own = {place.file.path for place in places if checkpoint.path in place.file.path.parents}
+    sources = checkpoint.tensors.sources.values()
+    files = (place.file for source in sources for place in parts_of(source))
+    on_disk = {file.path for file in files if not isinstance(file, InMemory)}
+    own = {path for path in on_disk if checkpoint.path in path.parents}
     disk_bytes = sum(file.stat().st_size for file in own)
     summary = _config_alone(checkpoint.path, checkpoint.config, checkpoint.dtype)
     return replace(
