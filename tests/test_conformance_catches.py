@@ -14,9 +14,7 @@ from pathlib import Path
 
 import pytest
 
-import bridge.checkpoints.conversion
-from bridge.checkpoints import reading
-from bridge_conformance import checks_checkpoint
+from bridge.checkpoints import reading, shards
 from bridge_conformance.checks import CHECKS
 from bridge_conformance.runner import PROFILES, WIDEST
 from bridge_conformance.tolerance import DTYPES
@@ -99,12 +97,12 @@ def test_a_planted_fault_leaves_the_package_as_it_was():
 
 
 def test_a_fault_of_files_leaves_whoever_reads_them_as_they_were():
-    holders = (reading, bridge.checkpoints.conversion, checks_checkpoint)
-    before = [holder.open_checkpoint for holder in holders]
+    holders = (shards, reading)
+    before = [holder.find_tensors for holder in holders]
     with standing_in(FAULTS["a shard is dropped when it is read"].edits):
-        during = {holder.open_checkpoint for holder in holders}
+        during = {holder.find_tensors for holder in holders}
         assert len(during) == 1 and during.isdisjoint(before)
-    assert [holder.open_checkpoint for holder in holders] == before
+    assert [holder.find_tensors for holder in holders] == before
 
 
 def test_a_fault_that_does_not_fit_the_source_is_an_error():
