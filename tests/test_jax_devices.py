@@ -5,16 +5,17 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
-from bridge.config import parse_config
+from bridge.config import LoraConfig, parse_config
 from bridge.contract import GRPO, AdamW, Batch, Sampling
 from bridge_conformance.cases import random_tensors
 from bridge_conformance.tolerance import allowance, error
-from bridge_jax import adamw, backend, leaves, losses, pieces, steps, train
+from bridge_jax import adamw, backend, leaves, losses, pieces, steps, train, weights
 from bridge_jax import model as transformer
 from bridge_jax.backend import JaxBackend
 from bridge_jax.block import Layout
@@ -47,13 +48,16 @@ PROMPTS = [np.arange(9), np.arange(5)]
 ROWS = 4
 
 
+CONFIG = replace(parse_config(RAW), lora=LoraConfig(2, 3.0, ("q_proj", "o_proj", "down_proj")))
+
+
 def load(dtype="float32"):
-    config = parse_config(RAW)
+    config = CONFIG
     return JaxBackend().load(config, random_tensors(config, 0, dtype), device="cpu", dtype=dtype)
 
 
 def reference(dtype):
-    config = parse_config(RAW)
+    config = CONFIG
     tensors = {n: a.astype(dtype) for n, a in random_tensors(config, 0, "float32").items()}
     return Reference().load(config, tensors, device="cpu", dtype=dtype)
 
@@ -144,6 +148,8 @@ def test_heads_and_ffn_are_split_and_whole_heads_stay_together(mesh):
     split |= {f"{layer}self_attn.{p}_proj.bias": 1 for p in "qkv"}
     split |= {f"{layer}{n}.weight": 2 for n in ("self_attn.o_proj", "mlp.down_proj")}
     split |= {f"{layer}bridge.o_proj.weight": 2}
+    split |= {f"{layer}self_attn.q_proj.lora_B.weight": 1}
+    split |= {f"{layer}{n}.lora_A.weight": 2 for n in ("self_attn.o_proj", "mlp.down_proj")}
     split |= {"model.embed_tokens.weight": 0, "lm_head.weight": 0}
     for key, (whole, piece) in mesh["pieces"].items():
         want = list(whole)
@@ -195,6 +201,10 @@ def for_tpu(dtype):
     yield exported(
         steps.run, *decoder._now(), decoder.next_logits, fed, where, draws, 4, config=config
     )
+    halves = (t.params[f"model.layers.*.mlp.down_proj.{x}.weight"] for x in ("lora_A", "lora_B"))
+    matrix = t.params["model.layers.*.mlp.down_proj.weight"]
+    yield exported(weights.with_update, matrix, *halves, scale=1.5)
+    yield exported(steps.of_tokens, decoder.next_logits, fed, 0.7)
     yield exported(sample, decoder.next_logits, draws.table, 0, settings)
     for checkpoint in (False, True):
         yield exported(
