@@ -310,12 +310,14 @@ class Model:
         trainable: str | Sequence[str] = "bridge",
         *,
         checkpoint_activations: bool = False,
+        loss_chunk: int | None = None,
     ) -> Trainer:
         """A trainer of this model. `trainable`: `bridge` (the blocks, and low-rank updates if there
         are any), `all`, or names of tensors.
 
         `checkpoint_activations`: less memory for more time, by computing each layer again in the
-        backward pass (clause 7.11). Raises BridgeError for an optimizer's number out of its range.
+        backward pass (clause 7.11). `loss_chunk`: of how many targets the logits may be in memory
+        at once; None: 256 (clause 7.15). Raises BridgeError for a number out of its range.
         """
         if optimizer is not None:
             check_optimizer(optimizer)
@@ -324,6 +326,7 @@ class Model:
             optimizer or AdamW(),
             trainable_names(self.config, trainable),
             checkpoint_activations=checkpoint_activations,
+            loss_chunk=loss_chunk,
         )
 
     def _encode(

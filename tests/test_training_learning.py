@@ -374,7 +374,9 @@ def test_the_warm_up_learns_from_correct_responses_alone(toy_model, tmp_path):
     before = bridge.load(toy_model, backend="numpy").implementation.tensors()
     after = dict(bridge.load(result.final, backend="numpy").implementation.tensors())
     for name, tensor in before:
-        assert np.array_equal(tensor, after[name]) == (".bridge." not in name)
+        # All that correct rows feed here is alike: q and k, which tell rows apart, learn nothing.
+        learns = ".bridge." in name and ".q_proj" not in name and ".k_proj" not in name
+        assert np.array_equal(tensor, after[name]) == (not learns)
 
 
 def test_groups_are_dealt_whole_and_anew():

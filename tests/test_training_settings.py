@@ -247,15 +247,17 @@ def test_a_dry_run_writes_nothing_and_tells_sizes(toy_model, tmp_path, toy, kind
     arguments = (kind, toy_model, "--out", tmp_path / "run", "--task", "toy", "--width", 4)
     arguments = (*arguments, "--max-new-tokens", 6, "--backend", "torch", "--dry-run")
     plan = json.loads(bridge(*arguments, "--json").stdout)
-    assert plan["train_problems"] == 80 and plan["micro_batch"] == [64, 9]  # 4 + 6 - 1
+    assert plan["train_problems"] == 80 and plan["micro_batch"] == [64, 9, 16 * 4 + 64 * 5]
     assert plan["rows"] == 64 and plan["groups"] == 16 and plan["micro_batches"] == 1
     trained, all_ = plan["trained_parameters"], plan["parameters"]
     blocks = 2 * (16 + 4 * 8 * 16)
     assert trained == (blocks if kind == "sft" else all_)
-    assert plan["memory"]["optimizer"] == 12 * trained and plan["memory"]["weights"] == 4 * all_
+    kept = plan["memory_of"]["kept"]
+    assert kept["masters"] == 4 * trained and kept["moments"] == 8 * trained
+    assert plan["memory"]["weights"] == 4 * all_ and plan["memory"].keys() >= kept.keys()
     assert plan["seconds"]["total"] > 0
     shown = bridge(*arguments).stdout
-    assert "a step" in shown and "memory" in shown
+    assert "a step" in shown and "memory" in shown and "for less" in shown
     assert os.listdir(tmp_path) == []
 
 
@@ -265,9 +267,9 @@ def test_a_dry_run_on_a_file_counts_decoding_only_where_there_is_some(toy_model,
     arguments = ("sft", toy_model, "--out", tmp_path / "run", "--data", data, "--task", "toy")
     arguments = (*arguments, "--backend", "torch", "--dry-run", "--json")
     plan = json.loads(bridge(*arguments).stdout)
-    assert plan["memory"]["decoding"] == plan["seconds"]["evaluation"] == 0
+    assert plan["memory_of"]["rollout"] == {} and plan["seconds"]["evaluation"] == 0
     plan = json.loads(bridge(*arguments, "--eval-every", 1).stdout)
-    assert plan["memory"]["decoding"] > 0 < plan["seconds"]["evaluation"]
+    assert plan["memory_of"]["rollout"]["keys and values"] > 0 < plan["seconds"]["evaluation"]
 
 
 def test_a_dry_run_tells_in_advance_what_would_be_refused(toy_model, tmp_path, toy):

@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil, prod
 from typing import Any
 
-from bridge.checkpoints.sizes import summarise
-from bridge.config import ModelConfig, tensor_shapes
-from bridge.config.sizes import WIDTHS, kept_bytes
+from bridge.checkpoints.forms import BLOCK
+from bridge.config import tensor_shapes
 from bridge.contract import GRPO
 from bridge.model import Model
 from bridge.tasks import Task
-from bridge.training.batches import Group, pack
+from bridge.training.batches import Group, count_cells, pack
 from bridge.training.directory import absolute, check_directory
+from bridge.training.memory import Load, first_to_lower, peak
 from bridge.training.rollouts import generate
 from bridge.training.settings import GRPOSettings, Settings, SFTSettings
 from bridge.training.start import Ahead, Source, look_ahead, objective, task_of
@@ -44,8 +44,11 @@ class Plan:
     rows: int  # of a step
     updates: int  # of a step
     micro_batches: int  # of an update, at most
-    micro_batch: list[int]  # rows and timesteps of the largest
-    memory: dict[str, int]
+    micro_batch: list[int]  # rows, timesteps and computed cells of the largest
+    memory: dict[str, int]  # parts of the most at once
+    memory_of: dict[str, dict[str, int]]  # what is kept, and what a rollout and an update add
+    lower_first: str  # the setting that brings the most of it down
+    measured_peak: int | None  # of this process, on a CPU
     seconds: dict[str, float]
 
     def to_json(self) -> dict[str, Any]:
@@ -63,11 +66,11 @@ def plan(settings: Settings, *, task: Task | None = None) -> Plan:
     model = source.load()
     ahead = look_ahead(settings, model, task)
     size, example = ahead.size, ahead.largest
-    groups, minibatches, updates, beta = 1, 1, 1, 0.0
+    groups, minibatches, updates = 1, 1, 1
     if isinstance(settings, SFTSettings):
         groups = settings.groups
     elif isinstance(settings, GRPOSettings):
-        groups, minibatches, beta = settings.problems, settings.minibatches, settings.beta
+        groups, minibatches = settings.problems, settings.minibatches
         updates = minibatches * settings.epochs
     of_update = ceil(groups / minibatches)
     fitting = min(of_update, settings.micro_batch_tokens // example.cells)
@@ -80,21 +83,22 @@ def plan(settings: Settings, *, task: Task | None = None) -> Plan:
     shapes = tensor_shapes(model.config)
     trained = sum(prod(shapes[name]) for name in source.names)
     rows = fitting * example.rows
-    summary = summarise(source.opened)
-    caches = summary.memory(settings.max_rows, 0, ahead.max_new_tokens, model.dtype)
-    wide = 8 if model.dtype == "float64" else 4
-    targets = rows * (example.length - len(example.prompt) + 1)
-    memory = {
-        "weights": caches.weights,
-        "reference": caches.weights if beta else 0,
-        "optimizer": 3 * wide * trained,  # masters and two moments
-        "gradients": 2 * wide * trained,  # of a micro-batch, and added up
-        "activations": _activations(model.config, rows, example.length, model.dtype, settings),
-        "logits": 3 * wide * targets * model.config.vocab_size,
-        "decoding": caches.row_caches if decode else 0,
-    }
-    if model.device.startswith("cpu"):
-        memory["measured_peak"] = _peak()
+    load = Load(
+        count_cells([example] * fitting),
+        rows * example.alone,
+        rows * (example.length - len(example.prompt) + 1),
+        micro_batches,
+        settings.checkpoint_activations,
+        settings.loss_chunk,
+        settings.temperature,
+        (max(map(len, ahead.prompts)),) * int(decode["groups"]) if decode else (),
+        int(decode["width"]) if decode else 1,
+        ahead.max_new_tokens,
+        packed=model.device.startswith("cpu"),
+    )
+    foretold = peak(model.config, model.dtype, source.names, load)
+    host = any(BLOCK not in name and ".lora_" not in name for name in source.names)
+    lower = first_to_lower(foretold.parts, model.dtype, load, host)
     every = settings.eval_every
     evaluations = (steps // every + 1 + bool(steps % every)) if every else 0
     total = steps * parts["step"] + evaluations * parts["evaluation"] + parts["sampling"]
@@ -112,21 +116,29 @@ def plan(settings: Settings, *, task: Task | None = None) -> Plan:
         groups * settings.width,
         updates,
         micro_batches,
-        [rows, example.length],
-        memory,
+        [rows, example.length, load.cells],
+        foretold.parts,
+        foretold.to_json(),
+        lower,
+        _peak() if model.device.startswith("cpu") else None,
         {**parts, "total": total},
     )
 
 
 def _decoding(settings: Settings, ahead: Ahead, model: Model) -> dict[str, float]:
-    """Seconds of a timestep of a full decoding batch, and its rows."""
+    """Seconds of a timestep of a full decoding batch, and its rows, groups and their width."""
     width = settings.samples if isinstance(settings, SFTSettings) else settings.width
     count = max(1, min(settings.problems, settings.max_rows // width))
     asked = [ahead.prompts[i % len(ahead.prompts)] for i in range(count)]
     timesteps = min(TIMESTEPS, ahead.max_new_tokens)
     short = replace(settings, max_new_tokens=timesteps)
     seconds = _second(lambda: generate(model, asked, short, 0, width))
-    return {"timestep": seconds / timesteps, "rows": count * width}
+    return {
+        "timestep": seconds / timesteps,
+        "rows": count * width,
+        "groups": count,
+        "width": width,
+    }
 
 
 def _micro_step(
@@ -190,20 +202,6 @@ def _seconds(
     if settings.eval_every:
         found["evaluation"] = sampling(settings.eval_problems, settings.width)
     return found
-
-
-def _activations(
-    config: ModelConfig, rows: int, timesteps: int, dtype: str, settings: Settings
-) -> int:
-    """A rough count of what the forward pass of a micro-batch keeps for the backward pass: some ten
-    vectors of the model's width and three of the FFN's a cell and layer, and attention scores; with
-    recomputation, one vector a cell and layer, and one layer's."""
-    D, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    scores = 2 * config.num_attention_heads * timesteps
-    layer = rows * timesteps * (10 * D + 3 * F + scores) * WIDTHS[dtype]
-    if settings.checkpoint_activations:
-        return layer + kept_bytes(config, rows * timesteps, dtype)
-    return L * layer
 
 
 def _peak() -> int:

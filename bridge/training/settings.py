@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from bridge.config import TARGETS
+from bridge.decoding.targets import LOSS_CHUNK
 from bridge.errors import BridgeError, show
 from bridge.files.fields import NAMES
 from bridge.files.strict_json import MAX_DEPTH
@@ -89,6 +90,10 @@ class Settings:
     )
     checkpoint_activations: bool = setting(
         False, "Compute layers again in the backward pass: less memory, more time.", "Model"
+    )
+
+    loss_chunk: int = setting(
+        LOSS_CHUNK, "Logits are in memory of so many targets at once: fewer take less.", "Model"
     )
 
     problems: int = setting(16, "Problems that are sampled.", "Sampling")

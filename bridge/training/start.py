@@ -134,9 +134,12 @@ class Source:
 
     def trainer(self, model: Model, objective: Objective) -> Trainer:
         """What moves a model's weights towards an objective."""
-        recompute = self.settings.checkpoint_activations
         given = (objective, optimizer(self.settings), self.names)
-        return model.trainer(*given, checkpoint_activations=recompute)
+        return model.trainer(
+            *given,
+            checkpoint_activations=self.settings.checkpoint_activations,
+            loss_chunk=self.settings.loss_chunk,
+        )
 
 
 def task_of(settings: Settings) -> Task | None:

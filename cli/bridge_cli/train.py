@@ -200,11 +200,10 @@ def _print_plan(plan: "Plan") -> None:
 
 
 def _plan_lines(plan: "Plan") -> dict[str, str]:
-    rows, timesteps = plan.micro_batch
+    rows, timesteps, cells = plan.micro_batch
     problems = "endless" if plan.train_problems is None else plan.train_problems
     updates = "1 update" if plan.updates == 1 else f"{plan.updates} updates"
-    memory = {k: v for k, v in plan.memory.items() if v}
-    peak = memory.pop("measured_peak", None)
+    memory, peak = plan.memory, plan.measured_peak
     seconds = plan.seconds
     steps = f"{plan.steps}" if plan.kind == "grpo" else f"at most {plan.steps}"
     parts = ", ".join(
@@ -218,10 +217,13 @@ def _plan_lines(plan: "Plan") -> dict[str, str]:
         "task": f"{plan.task}, {problems} problems to train on",
         "steps": f"{steps}, each of {plan.groups} groups, {plan.rows} rows, and {updates} of up to "
         f"{plan.micro_batches} micro-batches",
-        "micro-batch": f"up to {rows} rows of {timesteps} timesteps",
+        "micro-batch": f"up to {rows} rows of {timesteps} timesteps, {count(cells)} computed cells",
         "memory": f"about {size(sum(memory.values()))}: "
         + ", ".join(f"{name} {size(value)}" for name, value in memory.items()),
     }
+    if plan.lower_first:
+        name, _, value = plan.lower_first.partition(" = ")
+        lines["for less"] = f"set {name} to {value}" if value else f"lower {name}"
     if peak is not None:
         lines["measured"] = f"{size(peak)} at most in this process, with one micro-step done"
     if seconds["sampling"]:
