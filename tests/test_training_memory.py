@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,10 +65,10 @@ def test_what_is_to_be_lowered_first():
 
     everything, updates = list(tensor_shapes(config)), lora_names(lora)
     assert first(config, everything, Load(512, 256, 256)) == "trainable = bridge"
-    long = {"cells": 16_384, "alone": 8192, "targets": 8192}
-    assert first(lora, updates, Load(**long)) == "checkpoint_activations = true"
-    wide = Load(**long, checkpoint_activations=True, loss_chunk=8192)
+    long = Load(16_384, 8192, 8192)
+    assert first(lora, updates, long) == "checkpoint_activations = true"
+    wide = replace(long, checkpoint_activations=True, loss_chunk=8192)
     assert first(lora, updates, wide) == "loss_chunk"
-    decoded = {"prompts": (512,) * 64, "width": 8, "new_tokens": 2048}
-    assert first(lora, updates, Load(512, 256, 256, **decoded)) == "max_rows"
+    decoded = Load(512, 256, 256, prompts=(512,) * 64, width=8, new_tokens=2048)
+    assert first(lora, updates, decoded) == "max_rows"
     assert first(lora, updates, Load(512, 256, 256), "float32") == "dtype = bfloat16"
