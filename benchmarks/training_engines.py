@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,9 +84,15 @@ def bridge(setup: dict[str, Any], line: Line) -> None:
         opened = open_checkpoint(Path(setup["checkpoint"]))
         config, tensors = opened.config, opened.tensors
     config = config if setup["blocks"] else config.without_bridge()
+    if "lora" in setup:
+        from bridge.config import LoraConfig
+
+        config = replace(config, lora=LoraConfig(*setup["lora"]))
     backend = find_backend(setup["backend"])
     model = backend.load(config, tensors, device="cpu", dtype="float32")
     names = trainable_names(config, setup["trainable"])
+    names += [name for name in low_rank(config) if name not in names]
+    how = {"checkpoint_activations": setup.get("again", False)}
     trainers: dict[str, Any] = {}
     line.say(where=str(Path(sys.modules["bridge"].__file__ or "").parent.parent))
     while True:
@@ -95,7 +102,7 @@ def bridge(setup: dict[str, Any], line: Line) -> None:
         if asked["objective"] not in trainers:
             trainers.clear()  # masters and moments of one at a time
             objective = SFT() if asked["objective"] == "sft" else GRPO()
-            trainers[asked["objective"]] = model.trainer(objective, AdamW(lr=LR), names)
+            trainers[asked["objective"]] = model.trainer(objective, AdamW(lr=LR), names, **how)
         trainer = trainers[asked["objective"]]
         before = _bytes("VmRSS", forget=True) if asked.get("peak") else 0
         start = time.perf_counter()
@@ -104,6 +111,15 @@ def bridge(setup: dict[str, Any], line: Line) -> None:
         peak = _bytes("VmHWM") - before if asked.get("peak") else None
         kept = {name: metrics.get(name) for name in ("loss", "entropy", "grad_norm", "tokens")}
         line.say(seconds=seconds, peak=peak, **kept)
+
+
+def low_rank(config: Any) -> list[str]:
+    """The tensors of low-rank updates; a tree from before there were any has none."""
+    try:
+        from bridge.config import lora_names
+    except ImportError:
+        return []
+    return lora_names(config)
 
 
 def trl(setup: dict[str, Any], line: Line) -> None:
