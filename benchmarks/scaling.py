@@ -190,10 +190,11 @@ def measure(out: Path) -> None:
         options = argparse.Namespace(backend="torch", threads=os.cpu_count(), checkpoint=None)
         place = Place(Path(scratch), options)
         for kind, trainable in zip(KINDS, ("all", "bridge", "bridge"), strict=True):
-            lora = {"lora": [RANK, 2.0 * RANK]} if kind == KINDS[2] else {}
             for again in (False, True):
                 said: dict[str, Any] = {"config": raw_config("small"), "trainable": trainable}
-                with closing(place.bridge(**said, again=again, **lora)) as engine:
+                if kind == KINDS[2]:
+                    said["lora"] = [RANK, 2.0 * RANK]
+                with closing(place.bridge(ROOT, **said, again=again, gives_back=True)) as engine:
                     engine.update(Rows(8, 16, 8))
                     found = engine.update(MEASURED, peak=True)["peak"]
                 updates += [{"trained": kind, "again": again, "rows": MEASURED, "bytes": found}]

@@ -193,7 +193,9 @@ def memory(place: Place, part: str) -> dict[str, Any]:
     for trainable in ("all", "bridge"):
         peaks[trainable] = {}
         for name, tree in ((NOW, ROOT), (BEFORE, place.before())):
-            with closing(place.bridge(tree, config=WIDE, trainable=trainable)) as engine:
+            with closing(
+                place.bridge(tree, config=WIDE, trainable=trainable, gives_back=True)
+            ) as engine:
                 engine.update(Rows(place.options.width, 16, 8))
                 peaks[trainable][name] = engine.update(place.rows(), peak=True)["peak"]
             tell(f"{part}, {trainable}: {name} {peaks[trainable][name] / 2**20:.0f} MiB")

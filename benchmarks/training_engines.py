@@ -77,17 +77,14 @@ def bridge(setup: dict[str, Any], line: Line) -> None:
     from bridge.registry import find_backend
     from bridge.training.batches import Group, make_batch
 
-    if "config" in setup:
-        config = parse_config(setup["config"])
-        tensors: Any = RandomTensors(config)
-    else:
-        opened = open_checkpoint(Path(setup["checkpoint"]))
-        config, tensors = opened.config, opened.tensors
+    opened = None if "config" in setup else open_checkpoint(Path(setup["checkpoint"]))
+    config = parse_config(setup["config"]) if opened is None else opened.config
     config = config if setup["blocks"] else config.without_bridge()
     if "lora" in setup:
-        from bridge.config import LoraConfig
+        from bridge.config import LoraConfig  # which an older tree has not
 
         config = replace(config, lora=LoraConfig(*setup["lora"]))
+    tensors: Any = RandomTensors(config) if opened is None else opened.tensors
     backend = find_backend(setup["backend"])
     model = backend.load(config, tensors, device="cpu", dtype="float32")
     names = trainable_names(config, setup["trainable"])

@@ -19,6 +19,9 @@ from training_engines import Rows
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("", "backends", "conformance", "cli")  # of a tree
 ENGINES = Path(__file__).with_name("training_engines.py")
+# What glibc is told where bytes are measured: what is freed goes back at once, so that those that
+# are resident are those in use.
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 NOW, BEFORE = "bridge", "before"
 
 
@@ -113,11 +116,12 @@ class Engine:
         """Started and loaded; it has the tree's own packages, whatever is installed."""
         here = [str(tree / part) for part in PACKAGES] + [str(Path(__file__).parent)]
         path = os.pathsep.join([*here, os.environ.get("PYTHONPATH", "")])
+        environment = GIVES_BACK if setup.get("gives_back") else {}
         count = {f"{pool}_NUM_THREADS": str(threads) for pool in ("OMP", "MKL", "OPENBLAS")}
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it is closed with the engine)
         self.process = subprocess.Popen(
             [sys.executable, str(ENGINES), json.dumps(setup)],
-            env={**os.environ, **count, "PYTHONPATH": path},
+            env={**os.environ, **count, **environment, "PYTHONPATH": path},
             cwd=tree,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
