@@ -39,7 +39,7 @@ class Rope:
             tables = rotation_tables(self.config.rope, self.config.head_dim, length)
             self.tables = torch.from_numpy(tables).to(device, dtype)
         rows = self.tables.index_select(1, positions.reshape(-1))
-        return rows.reshape(2, *positions.shape, -1)
+        return rows.reshape(2, *positions.shape, self.tables.shape[-1])
 
 
 def rotate(x: Float[Tensor, "... heads d"], rope: Float[Tensor, "two ... d"]) -> Tensor:
