@@ -6,7 +6,8 @@ Every engine is a process of its own with the same checkpoint (SmolLM2-135M with
 4.9 % new parameters; `--layers` cuts it), and they are asked in turn, the order reversed each
 round. All train every tensor, in float32, on the same group: a prompt of 512 tokens and eight rows
 of 128 tokens, or of ever fewer. TRL (`pip install trl`) trains the host alone, as does Bridge
-without blocks, and their losses, entropies and gradients must agree, or the run ends. Parts:
+without blocks, and their losses, entropies and gradients must agree, or the run ends. All engines of
+the whole host at once do not fit into 24 GB; of its first ten layers they do. Parts:
 
     grpo      a GRPO update, rows equally long
     tailed    the same, each row 0.7 times as long as the one before
@@ -235,7 +236,10 @@ def table(results: dict[str, Any]) -> str:
     for part, found in results["parts"].items():
         asked, before = found["asked"], found["revisions"][BEFORE]
         sizes = f"prompt {asked['prompt']}, {asked['width']} rows of {asked['response']}"
-        lines += ["", f"{TITLES[part]}, {sizes}" if part != "blocks" else TITLES[part]]
+        titles = [TITLES[part], *([sizes] if part != "blocks" else [])]
+        if asked["layers"] and part != "memory":
+            titles.append(f"the host's first {asked['layers']} layers")
+        lines += ["", ", ".join(titles)]
         if part == "memory":
             for trained, peaks in found["bytes"].items():
                 now, then = (peaks[name] / 2**20 for name in (NOW, BEFORE))

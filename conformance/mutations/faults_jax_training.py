@@ -83,7 +83,7 @@ FAULTS = (
         "temperature is left out of the gradient",
         "At another temperature than 1 steps are too long or too short.",
         "7.5",
-        GRADIENTS,
+        "loss_and_gradients_are_within_the_numerics_rule",
         Edit("losses", "scale = scale / temperature", "scale = scale / 1.0"),
     ),
     jax(
