@@ -6,8 +6,8 @@ Every engine is a process of its own with the same checkpoint (SmolLM2-135M with
 4.9 % new parameters; `--layers` cuts it), and they are asked in turn, the order reversed each
 round. All train every tensor, in float32, on the same group: a prompt of 512 tokens and eight rows
 of 128 tokens, or of ever fewer. TRL (`pip install trl`) trains the host alone, as does Bridge
-without blocks, and their losses, entropies and gradients must agree, or the run ends. All engines of
-the whole host at once do not fit into 24 GB; of its first ten layers they do. Parts:
+without blocks, and their losses, entropies and gradients must agree, or the run ends. The engines
+of the whole host do not fit into 24 GB together; those of its first ten layers do. Parts:
 
     grpo      a GRPO update, rows equally long
     tailed    the same, each row 0.7 times as long as the one before
