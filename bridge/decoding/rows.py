@@ -61,6 +61,12 @@ class GridPlan:
         return len(self.line) == self.groups * self.width
 
     @property
+    def first(self) -> Int[np.ndarray, " G"]:
+        """The row with which each line begins; lines without rows are left out."""
+        rows = np.flatnonzero(self.place == 0)
+        return rows[np.argsort(self.line[rows])]
+
+    @property
     def to_rows(self) -> Int[np.ndarray, " R"]:
         """The place of each row in the flat grid: `flat[to_rows]` are the rows."""
         return self.line * self.width + self.place

@@ -33,8 +33,7 @@ class SharedPlan:
     ) -> "SharedPlan":
         """Of a batch, whose cells that are not active may hold anything."""
         grid = GridPlan.of(groups)
-        first = np.flatnonzero(grid.place == 0)
-        first = first[np.argsort(grid.line[first])][grid.line]  # the row that each is compared with
+        first = grid.first[grid.line]  # the row that each is compared with
         alike = active == active[first]
         for cells in (only_active(tokens, active), only_active(positions, active)):
             alike &= cells == cells[first]
@@ -71,10 +70,8 @@ class SharedPlan:
     def of_shared(self) -> Int[np.ndarray, "G P"]:
         """The flat cell `b * S + s` of the batch that each shared cell is, in the group's first
         row; -1: padding."""
-        first = np.flatnonzero(self.grid.place == 0)
-        first = first[np.argsort(self.grid.line[first])]
-        s = np.arange(self.shared)
-        return np.where(s < self.lead[:, None], first[:, None] * self.timesteps + s, -1)
+        s, first = np.arange(self.shared), self.grid.first[:, None]
+        return np.where(s < self.lead[:, None], first * self.timesteps + s, -1)
 
     @cached_property
     def of_alone(self) -> Int[np.ndarray, "B T"]:
